@@ -1,0 +1,312 @@
+"""The one line: ``Trainer(callbacks=[ConvBNModeCallback()])``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from lightning_convbn.layers import Mode, is_norm
+from lightning_convbn.memory import MIB
+from lightning_convbn.modes import check_mode
+from lightning_convbn.pairs import UNTRAINED
+from lightning_convbn.target import Target
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+else:
+    try:
+        from lightning.pytorch import Callback, LightningModule, Trainer
+        from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+    except ImportError:
+        from pytorch_lightning import Callback, LightningModule, Trainer
+        from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+
+
+class ConvBNModeCallback(Callback):
+    """Fine-tunes a pretrained convolutional network in Tune mode: Eval's accuracy at Deploy's memory.
+
+    At the start of ``fit`` every BatchNorm of the target is frozen at its running statistics, whatever ``.train()`` is
+    called, and folded on the fly into the convolution in front of it, so that the convolution's own output need not be
+    kept for the backward pass. Validation, test and predict run in ``eval_mode``. When a stage ends, also by an
+    exception or Ctrl-C, the model has its plain modules and flags again. Parameters, optimizers and checkpoints are
+    those of the plain model throughout.
+
+    At the first training batch the callback compares Tune mode with Eval mode on that batch, counts what each keeps for
+    the backward pass, prints a table of what was folded, what not and why, and logs ``convbn/activations_eval_mib``,
+    ``convbn/activations_tune_mib``, ``convbn/activations_saved_mib`` and ``convbn/activations_saved_percent`` to every
+    logger; on CUDA also ``convbn/peak_allocated_mib`` and ``convbn/peak_reserved_mib`` at the end of every epoch.
+
+    Not compatible with ``StochasticWeightAveraging``, which needs BatchNorms in Train mode.
+
+    Args:
+        mode: What training runs in: ``"tune"``, ``"eval"``, or ``"train"`` for ordinary BatchNorm.
+        eval_mode: What validation, test and predict run in: ``"deploy"`` (folded once per run), ``"eval"`` or ``"tune"``.
+        target: Path or paths of the attributes to convert, as ``"backbone"`` or ``["model.encoder", "model.neck"]``;
+            None for ``backbone`` if the LightningModule has one, else for the whole module.
+        start_epoch: Train in Train mode until this epoch, then freeze and switch.
+        freeze_untrained: A BatchNorm still at mean 0 and variance 1 was never trained, a fresh head's for instance. It
+            stays in Train mode, with a warning, unless this is True.
+        recompute_activations: Not available yet; must be False.
+        verify: Compare Tune with Eval at the first batch; pairs that differ go back to Eval mode, with a warning.
+        log_memory: Count the memory at the first batch, print and log it.
+        export_path: Not available yet; must be None.
+
+    Raises:
+        ValueError: If an argument can't be used; from the Trainer, if a ``target`` does not exist or has no BatchNorm.
+
+    Source: arXiv 2305.11624.
+
+    Example:
+        >>> callback = ConvBNModeCallback(eval_mode="eval", target="backbone")
+        >>> ConvBNModeCallback("deploy")
+        Traceback (most recent call last):
+        ValueError: mode must be one of 'train', 'eval', 'tune'; got 'deploy'. Training folded weights is unstable ...
+    """
+
+    def __init__(
+        self,
+        mode: Literal["train", "eval", "tune"] = "tune",
+        *,
+        eval_mode: Literal["eval", "tune", "deploy"] = "deploy",
+        target: str | Sequence[str] | None = None,
+        start_epoch: int = 0,
+        freeze_untrained: bool = False,
+        recompute_activations: bool = False,
+        verify: bool = True,
+        log_memory: bool = True,
+        export_path: str | None = None,
+    ) -> None:
+        why_not = "Training folded weights is unstable (arXiv 2305.11624): use 'tune'" if mode == "deploy" else ""
+        check_mode("mode", mode, ("train", "eval", "tune"), why_not)
+        check_mode("eval_mode", eval_mode, ("eval", "tune", "deploy"))
+        if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
+            raise ValueError(f"start_epoch must be an epoch, 0 or later; got {start_epoch!r}")
+        if recompute_activations:
+            raise ValueError("recompute_activations=True is not available yet; leave it at False")
+        if export_path is not None:
+            raise ValueError(f"export_path={export_path!r} is not available yet; call fuse_for_deploy after the run")
+        paths = [target] if isinstance(target, str) else target
+        if paths is not None and (not paths or not all(isinstance(path, str) and path for path in paths)):
+            raise ValueError(f"target must be one or more attribute paths such as 'backbone'; got {target!r}")
+        self.mode: Mode = mode
+        self.eval_mode: Mode = eval_mode
+        self.target = None if paths is None else list(paths)
+        self.start_epoch = start_epoch
+        self.freeze_untrained = freeze_untrained
+        self.verify = verify
+        self.log_memory = log_memory
+        self._targets: list[Target] = []
+        self._found_flags: dict[nn.Module, bool] = {}
+        self._reported = False
+
+    # ------------------------------------------------------------------------------------------- before and after
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start from a plain module, also after a run that ended without telling us, and come first among callbacks.
+
+        The finders of batch size and learning rate take other callbacks away while they try; what they try must be
+        what training runs in.
+        """
+        self._restore()
+        count = sum(isinstance(callback, ConvBNModeCallback) for callback in trainer.callbacks)
+        if count > 1:
+            raise ValueError(
+                f"callbacks: ConvBNModeCallback is given {count} times; give one, with target=[...] for several parts"
+            )
+        trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
+        self._found_flags = {module: module.training for module in pl_module.modules()}
+        self._reported = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give back plain modules with the flags they had: an exception in validation leaves them in eval state."""
+        self._restore()
+        for module, training in self._found_flags.items():
+            module.training = training
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give back plain modules, and hold on to none of them."""
+        self._restore()
+        self._found_flags = {}
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Convert, now that the strategy is done with the module; nothing is folded before the first forward."""
+        for callback in trainer.callbacks:
+            if any(cls.__name__ == "StochasticWeightAveraging" for cls in type(callback).__mro__):
+                raise ValueError(
+                    "callbacks: StochasticWeightAveraging resets the BatchNorm statistics that ConvBNModeCallback freezes; "
+                    "use WeightAveraging, or leave one of the two out"
+                )
+        self._find_targets(pl_module)
+        self._enter_training(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go by the epoch again: it is known only now if the run is resumed from a checkpoint."""
+        self._enter_training(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switch at ``start_epoch``."""
+        self._enter_training(trainer)
+        if self.log_memory and pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Watch the first training batch pass through the targets."""
+        if not self._reported and self._training_mode(trainer) == self.mode:
+            for target in self._targets:
+                target.watch(partial(self._inspect, trainer, target))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Report without a measurement if the first batch did not pass through every target."""
+        for target in self._targets:
+            target.unwatch()
+        if not self._reported and self._training_mode(trainer) == self.mode:
+            self._report(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the peak of the epoch."""
+        if self.log_memory and pl_module.device.type == "cuda":
+            peaks = {
+                "peak_allocated_mib": torch.cuda.max_memory_allocated(pl_module.device) / MIB,
+                "peak_reserved_mib": torch.cuda.max_memory_reserved(pl_module.device) / MIB,
+            }
+            _log(trainer, peaks)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give back plain modules before the strategy takes its own changes back."""
+        self._restore()
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate in ``eval_mode``."""
+        self._enter_evaluation(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go back to training, or to plain modules."""
+        if trainer.state.fn == "fit":
+            self._enter_training(trainer)
+        else:
+            self._restore()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Test in ``eval_mode``."""
+        self._enter_evaluation(pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give back plain modules."""
+        self._restore()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Predict in ``eval_mode``."""
+        self._enter_evaluation(pl_module)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give back plain modules."""
+        self._restore()
+
+    # -------------------------------------------------------------------------------------------------- internals
+
+    def _training_mode(self, trainer: Trainer) -> Mode:
+        return self.mode if trainer.current_epoch >= self.start_epoch else "train"
+
+    def _enter_training(self, trainer: Trainer) -> None:
+        mode = self._training_mode(trainer)
+        for target in self._targets:
+            target.train_in(mode, freeze_untrained=self.freeze_untrained)
+
+    def _enter_evaluation(self, pl_module: LightningModule) -> None:
+        if not self._targets:
+            self._find_targets(pl_module)
+        for target in self._targets:
+            target.evaluate_in(self.eval_mode)
+
+    def _restore(self) -> None:
+        for target in self._targets:
+            target.restore()
+        self._targets = []
+
+    def _find_targets(self, pl_module: LightningModule) -> None:
+        paths = self.target or _default_targets(pl_module)
+        targets = []
+        for path in paths:
+            try:
+                module = pl_module.get_submodule(path)
+            except AttributeError:
+                children = ", ".join(repr(name) for name, _ in pl_module.named_children())
+                raise ValueError(
+                    f"target={path!r}: {type(pl_module).__name__} has no such module; its attributes are {children}"
+                ) from None
+            if not any(is_norm(child) for child in module.modules()):
+                raise ValueError(
+                    f"target={path or None!r}: {type(module).__name__} has no BatchNorm; name the part that has, or leave "
+                    "ConvBNModeCallback out"
+                )
+            targets.append(Target(path, module))
+        for outer in paths:
+            for inner in paths:
+                if outer is not inner and (inner == outer or f"{inner}.".startswith(f"{outer}." if outer else "")):
+                    raise ValueError(f"target={self.target!r}: {inner!r} lies within {outer!r}; name one of them")
+        self._targets = targets
+
+    def _inspect(self, trainer: Trainer, target: Target, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        target.inspect(inputs, kwargs, verify=self.verify and self.mode == "tune", measure=self.log_memory)
+        if all(other.inspected for other in self._targets):
+            self._report(trainer)
+
+    def _report(self, trainer: Trainer) -> None:
+        self._reported = True
+        for target in self._targets:
+            for name, reason in target.wrong.items():
+                rank_zero_warn(f"ConvBN: `{target.full_name(name)}` goes back to Eval mode: {reason}")
+            if target.untrained:
+                rank_zero_warn(
+                    f"ConvBN: {len(target.untrained)} BatchNorm(s) of `{target.path or 'the module'}` stay in Train mode: "
+                    f"`{target.untrained[0]}` {UNTRAINED}. Load pretrained weights, or say freeze_untrained=True"
+                )
+        lines = [line for target in self._targets for line in target.describe(self.mode, self.eval_mode)]
+        bar = trainer.progress_bar_callback
+        if trainer.is_global_zero:
+            (bar.print if bar is not None else rank_zero_info)("\n".join(lines))
+        measured = [target.kept for target in self._targets if target.kept is not None]
+        if measured:
+            before, after = (sum(kept[mode] for kept in measured) / MIB for mode in ("eval", "tune"))
+            _log(
+                trainer,
+                {
+                    "activations_eval_mib": before,
+                    "activations_tune_mib": after,
+                    "activations_saved_mib": before - after,
+                    "activations_saved_percent": 100 * (before - after) / before if before else 0.0,
+                },
+            )
+
+
+def _default_targets(pl_module: LightningModule) -> list[str]:
+    """`backbone`, or every child with a BatchNorm, or the module itself where a BatchNorm is its own attribute.
+
+    A child is watched and verified whether training calls it directly or through the LightningModule's forward.
+    """
+    children = dict(pl_module.named_children())
+    if isinstance(children.get("backbone"), nn.Module):
+        return ["backbone"]
+    if any(is_norm(child) for child in children.values()):
+        return [""]
+    return [name for name, child in children.items() if any(is_norm(module) for module in child.modules())] or [""]
+
+
+def _log(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Log to every logger; ``LightningModule.log`` can't be used in all hooks and knows one separator only."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    for logger in trainer.loggers:
+        named = {f"convbn{logger.group_separator}{name}": value for name, value in metrics.items()}
+        logger.log_metrics(named, step=trainer.global_step)

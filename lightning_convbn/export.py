@@ -1,0 +1,76 @@
+"""Deploy mode for good: a standalone copy of a model with every paired BatchNorm folded away."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from lightning_convbn.functional import fold_conv_bn
+from lightning_convbn.layers import affine_of
+from lightning_convbn.modes import set_mode
+from lightning_convbn.pairs import ConvBNPair, ConvBNPairs, find_conv_bn_pairs, pairs_in_force
+
+
+def fuse_for_deploy(model: nn.Module, *, pairs: ConvBNPairs | None = None) -> nn.Module:
+    """Return a copy of a model, in eval state, whose paired BatchNorms are folded into their convolutions for good.
+
+    The copy consists of plain layers: convolutions with a bias, and ``nn.Identity`` where a BatchNorm was folded; it
+    needs torch alone to load and run. A parameter of the copy wants a gradient if one of those it was made of does. The
+    original is not touched, whatever mode it is in.
+
+    Args:
+        model: Any module, plain or converted by `set_mode`.
+        pairs: What to fold; None for the pairs in force or, in a plain model, for what `find_conv_bn_pairs` finds in its
+            eval state.
+
+    Raises:
+        ValueError: If ``pairs`` does not fit the model.
+
+    Source: "Deploy mode" of arXiv 2305.11624, section 2.
+
+    Example:
+        >>> from torch import nn
+        >>> fuse_for_deploy(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)))
+        Sequential(
+          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+          (1): Identity()
+        )
+    """
+    if pairs is None:
+        pairs = pairs_in_force(model)
+    fused = copy.deepcopy(model)
+    set_mode(fused, "train")
+    fused.eval()
+    if pairs is None:
+        pairs = find_conv_bn_pairs(fused)
+    if len(pairs):
+        with torch.no_grad():
+            set_mode(fused, "eval", pairs=pairs)  # checks the pairs
+            set_mode(fused, "train")
+            for pair in pairs:
+                _fold_for_good(fused, pair)
+    return fused
+
+
+def _fold_for_good(model: nn.Module, pair: ConvBNPair) -> None:
+    conv, bn = model.get_submodule(pair.conv), model.get_submodule(pair.bn)
+    affine = affine_of(bn)
+    sources = {name: value for name, value in (("weight", conv.weight), ("bias", conv.bias)) if value is not None}
+    weight, bias = fold_conv_bn(
+        sources["weight"],
+        sources.get("bias"),
+        *affine,
+        transposed=bool(getattr(conv, "transposed", False)),
+        groups=int(getattr(conv, "groups", 1)),
+    )
+    gamma, beta = affine.weight, affine.bias
+    of_weight = any(tensor is not None and tensor.requires_grad for tensor in (sources["weight"], gamma))
+    of_bias = any(tensor is not None and tensor.requires_grad for tensor in (sources.get("bias"), gamma, beta))
+    conv.weight = nn.Parameter(weight, requires_grad=of_weight)
+    conv.bias = nn.Parameter(bias, requires_grad=of_bias or of_weight)
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is bn:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, nn.Identity())

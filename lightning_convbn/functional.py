@@ -1,0 +1,336 @@
+r"""The arithmetic: folding a frozen BatchNorm into the convolution in front of it.
+
+A BatchNorm whose statistics are frozen is an affine map per channel, so for every output channel :math:`c`
+
+.. math::
+
+    w'_c = s_c\, w_c, \qquad
+    b'_c = (b_c - \mu_c)\, s_c + \beta_c, \qquad
+    s_c = \gamma_c\, r_c, \qquad
+    r_c = \frac{1}{\sqrt{\sigma^2_c + \varepsilon}}
+
+give ``conv(x, w', b') == bn(conv(x, w, b))``. With :math:`G = \partial J / \partial w'` and
+:math:`g = \partial J / \partial b'` the gradients of the original parameters are
+
+.. math::
+
+    \frac{\partial J}{\partial w_c} = s_c\, G_c, \quad
+    \frac{\partial J}{\partial b_c} = s_c\, g_c, \quad
+    \frac{\partial J}{\partial \gamma_c} = r_c \bigl(\langle G_c, w_c \rangle + g_c (b_c - \mu_c)\bigr), \quad
+    \frac{\partial J}{\partial \beta_c} = g_c .
+
+Shapes: ``b``, ``mu``, ``sigma^2``, ``gamma``, ``beta`` are ``(C_out,)``; ``w`` is ``(C_out, C_in / groups, *k)`` for a
+convolution, ``(C_in, C_out / groups, *k)`` for a transposed one and ``(C_out, C_in)`` for a linear layer.
+
+Source: You et al., "Efficient ConvBN Blocks for Transfer Learning and Beyond", ICLR 2024, arXiv 2305.11624, section 3.
+The paper's Tune mode lets autograd keep every ``w'``; here the backward pass recomputes it (one elementwise product).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
+
+
+class ConvSpec(NamedTuple):
+    """What a convolution needs beside its tensors, with one entry per spatial dimension in each tuple."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+
+def fold_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype to fold in: at least float32, because folding in half precision adds 20 to 40 % to the error."""
+    return torch.promote_types(torch.float32, weight.dtype)
+
+
+def fold_conv_bn(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    *,
+    transposed: bool = False,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fold frozen BatchNorm statistics and affine parameters into a convolution's weight and bias.
+
+    Args:
+        weight: Convolution or linear weight; shapes as in the module's docstring.
+        bias: Convolution bias ``(C_out,)``, or None for zero.
+        gamma: BatchNorm scale ``(C_out,)``, or None for one.
+        beta: BatchNorm shift ``(C_out,)``, or None for zero.
+        running_mean: Running mean ``(C_out,)``.
+        running_var: Running (biased or not, as stored) variance ``(C_out,)``.
+        eps: BatchNorm's epsilon.
+        transposed: Whether ``weight`` has the layout of a transposed convolution.
+        groups: The convolution's groups; matters for a transposed weight only.
+        dtype: Dtype of the results; None for ``weight.dtype``. The product itself is taken in float32 or above.
+
+    Returns:
+        The folded weight, shaped as ``weight``, and the folded bias ``(C_out,)``. Autograd sees plain operations.
+    """
+    rstd = _rstd(running_var, eps, fold_dtype(weight))
+    return _fold(weight, bias, gamma, beta, running_mean, rstd, transposed, groups, dtype or weight.dtype)
+
+
+def conv_bn(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    spec: ConvSpec | None,
+) -> Tensor:
+    """Compute ``bn(conv(input))`` with frozen statistics as ONE convolution: Tune mode.
+
+    Kept for the backward pass: the input (only if a parameter wants a gradient) and one vector of ``C_out`` elements.
+    Neither the convolution's output nor the folded weight is kept. The statistics may be written in place before the
+    backward pass as long as their values stay the same (``DistributedDataParallel`` does so). Under autocast the convolution runs in the autocast
+    dtype and the cast input is what is kept; parameters get gradients of their own dtype.
+
+    Args:
+        input: ``(N, C_in, *spatial)``, or ``(N, C_in)`` for a linear layer.
+        weight: Convolution or linear weight; shapes as in the module's docstring.
+        bias: Convolution bias ``(C_out,)``, or None.
+        gamma: BatchNorm scale ``(C_out,)``, or None.
+        beta: BatchNorm shift ``(C_out,)``, or None.
+        running_mean: Running mean ``(C_out,)``.
+        running_var: Running variance ``(C_out,)``.
+        eps: BatchNorm's epsilon.
+        spec: Geometry of the convolution; None for a linear layer.
+
+    Returns:
+        The normalised output, ``(N, C_out, *spatial)`` or ``(N, C_out)``.
+
+    Raises:
+        RuntimeError: In the backward pass, if the values of the statistics have changed since the forward pass.
+    """
+    dtype = compute_dtype(input, weight)
+    rstd = _rstd(running_var, eps, fold_dtype(weight))
+    mean, guard = _borrowed(running_mean, running_var, eps)
+    input = _cast(input, weight, dtype)
+    if forward_ad._current_level >= 0:  # torch.compile refuses a Function with a jvp of its own
+        transposed, groups = _layout(spec)
+        return _conv(input, *_fold(weight, bias, gamma, beta, mean, rstd, transposed, groups, dtype), spec)
+    output: Tensor = _ConvBN.apply(input, weight, bias, gamma, beta, mean, rstd, spec, dtype, guard)
+    return output
+
+
+def folded_conv(input: Tensor, weight: Tensor, bias: Tensor, spec: ConvSpec | None) -> Tensor:
+    """Run the one convolution of a folded pair: Deploy mode, with ``weight`` and ``bias`` from `fold_conv_bn`."""
+    return _conv(_cast(input, weight, weight.dtype), weight, bias, spec)
+
+
+def compute_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype that the convolution of ``input`` with ``weight`` runs in: autocast's where it applies."""
+    device = input.device.type
+    if weight.dtype is not torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def _cast(input: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast ``input`` as autocast would; without autocast a dtype mismatch stays the caller's error."""
+    if torch.is_autocast_enabled(input.device.type) and input.dtype is not torch.float64:
+        return input.to(dtype)
+    return input
+
+
+def _rstd(running_var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """The reciprocal of the standard deviation, ``r`` of the equations."""
+    return (running_var.to(dtype) + eps).rsqrt()
+
+
+def _borrowed(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, _Unchanged | None]:
+    """The running mean to keep for the backward pass: its own storage under a guard, or else a copy.
+
+    A copy of every mean costs up to 4 % of what small images keep, and autograd's own check would take a write of equal
+    values for a change.
+    """
+    eager = not torch.compiler.is_compiling() and not is_functorch_wrapped_tensor(running_mean)
+    if not eager or running_mean.requires_grad or running_mean.is_inference() or running_var.is_inference():
+        return running_mean.clone(), None
+    return running_mean.data, _Unchanged(running_mean, running_var, eps)
+
+
+class _Unchanged:
+    """Makes sure that statistics have in a backward pass the values that they had in its forward pass."""
+
+    def __init__(self, running_mean: Tensor, running_var: Tensor, eps: float) -> None:
+        self._mean, self._var, self._eps = running_mean, running_var, eps
+        self._versions = self._current_versions()
+
+    def _current_versions(self) -> tuple[int, int]:
+        return self._mean._version, self._var._version
+
+    def check(self, rstd: Tensor) -> None:
+        """Compare with ``rstd`` of the forward pass; what changes a mean changes its variance, too."""
+        if self._current_versions() != self._versions and not torch.equal(
+            _rstd(self._var, self._eps, rstd.dtype), rstd
+        ):
+            raise RuntimeError(
+                "the running statistics of a folded BatchNorm have changed between a forward pass and its backward pass "
+                "(by a pass in Train mode or by loading weights); run the backward pass first"
+            )
+
+
+def _layout(spec: ConvSpec | None) -> tuple[bool, int]:
+    """Where a weight keeps its output channels: whether it is transposed, and its groups."""
+    return (spec.transposed, spec.groups) if spec else (False, 1)
+
+
+def _fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    transposed: bool,
+    groups: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    scale = rstd if gamma is None else gamma * rstd
+    shift = (-mean if bias is None else bias - mean) * scale
+    if beta is not None:
+        shift = shift + beta
+    return _scaled(weight, scale, transposed, groups).to(dtype), shift.to(dtype)
+
+
+def _scaled(weight: Tensor, scale: Tensor, transposed: bool, groups: int) -> Tensor:
+    """``weight`` with every output channel multiplied by ``scale`` ``(C_out,)``, in the wider dtype of the two."""
+    if not transposed:
+        return weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    per_channel = scale.view(groups, 1, -1, *[1] * (weight.dim() - 2))
+    return (weight.unflatten(0, (groups, -1)) * per_channel).flatten(0, 1)
+
+
+def _channel_dot(a: Tensor, b: Tensor, transposed: bool, groups: int) -> Tensor:
+    """Sum of ``a * b`` over all but the output channel of two weights: ``(C_out,)``."""
+    if not transposed:
+        return (a * b).flatten(1).sum(1)
+    return (a * b).unflatten(0, (groups, -1)).flatten(3).sum((1, 3)).flatten()
+
+
+def _conv(input: Tensor, weight: Tensor, bias: Tensor, spec: ConvSpec | None) -> Tensor:
+    if spec is None:
+        return F.linear(input, weight, bias)
+    return torch.convolution(input, weight, bias, *spec)
+
+
+def _conv_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, spec: ConvSpec | None, mask: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the folded convolution's input, weight and bias, those that ``mask`` asks for."""
+    if spec is None:
+        return (
+            grad @ weight if mask[0] else None,
+            grad.t() @ input if mask[1] else None,
+            grad.sum(0) if mask[2] else None,
+        )
+    channels = grad.shape[1]
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
+        grad, input, weight, [channels], *spec, mask
+    )
+    return gradients
+
+
+class _ConvBN(torch.autograd.Function):
+    """The convolution whose backward pass recomputes the folded weight instead of keeping it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        spec: ConvSpec | None,
+        dtype: torch.dtype,
+        guard: _Unchanged | None,
+    ) -> Tensor:
+        transposed, groups = _layout(spec)
+        return _conv(input, *_fold(weight, bias, gamma, beta, mean, rstd, transposed, groups, dtype), spec)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, bias, gamma, beta, mean, rstd, spec, dtype, guard = inputs
+        of_input, of_weight, of_bias, of_gamma, of_beta, of_mean, of_rstd = ctx.needs_input_grad[:7]
+        of_scale = of_gamma or of_rstd
+        uses_scale = of_input or of_weight or of_bias or of_mean
+        ctx.spec, ctx.dtype, ctx.input_shape, ctx.guard = spec, dtype, input.shape, guard
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (bias, gamma, beta)]
+        ctx.save_for_backward(
+            input if of_weight or of_scale else None,
+            weight if of_input or of_weight or of_scale else None,
+            bias if of_scale else None,
+            gamma if uses_scale or of_scale else None,
+            mean if of_scale else None,
+            rstd if uses_scale or of_scale else None,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        input, weight, bias, gamma, mean, rstd = ctx.saved_tensors
+        of_input, of_weight, of_bias, of_gamma, of_beta, of_mean, of_rstd = ctx.needs_input_grad[:7]
+        bias_dtype, gamma_dtype, beta_dtype = ctx.dtypes
+        spec: ConvSpec | None = ctx.spec
+        transposed, groups = _layout(spec)
+        of_scale = of_gamma or of_rstd
+        if of_scale and ctx.guard is not None:
+            ctx.guard.check(rstd)
+
+        scale = rstd if gamma is None else gamma * rstd
+        folded = None
+        if weight is not None:
+            # Its values matter to the gradient of the input alone; the others need no more than its shape.
+            folded = (_scaled(weight, scale, transposed, groups) if of_input else weight).to(ctx.dtype)
+        if input is None:
+            input = grad.new_empty(1).expand(ctx.input_shape)  # the convolution's backward reads its shape alone
+        mask = (of_input, of_weight or of_scale, of_bias or of_beta or of_mean or of_scale)
+        if folded is None:
+            grad_input = grad_folded = None
+            grad_shift = grad.sum([dim for dim in range(grad.dim()) if dim != 1])
+        else:
+            grad_input, grad_folded, grad_shift = _conv_backward(grad, input, folded, spec, mask)
+
+        grad_weight = grad_bias = grad_gamma = grad_beta = grad_mean = grad_rstd = None
+        if grad_folded is not None:
+            grad_folded = grad_folded.to(rstd.dtype)
+        if grad_shift is not None:
+            grad_shift = grad_shift.to(torch.promote_types(torch.float32, grad_shift.dtype))
+        if of_weight:
+            grad_weight = _scaled(grad_folded, scale, transposed, groups).to(weight.dtype)
+        if of_bias:
+            grad_bias = (grad_shift * scale).to(bias_dtype)
+        if of_beta:
+            grad_beta = grad_shift.to(beta_dtype)
+        if of_mean:
+            grad_mean = -grad_shift * scale
+        if of_scale:
+            grad_scale = _channel_dot(grad_folded, weight, transposed, groups)
+            grad_scale = grad_scale + grad_shift * (-mean if bias is None else bias - mean)
+            grad_gamma = (grad_scale * rstd).to(gamma_dtype) if of_gamma else None
+            grad_rstd = grad_scale * (1 if gamma is None else gamma) if of_rstd else None
+        return grad_input, grad_weight, grad_bias, grad_gamma, grad_beta, grad_mean, grad_rstd, None, None, None

@@ -1,0 +1,188 @@
+"""Counting the bytes that a forward pass keeps for the backward pass."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_convbn.layers import Mode
+from lightning_convbn.modes import conv_bn_mode
+from lightning_convbn.pairs import ConvBNPairs
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """What `measure_memory` has counted.
+
+    Attributes:
+        saved_bytes: Bytes that one forward pass keeps for the backward pass.
+        peak_allocated_bytes: On CUDA, the most bytes allocated at once in forward and backward, beyond those that were
+            allocated before; None elsewhere.
+    """
+
+    saved_bytes: int
+    peak_allocated_bytes: int | None = None
+
+    @property
+    def saved_mib(self) -> float:
+        """``saved_bytes`` in MiB."""
+        return self.saved_bytes / MIB
+
+
+def measure_memory(
+    model: nn.Module, *inputs: Any, mode: Mode, pairs: ConvBNPairs | None = None, **kwargs: Any
+) -> MemoryUse:
+    """Count the bytes that one forward pass of a model in a mode keeps for the backward pass.
+
+    Every storage that the forward allocates and that is still alive when nothing but the autograd graph is left counts
+    once; parameters and buffers don't count, an input does if the graph keeps it. This goes by the life of the storages
+    and not by ``torch.autograd.graph.saved_tensors_hooks``, which miss whatever is saved under other such hooks or held
+    by a closure. Random state, buffers, gradients and mode are as before afterwards.
+
+    With inputs from a ``torch._subclasses.FakeTensorMode`` the count is the same and nothing is computed or allocated.
+
+    Args:
+        model: Any module.
+        *inputs: Positional arguments of its forward.
+        mode: The mode to measure in. ``"deploy"`` runs as Tune does where parameters want gradients.
+        pairs: As for `set_mode`.
+        **kwargs: Keyword arguments of its forward.
+
+    Returns:
+        The bytes kept and, on CUDA, the peak of forward and backward.
+
+    Raises:
+        ValueError: If ``mode`` is unknown or ``pairs`` does not fit the model.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+        >>> images = torch.zeros(4, 3, 16, 16)
+        >>> measure_memory(model, images, mode="eval").saved_bytes  # input 12288, convolution's output 32768
+        45056
+        >>> measure_memory(model, images, mode="tune").saved_bytes  # input, two vectors of 8
+        12352
+    """
+    with conv_bn_mode(model, mode, pairs=pairs), state_kept(model, inputs, kwargs):
+        saved = count_saved_bytes(model, *inputs, **kwargs)
+        return MemoryUse(saved, _peak_allocated_bytes(model, inputs, kwargs))
+
+
+def measure_memory_abstractly(
+    model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any], *, mode: Mode, pairs: ConvBNPairs | None = None
+) -> MemoryUse:
+    """Count as `measure_memory` does, on tensors without data where the model allows it.
+
+    A model that only just fits in Tune mode can so be counted in Eval mode. A model that looks at values (a detector's
+    non-maximum suppression, say) is run for real.
+    """
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            args, named = tree_map_only(Tensor, fake.from_tensor, (tuple(inputs), dict(kwargs)))
+            with conv_bn_mode(model, mode, pairs=pairs), state_kept(model, args, named):
+                return MemoryUse(count_saved_bytes(model, *args, **named))
+    except Exception:  # whatever a user's forward raises when there are no values to read
+        return measure_memory(model, *inputs, mode=mode, pairs=pairs, **kwargs)
+
+
+def count_saved_bytes(function: Callable[..., Any], *inputs: Any, **kwargs: Any) -> int:
+    """Count the bytes that one call of a function keeps for the backward pass; see `measure_memory`."""
+    ledger = _StorageLedger()
+    with torch.enable_grad(), ledger:
+        # Copies, so that an input counts if and only if the graph keeps it, and not because the caller holds it.
+        args, named = tree_map_only(Tensor, _copied, (inputs, kwargs))
+        output = function(*args, **named)
+        graph = [leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        del args, named, output
+    gc.collect()
+    kept = ledger.bytes_alive()
+    del graph
+    return kept
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy that is no leaf: the graph itself holds the leaves that want a gradient, whether they are saved or not."""
+    return tensor * 1 if tensor.requires_grad else tensor.clone()
+
+
+class _StorageLedger(TorchDispatchMode):
+    """Takes down every storage that is allocated while it is active, without keeping it alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._allocated: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if any(result.alias_info is not None for result in func._schema.returns):  # a view, or done in place
+            return output
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self._allocated:
+                    self._allocated[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return output
+
+    def bytes_alive(self) -> int:
+        return sum(size for reference, size in self._allocated.values() if not reference.expired())
+
+
+@contextmanager
+def state_kept(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Put random state and buffers back: a forward pass in Train mode moves both.
+
+    Autocast's cache is off meanwhile: a weight that it casts without gradients, or as a FakeTensor, would stay in use.
+    """
+    tensors = [leaf for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)]
+    devices = {tensor.device for tensor in (*tensors, *model.parameters()) if tensor.device.type == "cuda"}
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[device.index or 0 for device in devices]))
+        caching = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(caching)
+            with torch.no_grad():
+                for module, name, buffer, copy in buffers:
+                    module._buffers[name] = buffer
+                    buffer.copy_(copy)
+
+
+def _peak_allocated_bytes(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if device.type != "cuda" or not parameters:
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with torch.enable_grad():
+        leaves = tree_leaves(model(*inputs, **kwargs))
+        loss = sum(leaf.float().sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)
+        assert isinstance(loss, Tensor)
+        del leaves
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+    return torch.cuda.max_memory_allocated(device) - before

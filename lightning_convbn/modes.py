@@ -1,0 +1,189 @@
+"""Switching a model between Train, Eval, Tune and Deploy mode, in place and exactly reversible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import get_args
+
+from torch import nn
+
+from lightning_convbn.layers import (
+    Mode,
+    conv_layer,
+    is_norm,
+    norm_layer,
+    plain_class,
+    restore_class,
+    swap_class,
+    swap_of,
+)
+from lightning_convbn.pairs import ConvBNPairs, find_conv_bn_pairs, mismatch, pairs_in_force, statistics_missing
+
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+
+def set_mode(
+    model: nn.Module, mode: Mode, *, pairs: ConvBNPairs | None = None, recompute_activations: bool = False
+) -> ConvBNPairs:
+    """Switch a model to a mode, in place, from whatever mode it is in.
+
+    - ``"train"``: the modules exactly as they were found, with the classes and training flags they had.
+    - ``"eval"``: every BatchNorm with running statistics is frozen at them, whoever calls ``.train()``.
+    - ``"tune"``: as Eval, but paired BatchNorms are folded into their convolution at every forward. Gradients reach
+      every parameter and equal Eval's; the convolution's own output is not kept for the backward pass.
+    - ``"deploy"``: as Tune, but folded once, at the first forward after the switch, for passes that need no gradient of
+      a parameter. Where one is needed it runs as Tune does.
+
+    Parameters, buffers, ``state_dict`` keys, hooks and optimizers are not touched. A BatchNorm without running
+    statistics is left alone.
+
+    Args:
+        model: Any module. Wrappers such as DDP are fine; ``DataParallel`` and TorchScript are not.
+        mode: ``"train"``, ``"eval"``, ``"tune"`` or ``"deploy"``.
+        pairs: What to fold; None for the pairs in force, or, in a plain model, for what `find_conv_bn_pairs` finds.
+        recompute_activations: Not available yet; must be False.
+
+    Returns:
+        The pairs, and why every other BatchNorm is in none.
+
+    Raises:
+        ValueError: If an argument can't be used. The model is as it was.
+
+    Source: arXiv 2305.11624, section 3.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> set_mode(model, "tune")
+        ConvBNPairs([ConvBNPair(conv='0', bn='1')], unpaired={}, left=[])
+        >>> model
+        Sequential(
+          (0): TuneConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+          (1): FoldedBatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+        )
+    """
+    check_mode("mode", mode, MODES)
+    _check_model(model)
+    if recompute_activations:
+        raise ValueError("recompute_activations=True is not available yet; leave it at False")
+    if mode == "train":
+        found = _chosen(model, pairs)
+        for module in model.modules():
+            restore_class(module)
+        return found
+    if not any(is_norm(module) for module in model.modules()):
+        raise ValueError(f"model: {type(model).__name__} has no BatchNorm, so there is nothing to put in {mode!r} mode")
+    pairs = _chosen(model, pairs)
+    _convert(model, mode, pairs)
+    return pairs
+
+
+def get_mode(model: nn.Module) -> Mode:
+    """Return the mode that `set_mode` has put a model in; ``"train"`` for a model that it has not touched.
+
+    Parts that were never converted don't count, so a model whose backbone alone is in Tune mode is in Tune mode.
+
+    Raises:
+        ValueError: If parts of the model are in different modes.
+
+    Example:
+        >>> from torch import nn
+        >>> get_mode(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+        'train'
+    """
+    modes = {swap.mode: name for name, module in model.named_modules() if (swap := swap_of(module)) is not None}
+    if len(modes) > 1:
+        parts = ", ".join(f"`{name}` is in {mode!r}" for mode, name in sorted(modes.items()))
+        raise ValueError(f"model: {type(model).__name__} is in no single mode ({parts}); ask for its parts")
+    return next(iter(modes), "train")
+
+
+@contextmanager
+def conv_bn_mode(
+    model: nn.Module, mode: Mode, *, pairs: ConvBNPairs | None = None, recompute_activations: bool = False
+) -> Iterator[ConvBNPairs]:
+    """Switch a model to a mode for the length of a ``with`` block; the previous mode comes back after an exception, too.
+
+    The arguments, and what ``as`` receives, are `set_mode`'s.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> with conv_bn_mode(model, "deploy"):
+        ...     get_mode(model)
+        'deploy'
+        >>> get_mode(model)
+        'train'
+    """
+    previous, previous_pairs = get_mode(model), pairs_in_force(model)
+    try:
+        yield set_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
+    finally:
+        if get_mode(model) != previous or pairs_in_force(model) != previous_pairs:
+            set_mode(model, previous, pairs=previous_pairs)
+
+
+def check_mode(argument: str, value: object, allowed: tuple[Mode, ...], why_not: str = "") -> None:
+    """Raise a ValueError that names the argument, its value and the modes it may take."""
+    if value not in allowed:
+        choices = ", ".join(repr(mode) for mode in allowed)
+        raise ValueError(f"{argument} must be one of {choices}; got {value!r}.{why_not and ' ' + why_not}")
+
+
+def _chosen(model: nn.Module, pairs: ConvBNPairs | None) -> ConvBNPairs:
+    """What was asked for, else what is in force, else what can be found."""
+    if pairs is None:
+        pairs = pairs_in_force(model)
+    return find_conv_bn_pairs(model) if pairs is None else pairs
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    for name, module in model.named_modules():
+        where = f"model: `{name or type(module).__name__}`"
+        if isinstance(module, nn.DataParallel):
+            raise ValueError(
+                f"{where} is wrapped in DataParallel, whose replicas would keep using the BatchNorms of the original; "
+                "use DistributedDataParallel"
+            )
+        if isinstance(module, nn.modules.module.Module) and type(module).__module__.startswith("torch.jit"):
+            raise ValueError(f"{where} is TorchScript, whose code can't be changed; convert the model before scripting")
+
+
+def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs) -> None:
+    """Check everything first, then swap: bad input never leaves a model half converted."""
+    modules = dict(model.named_modules())
+    folded: dict[nn.Module, nn.Module] = {}
+    for conv_name, bn_name in pairs:
+        for name in (conv_name, bn_name):
+            if name not in modules:
+                raise ValueError(f"pairs: {type(model).__name__} has no module `{name}`")
+        conv, bn = modules[conv_name], modules[bn_name]
+        reason = f"`{bn_name}` is no BatchNorm" if not is_norm(bn) else statistics_missing(bn)
+        reason = reason or mismatch(conv, bn, conv_name)
+        if reason is not None:
+            raise ValueError(f"pairs: `{conv_name}` and `{bn_name}` can't be folded: {reason}")
+        folded[bn] = conv
+    if len(set(folded.values())) < len(pairs):
+        raise ValueError("pairs: a convolution or a BatchNorm is in more than one pair")
+
+    for name, module in modules.items():
+        if is_norm(module):
+            row, conv_of_bn = norm_layer(module), folded.get(module)
+            if name in pairs.left or statistics_missing(module) is not None:
+                restore_class(module)
+            elif conv_of_bn is None:
+                reason = pairs.unpaired.get(name, "is in none of the pairs given")
+                swap_class(module, row and row.eval, mode, reason=reason)
+            else:
+                assert row is not None
+                swap_class(module, row.eval if mode == "eval" else row.folded, mode, conv=conv_of_bn)
+        elif swap_of(module) is not None:
+            swap_class(module, plain_class(module), mode)
+    if mode != "eval":
+        for bn, conv in folded.items():
+            conv_row = conv_layer(conv)
+            assert conv_row is not None
+            swap_class(conv, conv_row.tune if mode == "tune" else conv_row.deploy, mode, bn=bn)

@@ -1,0 +1,136 @@
+"""One part of a model that the callback converts, and what is known about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_convbn.layers import Mode
+from lightning_convbn.memory import MIB, measure_memory_abstractly
+from lightning_convbn.modes import set_mode
+from lightning_convbn.pairs import UNTRAINED, ConvBNPairs, find_conv_bn_pairs, find_untrained
+from lightning_convbn.verify import Verification, verify_pairs
+
+
+class Target:
+    """A module that is switched between modes, with its pairs proven anew for its train and its eval state.
+
+    Args:
+        path: Qualified name of the module, for messages; empty for the whole.
+        module: The module.
+
+    Attributes:
+        untrained: BatchNorms that stay in Train mode because nothing has trained them.
+        wrong: BatchNorms whose pairs `inspect` has found to differ from Eval mode, and why.
+        verification: What `inspect` found, or None.
+        kept: Bytes kept for the backward pass in Eval and in Tune mode, or None if they were not counted.
+        inspected: Whether `inspect` has run.
+    """
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        self.path = path
+        self.module = module
+        self.untrained: list[str] = []
+        self.wrong: dict[str, str] = {}
+        self.verification: Verification | None = None
+        self.kept: dict[Mode, int] | None = None
+        self.inspected = False
+        self._found: dict[bool, ConvBNPairs] = {}  # by the state, train or eval, that they were found in
+        self._frozen_before = False
+        self._notes: list[str] = []
+        self._remove_hook: Callable[[], None] = _nothing
+
+    def full_name(self, name: str) -> str:
+        """Return a name within the target as seen from the whole."""
+        return f"{self.path}.{name}" if self.path else name
+
+    def train_in(self, mode: Mode, *, freeze_untrained: bool) -> None:
+        """Switch to the mode that training runs in; what is untrained is decided at the first freeze."""
+        if mode != "train" and not self._frozen_before:
+            self._frozen_before = True
+            self.untrained = [] if freeze_untrained else find_untrained(self.module)
+        self._switch(mode, self.pairs().leave(dict.fromkeys(self.untrained, UNTRAINED)))
+
+    def evaluate_in(self, mode: Mode) -> None:
+        """Switch to the mode that evaluation runs in, where every BatchNorm uses its running statistics."""
+        self._switch(mode, self.pairs())
+
+    def restore(self) -> None:
+        """Give back the plain module."""
+        self.unwatch()
+        set_mode(self.module, "train")
+
+    def pairs(self) -> ConvBNPairs:
+        """Return the pairs that are proven for the state the module is in, without those found wrong."""
+        state = self.module.training
+        if state not in self._found:
+            self._found[state] = find_conv_bn_pairs(self.module)
+        return self._found[state].unfold(self.wrong)
+
+    def _switch(self, mode: Mode, pairs: ConvBNPairs) -> None:
+        set_mode(self.module, mode, pairs=pairs)
+        self._in_force = pairs
+
+    def watch(self, inspect: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
+        """Call ``inspect`` with the arguments of the module's next forward, just before it."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.unwatch()
+            inspect(args, kwargs)
+
+        self.unwatch()
+        self._remove_hook = self.module.register_forward_pre_hook(before, with_kwargs=True).remove
+
+    def unwatch(self) -> None:
+        """Take the watch back."""
+        self._remove_hook()
+        self._remove_hook = _nothing
+
+    def inspect(self, inputs: tuple[Any, ...], kwargs: dict[str, Any], *, verify: bool, measure: bool) -> None:
+        """Verify the pairs in force on real inputs and count what Eval and Tune mode keep for the backward pass.
+
+        Pairs that differ from Eval mode are unfolded. Running out of memory here is noted and not raised.
+        """
+        self.inspected = True
+        pairs = self._in_force
+        try:
+            if verify and len(pairs):
+                self.verification = verify_pairs(self.module, pairs, inputs, kwargs)
+                if self.verification.wrong:
+                    self.wrong.update(self.verification.wrong)
+                    pairs = pairs.unfold(self.wrong)
+                    self._switch("tune", pairs)
+            if measure:
+                modes: tuple[Mode, ...] = ("eval", "tune")
+                self.kept = {
+                    mode: measure_memory_abstractly(self.module, inputs, kwargs, mode=mode, pairs=pairs).saved_bytes
+                    for mode in modes
+                }
+                shape = next((leaf.shape for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)), ())
+                self._notes.append(f"counted on an input of {' × '.join(map(str, shape))}")
+        except torch.OutOfMemoryError as error:
+            self._notes.append(f"not inspected to the end: {str(error).splitlines()[0]}")
+
+    def describe(self, mode: Mode, eval_mode: Mode) -> list[str]:
+        """Return the lines of the callback's table."""
+        name = f"`{self.path}`" if self.path else "the whole module"
+        lines = [f"ConvBN: {name} trains in {mode.title()} mode and is evaluated in {eval_mode.title()} mode"]
+        body = self._in_force.summary()
+        if self.kept is not None:
+            before, after = self.kept["eval"], self.kept["tune"]
+            saved = f"{100 * (before - after) / before:.1f} % saved" if before else "no parameter wants a gradient"
+            body.append(f"kept for backward: Eval {before / MIB:.1f} MiB, Tune {after / MIB:.1f} MiB, {saved}")
+        if self.verification is not None:
+            word = "differs from" if self.verification.wrong else "equals"
+            body.append(f"verified: Tune {word} Eval, relative deviation {self.verification.deviation:.1e}")
+        elif not self.inspected:
+            body.append("neither verified nor counted: the first batch did not pass through its forward")
+        return [*lines, *(f"  {line}" for line in (*body, *self._notes))]
+
+
+def _nothing() -> None:
+    pass
