@@ -45,7 +45,8 @@ class ConvBNModeCallback(Callback):
 
     Args:
         mode: What training runs in: ``"tune"``, ``"eval"``, or ``"train"`` for ordinary BatchNorm.
-        eval_mode: What validation, test and predict run in: ``"deploy"`` (folded once per run), ``"eval"`` or ``"tune"``.
+        eval_mode: What validation, test and predict run in: ``"deploy"`` (folded once per run), ``"eval"`` or
+            ``"tune"``.
         target: Path or paths of the attributes to convert, as ``"backbone"`` or ``["model.encoder", "model.neck"]``;
             None for ``backbone`` if the LightningModule has one, else for the whole module.
         start_epoch: Train in Train mode until this epoch, then freeze and switch.
@@ -81,8 +82,8 @@ class ConvBNModeCallback(Callback):
         log_memory: bool = True,
         export_path: str | None = None,
     ) -> None:
-        why_not = "Training folded weights is unstable (arXiv 2305.11624): use 'tune'" if mode == "deploy" else ""
-        check_mode("mode", mode, ("train", "eval", "tune"), why_not)
+        why_not = {"deploy": "Training folded weights is unstable (arXiv 2305.11624): use 'tune'"}
+        check_mode("mode", mode, ("train", "eval", "tune"), why_not.get(str(mode), ""))
         check_mode("eval_mode", eval_mode, ("eval", "tune", "deploy"))
         if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
             raise ValueError(f"start_epoch must be an epoch, 0 or later; got {start_epoch!r}")
@@ -113,12 +114,14 @@ class ConvBNModeCallback(Callback):
         what training runs in.
         """
         self._restore()
-        count = sum(isinstance(callback, ConvBNModeCallback) for callback in trainer.callbacks)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        count = sum(isinstance(callback, ConvBNModeCallback) for callback in callbacks)
         if count > 1:
             raise ValueError(
                 f"callbacks: ConvBNModeCallback is given {count} times; give one, with target=[...] for several parts"
             )
-        trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
+        others = [callback for callback in callbacks if callback is not self]
+        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
         self._found_flags = {module: module.training for module in pl_module.modules()}
         self._reported = False
 
@@ -137,11 +140,11 @@ class ConvBNModeCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Convert, now that the strategy is done with the module; nothing is folded before the first forward."""
-        for callback in trainer.callbacks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if any(cls.__name__ == "StochasticWeightAveraging" for cls in type(callback).__mro__):
                 raise ValueError(
-                    "callbacks: StochasticWeightAveraging resets the BatchNorm statistics that ConvBNModeCallback freezes; "
-                    "use WeightAveraging, or leave one of the two out"
+                    "callbacks: StochasticWeightAveraging resets the BatchNorm statistics that ConvBNModeCallback "
+                    "freezes; use WeightAveraging, or leave one of the two out"
                 )
         self._find_targets(pl_module)
         self._enter_training(trainer)
@@ -247,8 +250,8 @@ class ConvBNModeCallback(Callback):
                 ) from None
             if not any(is_norm(child) for child in module.modules()):
                 raise ValueError(
-                    f"target={path or None!r}: {type(module).__name__} has no BatchNorm; name the part that has, or leave "
-                    "ConvBNModeCallback out"
+                    f"target={path or None!r}: {type(module).__name__} has no BatchNorm; name the part that has, or "
+                    "leave ConvBNModeCallback out"
                 )
             targets.append(Target(path, module))
         for outer in paths:
@@ -269,8 +272,8 @@ class ConvBNModeCallback(Callback):
                 rank_zero_warn(f"ConvBN: `{target.full_name(name)}` goes back to Eval mode: {reason}")
             if target.untrained:
                 rank_zero_warn(
-                    f"ConvBN: {len(target.untrained)} BatchNorm(s) of `{target.path or 'the module'}` stay in Train mode: "
-                    f"`{target.untrained[0]}` {UNTRAINED}. Load pretrained weights, or say freeze_untrained=True"
+                    f"ConvBN: {len(target.untrained)} BatchNorm(s) of `{target.path or 'the module'}` stay in Train "
+                    f"mode: `{target.untrained[0]}` {UNTRAINED}. Load pretrained weights, or say freeze_untrained=True"
                 )
         lines = [line for target in self._targets for line in target.describe(self.mode, self.eval_mode)]
         bar = trainer.progress_bar_callback

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from torch import nn
@@ -22,8 +23,8 @@ def fuse_for_deploy(model: nn.Module, *, pairs: ConvBNPairs | None = None) -> nn
 
     Args:
         model: Any module, plain or converted by `set_mode`.
-        pairs: What to fold; None for the pairs in force or, in a plain model, for what `find_conv_bn_pairs` finds in its
-            eval state.
+        pairs: What to fold; None for the pairs in force or, in a plain model, for what `find_conv_bn_pairs` finds in
+            its eval state.
 
     Raises:
         ValueError: If ``pairs`` does not fit the model.
@@ -55,19 +56,18 @@ def fuse_for_deploy(model: nn.Module, *, pairs: ConvBNPairs | None = None) -> nn
 
 
 def _fold_for_good(model: nn.Module, pair: ConvBNPair) -> None:
-    conv, bn = model.get_submodule(pair.conv), model.get_submodule(pair.bn)
+    conv, bn = cast(nn.Conv2d, model.get_submodule(pair.conv)), model.get_submodule(pair.bn)
     affine = affine_of(bn)
-    sources = {name: value for name, value in (("weight", conv.weight), ("bias", conv.bias)) if value is not None}
     weight, bias = fold_conv_bn(
-        sources["weight"],
-        sources.get("bias"),
+        conv.weight,
+        conv.bias,
         *affine,
         transposed=bool(getattr(conv, "transposed", False)),
         groups=int(getattr(conv, "groups", 1)),
     )
     gamma, beta = affine.weight, affine.bias
-    of_weight = any(tensor is not None and tensor.requires_grad for tensor in (sources["weight"], gamma))
-    of_bias = any(tensor is not None and tensor.requires_grad for tensor in (sources.get("bias"), gamma, beta))
+    of_weight = any(tensor is not None and tensor.requires_grad for tensor in (conv.weight, gamma))
+    of_bias = any(tensor is not None and tensor.requires_grad for tensor in (conv.bias, gamma, beta))
     conv.weight = nn.Parameter(weight, requires_grad=of_weight)
     conv.bias = nn.Parameter(bias, requires_grad=of_bias or of_weight)
     for name, module in list(model.named_modules(remove_duplicate=False)):

@@ -102,8 +102,9 @@ def conv_bn(
 
     Kept for the backward pass: the input (only if a parameter wants a gradient) and one vector of ``C_out`` elements.
     Neither the convolution's output nor the folded weight is kept. The statistics may be written in place before the
-    backward pass as long as their values stay the same (``DistributedDataParallel`` does so). Under autocast the convolution runs in the autocast
-    dtype and the cast input is what is kept; parameters get gradients of their own dtype.
+    backward pass as long as their values stay the same (``DistributedDataParallel`` does so). Under autocast the
+    convolution runs in the autocast dtype and the cast input is what is kept; parameters get gradients of their own
+    dtype.
 
     Args:
         input: ``(N, C_in, *spatial)``, or ``(N, C_in)`` for a linear layer.
@@ -186,7 +187,7 @@ class _Unchanged:
             _rstd(self._var, self._eps, rstd.dtype), rstd
         ):
             raise RuntimeError(
-                "the running statistics of a folded BatchNorm have changed between a forward pass and its backward pass "
+                "the running statistics of a folded BatchNorm have changed between a forward and its backward pass "
                 "(by a pass in Train mode or by loading weights); run the backward pass first"
             )
 
@@ -291,7 +292,7 @@ class _ConvBN(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, gamma, mean, rstd = ctx.saved_tensors
         of_input, of_weight, of_bias, of_gamma, of_beta, of_mean, of_rstd = ctx.needs_input_grad[:7]
         bias_dtype, gamma_dtype, beta_dtype = ctx.dtypes
@@ -302,15 +303,17 @@ class _ConvBN(torch.autograd.Function):
             ctx.guard.check(rstd)
 
         scale = rstd if gamma is None else gamma * rstd
-        folded = None
+        folded: Tensor | None = None
         if weight is not None:
             # Its values matter to the gradient of the input alone; the others need no more than its shape.
             folded = (_scaled(weight, scale, transposed, groups) if of_input else weight).to(ctx.dtype)
         if input is None:
             input = grad.new_empty(1).expand(ctx.input_shape)  # the convolution's backward reads its shape alone
+        grad_input: Tensor | None = None
+        grad_folded: Tensor | None = None
+        grad_shift: Tensor | None
         mask = (of_input, of_weight or of_scale, of_bias or of_beta or of_mean or of_scale)
         if folded is None:
-            grad_input = grad_folded = None
             grad_shift = grad.sum([dim for dim in range(grad.dim()) if dim != 1])
         else:
             grad_input, grad_folded, grad_shift = _conv_backward(grad, input, folded, spec, mask)
@@ -318,17 +321,14 @@ class _ConvBN(torch.autograd.Function):
         grad_weight = grad_bias = grad_gamma = grad_beta = grad_mean = grad_rstd = None
         if grad_folded is not None:
             grad_folded = grad_folded.to(rstd.dtype)
+            if of_weight:
+                grad_weight = _scaled(grad_folded, scale, transposed, groups).to(weight.dtype)
         if grad_shift is not None:
             grad_shift = grad_shift.to(torch.promote_types(torch.float32, grad_shift.dtype))
-        if of_weight:
-            grad_weight = _scaled(grad_folded, scale, transposed, groups).to(weight.dtype)
-        if of_bias:
-            grad_bias = (grad_shift * scale).to(bias_dtype)
-        if of_beta:
-            grad_beta = grad_shift.to(beta_dtype)
-        if of_mean:
-            grad_mean = -grad_shift * scale
-        if of_scale:
+            grad_bias = (grad_shift * scale).to(bias_dtype) if of_bias else None
+            grad_beta = grad_shift.to(beta_dtype) if of_beta else None
+            grad_mean = -grad_shift * scale if of_mean else None
+        if of_scale and grad_folded is not None and grad_shift is not None:
             grad_scale = _channel_dot(grad_folded, weight, transposed, groups)
             grad_scale = grad_scale + grad_shift * (-mean if bias is None else bias - mean)
             grad_gamma = (grad_scale * rstd).to(gamma_dtype) if of_gamma else None

@@ -58,8 +58,6 @@ class ConvBNLayer(nn.Module):
     """
 
     _bn: tuple[nn.Module]
-    weight: Tensor
-    bias: Tensor | None
     dims: int  # dimensions of a batched input; any other input runs unfolded
 
     def geometry(self, input: Tensor, output_size: Sequence[int] | None) -> tuple[Tensor, ConvSpec | None]:
@@ -88,7 +86,8 @@ class Tune(ConvBNLayer):
 
     def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
         """Fold and convolve in one differentiable step."""
-        return conv_bn(input, self.weight, self.bias, *affine_of(self._bn[0]), spec)
+        conv = cast(nn.Conv2d, self)
+        return conv_bn(input, conv.weight, conv.bias, *affine_of(self._bn[0]), spec)
 
 
 class Deploy(ConvBNLayer):
@@ -101,14 +100,14 @@ class Deploy(ConvBNLayer):
 
     def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
         """Convolve with the kept fold."""
-        affine = affine_of(self._bn[0])
-        sources = (self.weight, self.bias, *affine[:4])
+        conv, affine = cast(nn.Conv2d, self), affine_of(self._bn[0])
+        sources = (conv.weight, conv.bias, *affine[:4])
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in sources):
-            return conv_bn(input, self.weight, self.bias, *affine, spec)
-        dtype = compute_dtype(input, self.weight)
+            return conv_bn(input, conv.weight, conv.bias, *affine, spec)
+        dtype = compute_dtype(input, conv.weight)
         if torch.compiler.is_compiling():  # a fold kept by a compiled graph would go stale (pytorch #108863)
             return folded_conv(input, *self._fold(affine, spec, dtype), spec)
-        state = (dtype, self.weight.device, *map(_version, sources))
+        state = (dtype, conv.weight.device, *map(_version, sources))
         kept = self._folded
         if kept is None or not _same(kept[0], (*sources, *state)):
             # Made outside of inference mode, so that a later pass may differentiate through it to its input.
@@ -120,7 +119,8 @@ class Deploy(ConvBNLayer):
 
     def _fold(self, affine: Affine, spec: ConvSpec | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         transposed, groups = (spec.transposed, spec.groups) if spec else (False, 1)
-        return fold_conv_bn(self.weight, self.bias, *affine, transposed=transposed, groups=groups, dtype=dtype)
+        conv = cast(nn.Conv2d, self)
+        return fold_conv_bn(conv.weight, conv.bias, *affine, transposed=transposed, groups=groups, dtype=dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the fold out of copies and files."""
@@ -155,9 +155,7 @@ class ConvGeometry(ConvBNLayer):
                 uneven = [(0, right - left) for left, right in zip(before, after, strict=True)]
                 input = F.pad(input, [size for pair in reversed(uneven) for size in pair])
             padding = tuple(before)
-        return input, ConvSpec(
-            conv.stride, cast("tuple[int, ...]", padding), conv.dilation, False, zeros, conv.groups
-        )
+        return input, ConvSpec(conv.stride, cast("tuple[int, ...]", padding), conv.dilation, False, zeros, conv.groups)
 
 
 class ConvTransposeGeometry(ConvBNLayer):

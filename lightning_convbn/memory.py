@@ -73,8 +73,8 @@ def measure_memory(
         >>> images = torch.zeros(4, 3, 16, 16)
         >>> measure_memory(model, images, mode="eval").saved_bytes  # input 12288, convolution's output 32768
         45056
-        >>> measure_memory(model, images, mode="tune").saved_bytes  # input, two vectors of 8
-        12352
+        >>> measure_memory(model, images, mode="tune").saved_bytes  # input, a vector of 8
+        12320
     """
     with conv_bn_mode(model, mode, pairs=pairs), state_kept(model, inputs, kwargs):
         saved = count_saved_bytes(model, *inputs, **kwargs)
@@ -141,7 +141,7 @@ class _StorageLedger(TorchDispatchMode):
         return output
 
     def bytes_alive(self) -> int:
-        return sum(size for reference, size in self._allocated.values() if not reference.expired())
+        return sum((size for reference, size in self._allocated.values() if not reference.expired()), 0)
 
 
 @contextmanager

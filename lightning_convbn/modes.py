@@ -60,7 +60,7 @@ def set_mode(
         >>> model
         Sequential(
           (0): TuneConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
-          (1): FoldedBatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+          (1): FoldedBatchNorm2d(8, eps=1e-05, momentum=0.1, ...)
         )
     """
     check_mode("mode", mode, MODES)
@@ -103,7 +103,7 @@ def get_mode(model: nn.Module) -> Mode:
 def conv_bn_mode(
     model: nn.Module, mode: Mode, *, pairs: ConvBNPairs | None = None, recompute_activations: bool = False
 ) -> Iterator[ConvBNPairs]:
-    """Switch a model to a mode for the length of a ``with`` block; the previous mode comes back after an exception, too.
+    """Switch a model to a mode for a ``with`` block; the previous mode comes back, also after an exception.
 
     The arguments, and what ``as`` receives, are `set_mode`'s.
 
@@ -176,7 +176,7 @@ def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs) -> None:
                 restore_class(module)
             elif conv_of_bn is None:
                 reason = pairs.unpaired.get(name, "is in none of the pairs given")
-                swap_class(module, row and row.eval, mode, reason=reason)
+                swap_class(module, None if row is None else row.eval, mode, reason=reason)
             else:
                 assert row is not None
                 swap_class(module, row.eval if mode == "eval" else row.folded, mode, conv=conv_of_bn)

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, overload
+from typing import NamedTuple, cast, overload
 
 import torch
 from torch import fx, nn
@@ -97,9 +97,7 @@ class ConvBNPairs(Sequence[ConvBNPair]):
             ("left alone", {bn: self.unpaired[bn] for bn in self.unpaired if bn in self.left}),
         ):
             lines.append(f"{title:<11} {len(bns):>4}")
-            lines += [
-                f"  {len(names):>4} × {reason}: {_abbreviated(names)}" for reason, names in _grouped(bns).items()
-            ]
+            lines += [f"  {len(names):>4} × {reason}: {_abbreviated(names)}" for reason, names in _grouped(bns).items()]
         return lines
 
     def __str__(self) -> str:
@@ -182,8 +180,8 @@ def find_untrained(model: nn.Module) -> list[str]:
 def statistics_missing(bn: nn.Module) -> str | None:
     """Say why a BatchNorm can't be frozen; None if it can.
 
-    It goes by the buffers: Lightning's ``BackboneFinetuning.freeze`` clears the flag ``track_running_stats`` of BatchNorms
-    that have them.
+    It goes by the buffers: Lightning's ``BackboneFinetuning.freeze`` clears the flag ``track_running_stats`` of
+    BatchNorms that have them.
     """
     if any(is_lazy(tensor) for tensor in (*bn.parameters(recurse=False), *bn.buffers(recurse=False))):
         return "is lazy and not initialised yet: run one batch through the model first"
@@ -201,7 +199,7 @@ def mismatch(conv: nn.Module, bn: nn.Module, conv_name: str) -> str | None:
         return f"is a {_class_name(bn)}, which is not in the table of supported layers"
     if conv_row.dims not in norm_row.dims:
         return f"`{conv_name}` ({_class_name(conv)}) does not give a {_class_name(bn)} the input it wants"
-    channels = int(getattr(conv, "out_features", None) or getattr(conv, "out_channels", 0))
+    channels: int = conv.out_features if isinstance(conv, nn.Linear) else cast(nn.Conv2d, conv).out_channels
     if channels != bn.get_buffer("running_mean").numel():
         return f"`{conv_name}` gives {channels} channels, not the {bn.get_buffer('running_mean').numel()} that it has"
     return None
