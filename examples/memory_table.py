@@ -1,0 +1,157 @@
+"""Count what torchvision's classifiers keep for the backward pass in each mode, and write the tables of the docs.
+
+    python examples/memory_table.py
+
+writes `docs/benchmarks/memory.json` and, from it, `docs/benchmarks/memory.md` and the table in `README.md`. The counts are exact and made on tensors
+without data, so that this takes minutes and little memory on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from lightning_convbn import fuse_for_deploy, layers, measure_memory
+from lightning_convbn.functional import ConvSpec, fold_conv_bn, folded_conv
+from lightning_convbn.memory import MIB, count_saved_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = [
+    "resnet18",
+    "resnet50",
+    "resnet101",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+    "vgg16_bn",
+    "densenet121",
+    "googlenet",
+    "inception_v3",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "mnasnet1_0",
+    "shufflenet_v2_x1_0",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "regnet_y_400mf",
+]
+SIZES = [(1, 64), (1, 224), (8, 224)]  # batch, pixels
+README_NAMES = ["resnet50", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "densenet121"]
+COLUMNS = {
+    "eval": "Eval",
+    "tune_by_autograd": "Tune by autograd",
+    "tune": "**Tune**",
+    "deploy": "Deploy copy",
+}
+
+
+def main() -> None:
+    """Count, write the JSON, write the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    rows = [row for name in NAMES for row in count(name)]
+    report = {
+        "command": "python examples/memory_table.py",
+        "unit": "MiB kept for backward by one forward, float32, parameters and buffers excluded",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+        "rows": rows,
+    }
+    out = ROOT / "docs" / "benchmarks"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "memory.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "memory.md").write_text(as_markdown(rows))
+    readme = ROOT / "README.md"
+    readme.write_text(with_table(readme.read_text(), rows))
+    print(f"wrote {out / 'memory.json'}, {out / 'memory.md'} and the table in {readme}")
+
+
+def count(name: str) -> Iterator[dict[str, Any]]:
+    """Yield a row per input size of one classifier."""
+    arguments = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(name, weights=None, **arguments).eval()
+    fused = fuse_for_deploy(model)
+    for batch, pixels in SIZES:
+        pixels = max(pixels, 96) if name == "inception_v3" else pixels  # it takes nothing smaller
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            images = torch.empty(batch, 3, pixels, pixels)
+            kept = {mode: measure_memory(model, images, mode=mode).saved_bytes for mode in ("eval", "tune")}
+            with folding_by_autograd():
+                kept["tune_by_autograd"] = measure_memory(model, images, mode="tune").saved_bytes
+            kept["deploy"] = count_saved_bytes(fused, images)
+        print(name, batch, pixels, {mode: round(size / MIB, 2) for mode, size in kept.items()}, flush=True)
+        mib = {mode: round(kept[mode] / MIB, 3) for mode in COLUMNS}
+        yield {"model": name, "batch": batch, "pixels": pixels, **mib}
+
+
+@contextmanager
+def folding_by_autograd() -> Iterator[None]:
+    """Leave the fold of Tune mode to autograd, which then keeps every folded weight: the published way."""
+
+    def conv_bn(
+        input: Tensor,
+        weight: nn.Parameter,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        spec: ConvSpec | None,
+    ) -> Tensor:
+        return folded_conv(input, *fold_conv_bn(weight, bias, gamma, beta, mean, var, eps), spec)
+
+    with mock.patch.object(layers, "conv_bn", conv_bn):
+        yield
+
+
+def as_markdown(rows: list[dict[str, Any]]) -> str:
+    """Draw the page of the docs."""
+    lines = [
+        "# Memory kept for the backward pass",
+        "",
+        "MiB that one forward pass keeps for the backward pass, in float32, parameters and buffers excluded. Written by",
+        "`python examples/memory_table.py`, which counts; nothing here is estimated. *Tune by autograd* leaves the",
+        "folding to autograd, which keeps every folded weight, as the published implementations do. *Deploy copy* is the",
+        "trainable copy that `fuse_for_deploy` makes: the floor of any method that keeps the convolutions' inputs.",
+    ]
+    for batch, pixels in SIZES:
+        chosen = [row for row in rows if row["batch"] == batch and (row["pixels"] == 224) == (pixels == 224)]
+        lines += ["", f"## Batch {batch}, {pixels} px", "", *table(chosen, pixels)]
+    return "\n".join(lines) + "\n"
+
+
+def with_table(readme: str, rows: list[dict[str, Any]]) -> str:
+    """Put a few of the rows between the marks in the README."""
+    before, mark, rest = readme.partition("<!-- memory -->\n")
+    _, end, after = rest.partition("<!-- /memory -->\n")
+    chosen = [row for row in rows if row["model"] in README_NAMES and (row["batch"], row["pixels"]) == (8, 224)]
+    return "".join([before, mark, "\n".join(table(chosen, 224)), "\n", end, after])
+
+
+def table(rows: list[dict[str, Any]], pixels: int) -> list[str]:
+    """Draw one table; a model that takes no image so small says what it was given."""
+    lines = ["| model | " + " | ".join(COLUMNS.values()) + " | Tune / Deploy | saved against Eval |"]
+    lines.append("|---|" + "---:|" * (len(COLUMNS) + 2))
+    for row in rows:
+        name = row["model"] if row["pixels"] == pixels else f"{row['model']} ({row['pixels']} px)"
+        cells = [f"{row[mode]:.1f}" for mode in COLUMNS]
+        cells += [f"{row['tune'] / row['deploy']:.3f}", f"{100 * (1 - row['tune'] / row['eval']):.0f} %"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
