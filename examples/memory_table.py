@@ -2,8 +2,8 @@
 
     python examples/memory_table.py
 
-writes `docs/benchmarks/memory.json` and, from it, `docs/benchmarks/memory.md` and the table in `README.md`. The counts are exact and made on tensors
-without data, so that this takes minutes and little memory on any machine.
+writes `docs/benchmarks/memory.json` and, from it, `docs/benchmarks/memory.md` and the table in `README.md`. The counts
+are exact and made on tensors without data, so that this takes minutes and little memory on any machine.
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ NAMES = [
     "regnet_y_400mf",
 ]
 SIZES = [(1, 64), (1, 224), (8, 224)]  # batch, pixels
+INTRODUCTION = """# Memory kept for the backward pass
+
+MiB that one forward pass keeps for the backward pass, in float32, parameters and buffers excluded. Written by
+`python examples/memory_table.py`, which counts; nothing here is estimated. *Tune by autograd* leaves the folding to
+autograd, which keeps every folded weight, as the published implementations do. *Deploy copy* is the trainable copy that
+`fuse_for_deploy` makes: the floor of any method that keeps the convolutions' inputs."""
 README_NAMES = ["resnet50", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "densenet121"]
 COLUMNS = {
     "eval": "Eval",
@@ -119,14 +125,7 @@ def folding_by_autograd() -> Iterator[None]:
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
     """Draw the page of the docs."""
-    lines = [
-        "# Memory kept for the backward pass",
-        "",
-        "MiB that one forward pass keeps for the backward pass, in float32, parameters and buffers excluded. Written by",
-        "`python examples/memory_table.py`, which counts; nothing here is estimated. *Tune by autograd* leaves the",
-        "folding to autograd, which keeps every folded weight, as the published implementations do. *Deploy copy* is the",
-        "trainable copy that `fuse_for_deploy` makes: the floor of any method that keeps the convolutions' inputs.",
-    ]
+    lines = [INTRODUCTION]
     for batch, pixels in SIZES:
         chosen = [row for row in rows if row["batch"] == batch and (row["pixels"] == 224) == (pixels == 224)]
         lines += ["", f"## Batch {batch}, {pixels} px", "", *table(chosen, pixels)]
