@@ -1,5 +1,6 @@
 """Tune mode for Convolution-BatchNorm blocks in PyTorch Lightning (arXiv 2305.11624)."""
 
+from lightning_convbn import third_party  # noqa: F401 - fills the table of supported layers
 from lightning_convbn.callback import ConvBNModeCallback
 from lightning_convbn.export import fuse_for_deploy
 from lightning_convbn.layers import Mode

@@ -70,7 +70,10 @@ def _fold_for_good(model: nn.Module, pair: ConvBNPair) -> None:
     of_bias = any(tensor is not None and tensor.requires_grad for tensor in (conv.bias, gamma, beta))
     conv.weight = nn.Parameter(weight, requires_grad=of_weight)
     conv.bias = nn.Parameter(bias, requires_grad=of_bias or of_weight)
+    kept = [module for name in ("drop", "act") if isinstance(module := getattr(bn, name, None), nn.Module)]
+    kept = [module for module in kept if not isinstance(module, nn.Identity)]
+    rest = nn.Identity() if not kept else kept[0] if len(kept) == 1 else nn.Sequential(*kept)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is bn:
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, nn.Identity())
+            setattr(model.get_submodule(parent), attribute, rest)

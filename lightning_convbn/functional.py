@@ -125,6 +125,9 @@ def conv_bn(
     """
     dtype = compute_dtype(input, weight)
     rstd = _rstd(running_var, eps, fold_dtype(weight))
+    if gamma is not None and not gamma.requires_grad:
+        # A constant scale needs no tensor of its own; it may be a buffer (FrozenBatchNorm2d) that DDP writes in place.
+        rstd, gamma = rstd * gamma, None
     mean, guard = _borrowed(running_mean, running_var, eps)
     input = _cast(input, weight, dtype)
     if forward_ad._current_level >= 0:  # torch.compile refuses a Function with a jvp of its own

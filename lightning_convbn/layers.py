@@ -44,11 +44,14 @@ class Affine(NamedTuple):
 
 
 def affine_of(bn: nn.Module) -> Affine:
-    """Read the affine map of a BatchNorm with running statistics."""
+    """Read the affine map of a BatchNorm with running statistics.
+
+    DETR-like models in transformers have a FrozenBatchNorm2d that writes its epsilon, 1e-5, into its forward.
+    """
     norm = cast(nn.BatchNorm2d, bn)
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    return Affine(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+    return Affine(norm.weight, norm.bias, norm.running_mean, norm.running_var, getattr(norm, "eps", 1e-5))
 
 
 class ConvBNLayer(nn.Module):
@@ -65,9 +68,9 @@ class ConvBNLayer(nn.Module):
         raise TypeError(f"{type(self).__name__} needs a geometry")
 
     def plain_forward(self, input: Tensor, output_size: Sequence[int] | None) -> Tensor:
-        """Run the plain layer."""
+        """Run the layer as it was found."""
         arguments = () if output_size is None else (output_size,)
-        output: Tensor = super().forward(input, *arguments)
+        output: Tensor = plain_class(self).forward(self, input, *arguments)
         return output
 
     def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
@@ -343,14 +346,18 @@ class ConvLayer:
 
 @dataclass(frozen=True)
 class NormLayer:
-    """A row of the table: what a plain BatchNorm becomes, and the dimensions its input may have."""
+    """A row of the table: what a plain BatchNorm becomes, and the dimensions its input may have.
 
-    eval: type[EvalNorm]
+    ``eval`` is None for a BatchNorm that is always frozen: it stays what it is.
+    """
+
+    eval: type[EvalNorm] | None
     folded: type[FoldedNorm]
     dims: frozenset[int]
 
 
-CONV_LAYERS: dict[type[nn.Module], ConvLayer] = {
+# Keys are exact classes, or their qualified names where importing a package just to name its class would be too much.
+CONV_LAYERS: dict[type[nn.Module] | str, ConvLayer] = {
     nn.Conv1d: ConvLayer(TuneConv1d, DeployConv1d),
     nn.Conv2d: ConvLayer(TuneConv2d, DeployConv2d),
     nn.Conv3d: ConvLayer(TuneConv3d, DeployConv3d),
@@ -360,7 +367,7 @@ CONV_LAYERS: dict[type[nn.Module], ConvLayer] = {
     nn.Linear: ConvLayer(TuneLinear, DeployLinear),
 }
 
-NORM_LAYERS: dict[type[nn.Module], NormLayer] = {
+NORM_LAYERS: dict[type[nn.Module] | str, NormLayer] = {
     nn.BatchNorm1d: NormLayer(EvalBatchNorm1d, FoldedBatchNorm1d, frozenset({2, 3})),
     nn.BatchNorm2d: NormLayer(EvalBatchNorm2d, FoldedBatchNorm2d, frozenset({4})),
     nn.BatchNorm3d: NormLayer(EvalBatchNorm3d, FoldedBatchNorm3d, frozenset({5})),
@@ -379,14 +386,34 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return type(module) if swap is None else swap.plain
 
 
+def class_name(module: nn.Module) -> str:
+    """The name of the class of a module as it was found."""
+    return plain_class(module).__name__
+
+
 def conv_layer(module: nn.Module) -> ConvLayer | None:
     """The table's row of a convolution: of its exact class, a subclass may compute something else."""
-    return CONV_LAYERS.get(plain_class(module))
+    cls = plain_class(module)
+    return CONV_LAYERS.get(cls) or CONV_LAYERS.get(_qualified_name(cls))
 
 
 def norm_layer(module: nn.Module) -> NormLayer | None:
-    """The table's row of a BatchNorm: of its exact class, a subclass may compute something else."""
-    return NORM_LAYERS.get(plain_class(module))
+    """The table's row of a BatchNorm: of its exact class, a subclass may compute something else.
+
+    A ``FrozenBatchNorm2d`` of any package is recognised by its buffers: there are as many of them as detectors.
+    """
+    cls = plain_class(module)
+    row = NORM_LAYERS.get(cls) or NORM_LAYERS.get(_qualified_name(cls))
+    if row is None and cls.__name__.endswith("FrozenBatchNorm2d") and module._buffers.keys() == set(Affine._fields[:4]):
+        row = NORM_LAYERS[FROZEN]
+    return row
+
+
+def _qualified_name(cls: type[nn.Module]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+FROZEN = "FrozenBatchNorm2d"  # the row of every class of this name
 
 
 def is_norm(module: nn.Module) -> bool:

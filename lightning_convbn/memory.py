@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_convbn.layers import Mode
 from lightning_convbn.modes import conv_bn_mode
 from lightning_convbn.pairs import ConvBNPairs
+from lightning_convbn.state import state_kept
 
 MIB = 2**20
 
@@ -142,34 +142,6 @@ class _StorageLedger(TorchDispatchMode):
 
     def bytes_alive(self) -> int:
         return sum((size for reference, size in self._allocated.values() if not reference.expired()), 0)
-
-
-@contextmanager
-def state_kept(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Put random state and buffers back: a forward pass in Train mode moves both.
-
-    Autocast's cache is off meanwhile: a weight that it casts without gradients, or as a FakeTensor, would stay in use.
-    """
-    tensors = [leaf for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)]
-    devices = {tensor.device for tensor in (*tensors, *model.parameters()) if tensor.device.type == "cuda"}
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[device.index or 0 for device in devices]))
-        caching = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)
-        try:
-            yield
-        finally:
-            torch.set_autocast_cache_enabled(caching)
-            with torch.no_grad():
-                for module, name, buffer, copy in buffers:
-                    module._buffers[name] = buffer
-                    buffer.copy_(copy)
 
 
 def _peak_allocated_bytes(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

@@ -176,10 +176,11 @@ def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs) -> None:
                 restore_class(module)
             elif conv_of_bn is None:
                 reason = pairs.unpaired.get(name, "is in none of the pairs given")
-                swap_class(module, None if row is None else row.eval, mode, reason=reason)
+                swap_class(module, None if row is None else row.eval or plain_class(module), mode, reason=reason)
             else:
                 assert row is not None
-                swap_class(module, row.eval if mode == "eval" else row.folded, mode, conv=conv_of_bn)
+                frozen = row.eval or plain_class(module)
+                swap_class(module, frozen if mode == "eval" else row.folded, mode, conv=conv_of_bn)
         elif swap_of(module) is not None:
             swap_class(module, plain_class(module), mode)
     if mode != "eval":

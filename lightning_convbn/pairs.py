@@ -1,27 +1,25 @@
 """Which convolution and BatchNorm form a pair that may be folded: the proof from data flow.
 
-A pair is folded only when a symbolic trace of the model shows the convolution's output going into that BatchNorm and
-nowhere else, with each of the two called once. Everything else is listed with its reason. What does not trace as a
-whole (control flow, say) is traced child by child.
+A pair is folded only when it is proven that the convolution's output goes into that BatchNorm and nowhere else, with
+each of the two called once: by a symbolic trace of the model, by the recorded data flow of one forward pass, or both.
+Everything else is listed with its reason.
 """
 
 from __future__ import annotations
 
-import inspect
-import random
-import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import NamedTuple, cast, overload
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast, overload
 
 import torch
-from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from lightning_convbn.layers import conv_layer, is_norm, norm_layer, plain_class, swap_of
+from lightning_convbn.flow import DataFlow
+from lightning_convbn.layers import class_name, conv_layer, is_norm, norm_layer, swap_of
+from lightning_convbn.recording import record_data_flow
+from lightning_convbn.tracing import trace_data_flow
 
 NO_STATISTICS = "has no running statistics, so it always normalises with the batch's"
 UNTRAINED = "was never trained (mean 0, variance 1)"
@@ -124,15 +122,17 @@ def _abbreviated(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
-def find_conv_bn_pairs(model: nn.Module) -> ConvBNPairs:
+def find_conv_bn_pairs(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> ConvBNPairs:
     """Find every convolution and BatchNorm of a model that may be folded, and say why the others may not.
 
     The model is traced symbolically in the train or eval state that it is in; no data, no gradient, no randomness is
     used up and the model is left as it was, in whatever mode it is. In a module that can't be traced its children are
-    traced one by one, with the default values of their optional arguments.
+    traced one by one, with the default values of their optional arguments. With ``example_inputs`` the data flow of one
+    forward pass is recorded as well: what can't be traced is proven by it, and where both speak they must agree.
 
     Args:
         model: Any module, plain or converted by `set_mode`.
+        example_inputs: Positional arguments of its forward, for the recording.
 
     Returns:
         The pairs, with every other BatchNorm's reason in ``.unpaired``.
@@ -145,7 +145,17 @@ def find_conv_bn_pairs(model: nn.Module) -> ConvBNPairs:
         folded  1          into 0
         frozen  3          its input comes from `2` (ReLU), not from a convolution
     """
-    flow = _DataFlow(model)
+    traced = trace_data_flow(model)
+    recorded = None if example_inputs is None else record_data_flow(model, example_inputs, {})
+    return _proven(model, traced, recorded)
+
+
+def find_recorded_pairs(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> ConvBNPairs:
+    """Find pairs as `find_conv_bn_pairs` does, with the positional and keyword arguments of one forward pass."""
+    return _proven(model, trace_data_flow(model), record_data_flow(model, inputs, kwargs))
+
+
+def _proven(model: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> ConvBNPairs:
     pairs: list[ConvBNPair] = []
     unpaired: dict[str, str] = {}
     left: list[str] = []
@@ -157,12 +167,29 @@ def find_conv_bn_pairs(model: nn.Module) -> ConvBNPairs:
             unpaired[name] = reason
             left.append(name)
             continue
-        found = flow.partner(bn)
+        found = _partner(model, bn, traced, recorded)
+        if not isinstance(found, str):
+            found = mismatch(found, bn, traced.names[found]) or found
         if isinstance(found, str):
             unpaired[name] = found
         else:
-            pairs.append(ConvBNPair(flow.names[found], name))
+            pairs.append(ConvBNPair(traced.names[found], name))
     return ConvBNPairs(pairs, unpaired, left)
+
+
+def _partner(model: nn.Module, bn: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> nn.Module | str:
+    """Return the convolution that every prover which has seen ``bn`` finds in front of it, or the reason for none."""
+    never = f"is never called by the model's forward in its {'training' if model.training else 'eval'} state"
+    by_trace = traced.partner(bn)
+    by_record = None if recorded is None else recorded.partner(bn)
+    if by_trace is None:
+        if recorded is None:
+            return traced.unseen.get(bn, never)
+        return by_record or never
+    if recorded is None or isinstance(by_trace, str) or by_trace is by_record:
+        return by_trace
+    seen = by_record if isinstance(by_record, str) else "is never called" if by_record is None else "is another pair"
+    return f"the trace and the recorded pass disagree: by the trace a pair, but in the pass it {seen}"
 
 
 def find_untrained(model: nn.Module) -> list[str]:
@@ -170,7 +197,7 @@ def find_untrained(model: nn.Module) -> list[str]:
     return [
         name
         for name, bn in model.named_modules()
-        if is_norm(bn)
+        if isinstance(bn, _BatchNorm)
         and statistics_missing(bn) is None
         and not bool(torch.count_nonzero(bn.get_buffer("running_mean")))
         and bool((bn.get_buffer("running_var") == 1).all())
@@ -194,144 +221,15 @@ def mismatch(conv: nn.Module, bn: nn.Module, conv_name: str) -> str | None:
     """Say why two modules can't be folded whatever the data flow; None if they can."""
     conv_row, norm_row = conv_layer(conv), norm_layer(bn)
     if conv_row is None:
-        return f"`{conv_name}` is a {_class_name(conv)}, which is not in the table of supported layers"
+        return f"`{conv_name}` is a {class_name(conv)}, which is not in the table of supported layers"
     if norm_row is None:
-        return f"is a {_class_name(bn)}, which is not in the table of supported layers"
+        return f"is a {class_name(bn)}, which is not in the table of supported layers"
     if conv_row.dims not in norm_row.dims:
-        return f"`{conv_name}` ({_class_name(conv)}) does not give a {_class_name(bn)} the input it wants"
+        return f"`{conv_name}` ({class_name(conv)}) does not give a {class_name(bn)} the input it wants"
     channels: int = conv.out_features if isinstance(conv, nn.Linear) else cast(nn.Conv2d, conv).out_channels
     if channels != bn.get_buffer("running_mean").numel():
         return f"`{conv_name}` gives {channels} channels, not the {bn.get_buffer('running_mean').numel()} that it has"
     return None
-
-
-def _class_name(module: nn.Module) -> str:
-    return plain_class(module).__name__
-
-
-class _Tracer(fx.Tracer):
-    """Symbolic tracing that stops at every convolution and BatchNorm, of whatever subclass."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaf = is_norm(m) or isinstance(m, (_ConvNd, nn.Linear)) or conv_layer(m) is not None
-        return leaf or super().is_leaf_module(m, module_qualified_name)
-
-
-@dataclass
-class _Call:
-    """One call of a module in a traced region."""
-
-    region: nn.Module
-    node: fx.Node
-
-
-@dataclass
-class _DataFlow:
-    """Every call of a model's convolutions and BatchNorms, and what could not be traced."""
-
-    model: nn.Module
-    names: dict[nn.Module, str] = field(init=False)
-    calls: dict[nn.Module, list[_Call]] = field(init=False)
-    untraced: dict[nn.Module, str] = field(init=False)  # a module -> why the nearest module around it does not trace
-
-    def __post_init__(self) -> None:
-        self.names = {module: name for name, module in self.model.named_modules()}
-        self.calls = defaultdict(list)
-        self.untraced = {}
-        with _left_as_found(self.model):
-            self._trace(self.model, "")
-
-    def _trace(self, module: nn.Module, why: str) -> None:
-        if is_norm(module):
-            self.untraced.setdefault(module, why)
-            return
-        if not any(is_norm(child) for child in module.modules()):
-            return
-        try:
-            graph = _Tracer(param_shapes_constant=True).trace(module, _defaults(module))
-        except Exception as error:  # a user's forward may raise anything when it is given proxies
-            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-                name = self.names[module] or "the model"
-                why = f"`{name}` ({_class_name(module)}) can't be traced: {_first_line(error)}"
-            for child in module.children():
-                self._trace(child, why)
-            return
-        for node in graph.nodes:
-            if node.op == "call_module":
-                self.calls[module.get_submodule(str(node.target))].append(_Call(module, node))
-
-    def partner(self, bn: nn.Module) -> nn.Module | str:
-        """Return the convolution that ``bn`` may be folded into, or the reason why there is none."""
-        calls = self.calls[bn]
-        if not calls:
-            state = "training" if self.model.training else "eval"
-            return self.untraced.get(bn) or f"is never called by the model's forward in its {state} state"
-        if len(calls) > 1:
-            return f"is called {len(calls)} times"
-        region, node = calls[0].region, calls[0].node
-        source = node.all_input_nodes[0]
-        if source.op != "call_module":
-            return f"its input comes from {_described(source)}, not from a convolution"
-        conv = region.get_submodule(str(source.target))
-        name = self.names[conv]
-        if conv_layer(conv) is None and not isinstance(conv, (_ConvNd, nn.Linear)):
-            return f"its input comes from `{name}` ({_class_name(conv)}), not from a convolution"
-        if len(self.calls[conv]) > 1:
-            return f"its convolution `{name}` is called {len(self.calls[conv])} times"
-        others = [user for user in source.users if user is not node and _reads_values(user)]
-        if others:
-            return f"the output of its convolution `{name}` is also used by {_described(others[0])}"
-        return mismatch(conv, bn, name) or conv
-
-
-@contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Undo what a traced forward does on the way: attributes it sets, random numbers it draws, warnings it gives."""
-    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
-    state = random.getstate()
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        random.setstate(state)
-        for module, found in attributes:
-            module.__dict__.clear()
-            module.__dict__.update(found)
-
-
-def _defaults(module: nn.Module) -> dict[str, object]:
-    """Trace with optional arguments at their defaults: a proxy in their place would choose other branches."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
-
-
-def _reads_values(node: fx.Node) -> bool:
-    """Whether a consumer reads more of a tensor than folding leaves unchanged: its shape, dtype and device."""
-    if node.op == "call_method":
-        return node.target not in ("size", "dim", "ndimension")
-    return not (node.op == "call_function" and node.target is getattr and node.args[1] in _METADATA)
-
-
-_METADATA = ("shape", "ndim", "dtype", "device")
-
-
-def _described(node: fx.Node) -> str:
-    match node.op:
-        case "placeholder":
-            return f"the argument `{node.target}` of forward"
-        case "output":
-            return "the caller, as it is returned"
-        case "get_attr":
-            return f"the attribute `{node.target}`"
-        case "call_function":
-            return f"`{getattr(node.target, '__name__', node.target)}`"
-        case _:
-            return f"`{node.target}`"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def pairs_in_force(model: nn.Module) -> ConvBNPairs | None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_convbn.layers import Mode
-from lightning_convbn.memory import state_kept
 from lightning_convbn.modes import conv_bn_mode
 from lightning_convbn.pairs import ConvBNPairs
+from lightning_convbn.state import state_kept
 
 # Relative deviation that rounding may cause. Measured on torchvision's classifiers: below 1e-5 in float32 and 4e-2 in
 # bfloat16, while a pair that is folded wrongly moves the output by 0.3 and more.

@@ -1,0 +1,61 @@
+"""What a forward pass does with the outputs of convolutions: the form in which both provers state what they saw."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_convbn.layers import class_name, conv_layer, is_norm
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is a convolution or a BatchNorm, of whatever class: the provers don't look inside."""
+    return is_norm(module) or isinstance(module, (_ConvNd, nn.Linear)) or conv_layer(module) is not None
+
+
+@dataclass
+class DataFlow:
+    """Where the inputs of BatchNorms come from, and where the outputs of convolutions go.
+
+    Attributes:
+        names: Qualified name of every module.
+        calls: How often each convolution and BatchNorm is called.
+        sources: For each call of a BatchNorm, the module whose output it gets, or a description of what else.
+        users: For each convolution, a description of whatever uses its output, BatchNorms excepted.
+        norms: For each convolution, the BatchNorms that its output goes to.
+        unseen: For each BatchNorm that could not be observed, why.
+    """
+
+    names: dict[nn.Module, str]
+    calls: dict[nn.Module, int] = field(default_factory=lambda: defaultdict(int))
+    sources: dict[nn.Module, list[nn.Module | str]] = field(default_factory=lambda: defaultdict(list))
+    users: dict[nn.Module, list[str]] = field(default_factory=lambda: defaultdict(list))
+    norms: dict[nn.Module, list[nn.Module]] = field(default_factory=lambda: defaultdict(list))
+    unseen: dict[nn.Module, str] = field(default_factory=dict)
+
+    def partner(self, bn: nn.Module) -> nn.Module | str | None:
+        """Return the convolution in front of a BatchNorm, or why there is none; None if ``bn`` was never called."""
+        if not self.calls[bn]:
+            return None
+        if self.calls[bn] > 1:
+            return f"is called {self.calls[bn]} times"
+        source = self.sources[bn][0]
+        if isinstance(source, str):
+            return f"its input comes from {source}, not from a convolution"
+        name = self.names[source]
+        if not is_leaf(source) or is_norm(source):
+            return f"its input comes from `{name}` ({class_name(source)}), not from a convolution"
+        if self.calls[source] > 1:
+            return f"its convolution `{name}` is called {self.calls[source]} times"
+        others = [*self.users[source], *(f"`{self.names[norm]}`" for norm in self.norms[source] if norm is not bn)]
+        if others:
+            return f"the output of its convolution `{name}` is also used by {_first(others)}"
+        return source
+
+
+def _first(others: Iterable[str]) -> str:
+    return next(iter(others))

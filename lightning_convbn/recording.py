@@ -1,0 +1,119 @@
+"""The second prover: the data flow of one real forward pass, for models that can't be traced.
+
+Convolutions and BatchNorms are watched by hooks, everything between them by a torch function mode. A tensor that a
+convolution has put out is followed by identity: whichever torch function takes it as an argument uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves
+
+from lightning_convbn.flow import DataFlow, is_leaf
+from lightning_convbn.layers import is_norm
+from lightning_convbn.state import state_kept
+from lightning_convbn.tracing import METADATA
+
+
+def record_data_flow(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> DataFlow:
+    """Run one forward pass without gradients and take down its data flow.
+
+    Args:
+        model: Any module, plain or converted; what it computes does not matter, only what goes where.
+        inputs: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+    """
+    flow = DataFlow({module: name for name, module in model.named_modules()})
+    recorder = _Recorder(flow)
+    with torch.no_grad(), state_kept(model, inputs, kwargs), recorder.watching(model), recorder:
+        output = model.forward(*inputs, **kwargs)
+    recorder.returned(output)
+    return flow
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, flow: DataFlow) -> None:
+        super().__init__()
+        self._flow = flow
+        self._origin: dict[int, tuple[Tensor, nn.Module]] = {}  # holds the tensors, so that no id is used twice
+        self._inside = 0  # how many watched modules are running
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Hook every convolution and BatchNorm of a model, and whatever else puts out what a BatchNorm takes."""
+        with ExitStack() as stack:
+            for module in model.modules():
+                if is_leaf(module):
+                    before = module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
+                    after = module.register_forward_hook(self._leave, always_call=True)
+                    stack.callback(before.remove)
+                    stack.callback(after.remove)
+            yield
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._inside == 0:
+            self._flow.calls[module] += 1
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            for tensor in given:
+                conv = self._origin_of(tensor)
+                if conv is not None and is_norm(module):
+                    self._flow.norms[conv].append(module)
+                elif conv is not None:
+                    self._flow.users[conv].append(f"`{self._flow.names[module]}`")
+            if is_norm(module):
+                source = self._origin_of(given[0]) if given else None
+                self._flow.sources[module].append("something else" if source is None else source)
+        self._inside += 1
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor) and self._inside == 1:
+            if not is_norm(module):
+                self._origin[id(output)] = output, module
+            elif self._origin_of(output) is not None:
+                output = output.detach()  # a folded BatchNorm returns what it was given: tell the two apart
+        self._inside -= 1
+        return output
+
+    def _origin_of(self, tensor: Tensor) -> nn.Module | None:
+        return self._origin[id(tensor)][1] if id(tensor) in self._origin else None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._inside == 0:
+            name = _name(func)
+            shape_only = 1 if name in ("reshape_as", "view_as", "expand_as") else None
+            if name not in _READS_METADATA:
+                for position, argument in enumerate((*args, *kwargs.values())):
+                    if position == shape_only:
+                        continue
+                    for leaf in tree_leaves(argument):
+                        conv = self._origin_of(leaf) if isinstance(leaf, Tensor) else None
+                        if conv is not None:
+                            self._flow.users[conv].append(f"`{name}`")
+        return func(*args, **kwargs)
+
+    def returned(self, output: Any) -> None:
+        """Note what of the output comes straight from a convolution."""
+        for leaf in tree_leaves(output):
+            conv = self._origin_of(leaf) if isinstance(leaf, Tensor) else None
+            if conv is not None:
+                self._flow.users[conv].append("the caller, as it is returned")
+
+
+_READS_METADATA = {*METADATA, "size", "dim", "ndimension", "is_floating_point", "is_cuda", "requires_grad", "is_nested"}
+
+
+def _name(func: Callable[..., Any]) -> str:
+    """The name of a function, or of the attribute that a getter reads."""
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__"):
+        return str(getattr(getattr(func, "__self__", None), "__name__", name))
+    return name or str(resolve_name(func))

@@ -1,0 +1,100 @@
+"""The first prover: symbolic tracing, which needs no data and sees every path that does not depend on data."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import fx, nn
+
+from lightning_convbn.flow import DataFlow, is_leaf
+from lightning_convbn.layers import class_name, is_norm
+from lightning_convbn.state import left_as_found
+
+METADATA = ("shape", "ndim", "dtype", "device")  # what folding leaves unchanged in a convolution's output
+
+
+def trace_data_flow(model: nn.Module) -> DataFlow:
+    """Trace a model in the train or eval state that it is in; where a module does not trace, trace its children."""
+    flow = DataFlow({module: name for name, module in model.named_modules()})
+    with left_as_found(model):
+        _trace(model, flow, "")
+    return flow
+
+
+class _Tracer(fx.Tracer):
+    """Symbolic tracing that stops at every convolution and BatchNorm, of whatever subclass."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # An Identity is looked through: what it returns is the very tensor that it was given.
+        return is_leaf(m) or (type(m) is not nn.Identity and super().is_leaf_module(m, module_qualified_name))
+
+
+def _trace(module: nn.Module, flow: DataFlow, why: str) -> None:
+    if is_norm(module):
+        flow.unseen.setdefault(module, why)
+        return
+    if not any(is_norm(child) for child in module.modules()):
+        return
+    try:
+        graph = _Tracer(param_shapes_constant=True).trace(module, _defaults(module))
+    except Exception as error:  # a user's forward may raise anything when it is given proxies
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            name = flow.names[module] or "the model"
+            why = f"`{name}` ({class_name(module)}) can't be traced: {_first_line(error)}"
+        for child in module.children():
+            _trace(child, flow, why)
+        return
+    for node in graph.nodes:
+        if node.op == "call_module":
+            _take_down(module, node, flow)
+
+
+def _take_down(region: nn.Module, node: fx.Node, flow: DataFlow) -> None:
+    """Note one call of a module in a traced region."""
+    module = region.get_submodule(str(node.target))
+    flow.calls[module] += 1
+    if is_norm(module):
+        source = node.all_input_nodes[0]
+        flow.sources[module].append(
+            region.get_submodule(str(source.target)) if source.op == "call_module" else _described(source)
+        )
+    else:
+        for user in node.users:
+            consumer = region.get_submodule(str(user.target)) if user.op == "call_module" else None
+            if consumer is not None and is_norm(consumer):
+                flow.norms[module].append(consumer)
+            elif _reads_values(user, node):
+                flow.users[module].append(_described(user))
+
+
+def _defaults(module: nn.Module) -> dict[str, object]:
+    """Trace with optional arguments at their defaults: a proxy in their place would choose other branches."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+
+
+def _reads_values(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a consumer reads more of a tensor than folding leaves unchanged."""
+    if user.op == "call_method":
+        return user.target not in ("size", "dim", "ndimension") and not (
+            user.target in ("reshape_as", "view_as", "expand_as") and user.args[0] is not node
+        )
+    return not (user.op == "call_function" and user.target is getattr and user.args[1] in METADATA)
+
+
+def _described(node: fx.Node) -> str:
+    match node.op:
+        case "placeholder":
+            return f"the argument `{node.target}` of forward"
+        case "output":
+            return "the caller, as it is returned"
+        case "get_attr":
+            return f"the attribute `{node.target}`"
+        case "call_function":
+            return f"`{getattr(node.target, '__name__', node.target)}`"
+        case _:
+            return f"`{node.target}`"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
