@@ -12,7 +12,7 @@ from torch import nn
 from lightning_convbn.layers import Mode, is_norm
 from lightning_convbn.memory import MIB
 from lightning_convbn.modes import check_mode
-from lightning_convbn.pairs import UNTRAINED
+from lightning_convbn.reasons import UNTRAINED
 from lightning_convbn.target import Target
 
 if TYPE_CHECKING:

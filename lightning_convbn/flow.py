@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_convbn import reasons
 from lightning_convbn.layers import class_name, conv_layer, is_norm
 
 
@@ -42,20 +42,16 @@ class DataFlow:
         if not self.calls[bn]:
             return None
         if self.calls[bn] > 1:
-            return f"is called {self.calls[bn]} times"
+            return reasons.CALLED_OFTEN.format(count=self.calls[bn])
         source = self.sources[bn][0]
         if isinstance(source, str):
-            return f"its input comes from {source}, not from a convolution"
+            return reasons.NO_CONVOLUTION.format(source=source)
         name = self.names[source]
         if not is_leaf(source) or is_norm(source):
-            return f"its input comes from `{name}` ({class_name(source)}), not from a convolution"
+            return reasons.NO_CONVOLUTION.format(source=f"`{name}` ({class_name(source)})")
         if self.calls[source] > 1:
-            return f"its convolution `{name}` is called {self.calls[source]} times"
+            return reasons.SHARED_CONVOLUTION.format(conv=name, count=self.calls[source])
         others = [*self.users[source], *(f"`{self.names[norm]}`" for norm in self.norms[source] if norm is not bn)]
         if others:
-            return f"the output of its convolution `{name}` is also used by {_first(others)}"
+            return reasons.SECOND_CONSUMER.format(conv=name, user=others[0])
         return source
-
-
-def _first(others: Iterable[str]) -> str:
-    return next(iter(others))

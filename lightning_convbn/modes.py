@@ -8,6 +8,7 @@ from typing import get_args
 
 from torch import nn
 
+from lightning_convbn import reasons
 from lightning_convbn.layers import (
     Mode,
     conv_layer,
@@ -175,7 +176,7 @@ def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs) -> None:
             if name in pairs.left or statistics_missing(module) is not None:
                 restore_class(module)
             elif conv_of_bn is None:
-                reason = pairs.unpaired.get(name, "is in none of the pairs given")
+                reason = pairs.unpaired.get(name, reasons.NOT_GIVEN)
                 swap_class(module, None if row is None else row.eval or plain_class(module), mode, reason=reason)
             else:
                 assert row is not None

@@ -16,14 +16,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from lightning_convbn import reasons
 from lightning_convbn.flow import DataFlow
 from lightning_convbn.layers import class_name, conv_layer, is_norm, norm_layer, swap_of
 from lightning_convbn.recording import record_data_flow
 from lightning_convbn.tracing import trace_data_flow
-
-NO_STATISTICS = "has no running statistics, so it always normalises with the batch's"
-UNTRAINED = "was never trained (mean 0, variance 1)"
-LEFT_ALONE = "was left alone when the model was converted"
 
 
 class ConvBNPair(NamedTuple):
@@ -74,6 +71,12 @@ class ConvBNPairs(Sequence[ConvBNPair]):
     def frozen(self) -> dict[str, str]:
         """Qualified name of every BatchNorm that is frozen but not folded -> why."""
         return {bn: reason for bn, reason in self.unpaired.items() if bn not in self.left}
+
+    @property
+    def untraced(self) -> list[str]:
+        """Qualified names of the BatchNorms that tracing could not reach."""
+        mark = reasons.UNTRACED.rpartition("{cls}")[2].partition("{error}")[0]
+        return [bn for bn, reason in self.frozen.items() if mark in reason]
 
     def unfold(self, bns: Mapping[str, str]) -> ConvBNPairs:
         """Return these pairs without those of the BatchNorms ``bns`` (name -> reason), which stay frozen."""
@@ -179,7 +182,7 @@ def _proven(model: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> Co
 
 def _partner(model: nn.Module, bn: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> nn.Module | str:
     """Return the convolution that every prover which has seen ``bn`` finds in front of it, or the reason for none."""
-    never = f"is never called by the model's forward in its {'training' if model.training else 'eval'} state"
+    never = reasons.NEVER_CALLED.format(state="training" if model.training else "eval")
     by_trace = traced.partner(bn)
     by_record = None if recorded is None else recorded.partner(bn)
     if by_trace is None:
@@ -189,7 +192,7 @@ def _partner(model: nn.Module, bn: nn.Module, traced: DataFlow, recorded: DataFl
     if recorded is None or isinstance(by_trace, str) or by_trace is by_record:
         return by_trace
     seen = by_record if isinstance(by_record, str) else "is never called" if by_record is None else "is another pair"
-    return f"the trace and the recorded pass disagree: by the trace a pair, but in the pass it {seen}"
+    return reasons.DISAGREEMENT.format(seen=seen)
 
 
 def find_untrained(model: nn.Module) -> list[str]:
@@ -211,9 +214,9 @@ def statistics_missing(bn: nn.Module) -> str | None:
     BatchNorms that have them.
     """
     if any(is_lazy(tensor) for tensor in (*bn.parameters(recurse=False), *bn.buffers(recurse=False))):
-        return "is lazy and not initialised yet: run one batch through the model first"
+        return reasons.LAZY
     if getattr(bn, "running_mean", None) is None or getattr(bn, "running_var", None) is None:
-        return NO_STATISTICS
+        return reasons.NO_STATISTICS
     return None
 
 
@@ -221,14 +224,15 @@ def mismatch(conv: nn.Module, bn: nn.Module, conv_name: str) -> str | None:
     """Say why two modules can't be folded whatever the data flow; None if they can."""
     conv_row, norm_row = conv_layer(conv), norm_layer(bn)
     if conv_row is None:
-        return f"`{conv_name}` is a {class_name(conv)}, which is not in the table of supported layers"
+        return reasons.UNKNOWN_CONVOLUTION.format(conv=conv_name, cls=class_name(conv))
     if norm_row is None:
-        return f"is a {class_name(bn)}, which is not in the table of supported layers"
+        return reasons.UNKNOWN_NORM.format(cls=class_name(bn))
     if conv_row.dims not in norm_row.dims:
-        return f"`{conv_name}` ({class_name(conv)}) does not give a {class_name(bn)} the input it wants"
+        return reasons.OTHER_DIMENSIONS.format(conv=conv_name, conv_cls=class_name(conv), cls=class_name(bn))
     channels: int = conv.out_features if isinstance(conv, nn.Linear) else cast(nn.Conv2d, conv).out_channels
-    if channels != bn.get_buffer("running_mean").numel():
-        return f"`{conv_name}` gives {channels} channels, not the {bn.get_buffer('running_mean').numel()} that it has"
+    wanted = bn.get_buffer("running_mean").numel()
+    if channels != wanted:
+        return reasons.OTHER_CHANNELS.format(conv=conv_name, given=channels, wanted=wanted)
     return None
 
 
@@ -245,7 +249,7 @@ def pairs_in_force(model: nn.Module) -> ConvBNPairs | None:
             continue
         swap = swap_of(module)
         if swap is None:
-            unpaired[name] = statistics_missing(module) or LEFT_ALONE
+            unpaired[name] = statistics_missing(module) or reasons.LEFT_ALONE
             left.append(name)
         elif swap.conv is None or swap.conv[0] not in names:
             unpaired[name] = swap.reason

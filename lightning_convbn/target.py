@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_convbn.layers import Mode
 from lightning_convbn.memory import MIB, measure_memory_abstractly
-from lightning_convbn.modes import set_mode
-from lightning_convbn.pairs import UNTRAINED, ConvBNPairs, find_conv_bn_pairs, find_untrained
+from lightning_convbn.modes import get_mode, set_mode
+from lightning_convbn.pairs import ConvBNPairs, find_conv_bn_pairs, find_recorded_pairs, find_untrained
+from lightning_convbn.reasons import UNTRAINED
 from lightning_convbn.verify import Verification, verify_pairs
 
 
@@ -53,7 +54,7 @@ class Target:
         if mode != "train" and not self._frozen_before:
             self._frozen_before = True
             self.untrained = [] if freeze_untrained else find_untrained(self.module)
-        self._switch(mode, self.pairs().leave(dict.fromkeys(self.untrained, UNTRAINED)))
+        self._switch(mode, self._pairs_to_train())
 
     def evaluate_in(self, mode: Mode) -> None:
         """Switch to the mode that evaluation runs in, where every BatchNorm uses its running statistics."""
@@ -70,6 +71,9 @@ class Target:
         if state not in self._found:
             self._found[state] = find_conv_bn_pairs(self.module)
         return self._found[state].unfold(self.wrong)
+
+    def _pairs_to_train(self) -> ConvBNPairs:
+        return self.pairs().leave(dict.fromkeys(self.untrained, UNTRAINED))
 
     def _switch(self, mode: Mode, pairs: ConvBNPairs) -> None:
         set_mode(self.module, mode, pairs=pairs)
@@ -93,11 +97,15 @@ class Target:
     def inspect(self, inputs: tuple[Any, ...], kwargs: dict[str, Any], *, verify: bool, measure: bool) -> None:
         """Verify the pairs in force on real inputs and count what Eval and Tune mode keep for the backward pass.
 
-        Pairs that differ from Eval mode are unfolded. Running out of memory here is noted and not raised.
+        What could not be traced is proven first, by recording the data flow of these inputs. Pairs that differ from
+        Eval mode are unfolded. Running out of memory here is noted and not raised.
         """
         self.inspected = True
-        pairs = self._in_force
         try:
+            if self._in_force.untraced:
+                self._found[self.module.training] = find_recorded_pairs(self.module, inputs, kwargs)
+                self._switch(get_mode(self.module), self._pairs_to_train())
+            pairs = self._in_force
             if verify and len(pairs):
                 self.verification = verify_pairs(self.module, pairs, inputs, kwargs)
                 if self.verification.wrong:

@@ -6,6 +6,7 @@ import inspect
 
 from torch import fx, nn
 
+from lightning_convbn import reasons
 from lightning_convbn.flow import DataFlow, is_leaf
 from lightning_convbn.layers import class_name, is_norm
 from lightning_convbn.state import left_as_found
@@ -40,7 +41,7 @@ def _trace(module: nn.Module, flow: DataFlow, why: str) -> None:
     except Exception as error:  # a user's forward may raise anything when it is given proxies
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             name = flow.names[module] or "the model"
-            why = f"`{name}` ({class_name(module)}) can't be traced: {_first_line(error)}"
+            why = reasons.UNTRACED.format(name=name, cls=class_name(module), error=_first_line(error))
         for child in module.children():
             _trace(child, flow, why)
         return

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_convbn import reasons
 from lightning_convbn.layers import Mode
 from lightning_convbn.modes import conv_bn_mode
 from lightning_convbn.pairs import ConvBNPairs
@@ -62,9 +63,9 @@ def verify_pairs(
     for pair in pairs:
         alone = deviation(pairs.unfold({other.bn: "" for other in pairs if other is not pair}))
         if not alone <= tolerance:
-            wrong[pair.bn] = f"folded, it changed the output by {alone:.1e}"
+            wrong[pair.bn] = reasons.CHANGED_OUTPUT.format(deviation=alone)
     if not wrong or not deviation(pairs.unfold(wrong)) <= tolerance:
-        wrong = {pair.bn: f"folded together, the pairs changed the output by {together:.1e}" for pair in pairs}
+        wrong = dict.fromkeys((pair.bn for pair in pairs), reasons.CHANGED_TOGETHER.format(deviation=together))
     return Verification(together, tolerance, wrong)
 
 

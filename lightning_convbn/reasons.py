@@ -1,0 +1,23 @@
+"""Why a BatchNorm is not folded: every reason in one place, as it is documented in `docs/troubleshooting.md`.
+
+A reason completes the sentence "The BatchNorm ...", in one line that a user can act on.
+"""
+
+NO_STATISTICS = "has no running statistics, so it always normalises with the batch's"
+LAZY = "is lazy and not initialised yet: run one batch through the model first"
+UNTRAINED = "was never trained (mean 0, variance 1)"
+LEFT_ALONE = "was left alone when the model was converted"
+NOT_GIVEN = "is in none of the pairs given"
+UNTRACED = "`{name}` ({cls}) can't be traced: {error}"
+NEVER_CALLED = "is never called by the model's forward in its {state} state"
+CALLED_OFTEN = "is called {count} times"
+NO_CONVOLUTION = "its input comes from {source}, not from a convolution"
+SHARED_CONVOLUTION = "its convolution `{conv}` is called {count} times"
+SECOND_CONSUMER = "the output of its convolution `{conv}` is also used by {user}"
+UNKNOWN_CONVOLUTION = "`{conv}` is a {cls}, which is not in the table of supported layers"
+UNKNOWN_NORM = "is a {cls}, which is not in the table of supported layers"
+OTHER_DIMENSIONS = "`{conv}` ({conv_cls}) does not give a {cls} the input it wants"
+OTHER_CHANNELS = "`{conv}` gives {given} channels, not the {wanted} that it has"
+DISAGREEMENT = "the trace and the recorded pass disagree: by the trace a pair, but in the pass it {seen}"
+CHANGED_OUTPUT = "folded, it changed the output by {deviation:.1e}"
+CHANGED_TOGETHER = "folded together, the pairs changed the output by {deviation:.1e}"
