@@ -27,6 +27,7 @@ class DataFlow:
         sources: For each call of a BatchNorm, the module whose output it gets, or a description of what else.
         users: For each convolution, a description of whatever uses its output, BatchNorms excepted.
         norms: For each convolution, the BatchNorms that its output goes to.
+        flattened: BatchNorms that get a linear layer's output with all but its last dimension flattened.
         unseen: For each BatchNorm that could not be observed, why.
     """
 
@@ -35,6 +36,7 @@ class DataFlow:
     sources: dict[nn.Module, list[nn.Module | str]] = field(default_factory=lambda: defaultdict(list))
     users: dict[nn.Module, list[str]] = field(default_factory=lambda: defaultdict(list))
     norms: dict[nn.Module, list[nn.Module]] = field(default_factory=lambda: defaultdict(list))
+    flattened: set[nn.Module] = field(default_factory=set)
     unseen: dict[nn.Module, str] = field(default_factory=dict)
 
     def partner(self, bn: nn.Module) -> nn.Module | str | None:

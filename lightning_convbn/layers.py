@@ -30,6 +30,7 @@ class Swap(NamedTuple):
     training: bool
     mode: Mode
     conv: tuple[nn.Module] | None = None  # of a BatchNorm: the convolution that it is paired with
+    flattened: bool = False  # of a pair: whether BatchNorm gets the flattened rows of a linear layer's output
     reason: str = ""  # of a BatchNorm without a pair: why
 
 
@@ -61,6 +62,7 @@ class ConvBNLayer(nn.Module):
     """
 
     _bn: tuple[nn.Module]
+    _rows: bool = False  # whether BatchNorm gets the output with its first two dimensions flattened
     dims: int  # dimensions of a batched input; any other input runs unfolded
 
     def geometry(self, input: Tensor, output_size: Sequence[int] | None) -> tuple[Tensor, ConvSpec | None]:
@@ -80,6 +82,9 @@ class ConvBNLayer(nn.Module):
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Return the normalised output of the pair."""
         if input.dim() != self.dims:
+            if self._rows and input.dim() == self.dims + 1:
+                rows = self.folded_forward(*self.geometry(input.flatten(0, 1), None))
+                return rows.unflatten(0, input.shape[:2])
             return frozen_batch_norm(self._bn[0], self.plain_forward(input, output_size))
         return self.folded_forward(*self.geometry(input, output_size))
 
@@ -428,6 +433,7 @@ def swap_class(
     *,
     bn: nn.Module | None = None,
     conv: nn.Module | None = None,
+    flattened: bool = False,
     reason: str = "",
 ) -> None:
     """Give a module the class ``cls`` and remember how it was found.
@@ -441,6 +447,7 @@ def swap_class(
         mode: The mode it is in from now on.
         bn: Of a convolution to be folded, its BatchNorm.
         conv: Of a BatchNorm in a pair, its convolution.
+        flattened: Of both, whether the BatchNorm gets the flattened rows of a linear layer's output.
         reason: Of a BatchNorm without a pair, why.
     """
     found = swap_of(module) or Swap(type(module), module.training, mode)
@@ -451,7 +458,10 @@ def swap_class(
         module.register_forward_pre_hook(stay_frozen)
     if bn is not None:
         module.__dict__["_bn"] = (bn,)
-    module.__dict__["_swap"] = found._replace(mode=mode, conv=None if conv is None else (conv,), reason=reason)
+        module.__dict__["_rows"] = flattened
+    module.__dict__["_swap"] = found._replace(
+        mode=mode, conv=None if conv is None else (conv,), flattened=flattened, reason=reason
+    )
 
 
 def restore_class(module: nn.Module) -> None:
@@ -472,7 +482,7 @@ def stay_frozen(module: nn.Module, args: Any) -> None:
 
 
 def _drop_links(module: nn.Module) -> None:
-    for name in ("_bn", "_folded"):
+    for name in ("_bn", "_rows", "_folded"):
         module.__dict__.pop(name, None)
 
 

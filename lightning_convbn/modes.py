@@ -181,11 +181,18 @@ def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs) -> None:
             else:
                 assert row is not None
                 frozen = row.eval or plain_class(module)
-                swap_class(module, frozen if mode == "eval" else row.folded, mode, conv=conv_of_bn)
+                swap_class(
+                    module,
+                    frozen if mode == "eval" else row.folded,
+                    mode,
+                    conv=conv_of_bn,
+                    flattened=name in pairs.flattened,
+                )
         elif swap_of(module) is not None:
             swap_class(module, plain_class(module), mode)
+    rows = {modules[name] for name in pairs.flattened}
     if mode != "eval":
         for bn, conv in folded.items():
             conv_row = conv_layer(conv)
             assert conv_row is not None
-            swap_class(conv, conv_row.tune if mode == "tune" else conv_row.deploy, mode, bn=bn)
+            swap_class(conv, conv_row.tune if mode == "tune" else conv_row.deploy, mode, bn=bn, flattened=bn in rows)

@@ -7,6 +7,7 @@ Everything else is listed with its reason.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast, overload
@@ -38,14 +39,20 @@ class ConvBNPairs(Sequence[ConvBNPair]):
     Attributes:
         unpaired: Qualified name of every other BatchNorm -> why it is not folded.
         left: Those of ``unpaired`` that are not frozen either, but keep running as they are.
+        flattened: BatchNorms of pairs that get a linear layer's output with all but its last dimension flattened.
     """
 
     def __init__(
-        self, pairs: Iterable[ConvBNPair], unpaired: Mapping[str, str] | None = None, left: Iterable[str] = ()
+        self,
+        pairs: Iterable[ConvBNPair],
+        unpaired: Mapping[str, str] | None = None,
+        left: Iterable[str] = (),
+        flattened: Iterable[str] = (),
     ) -> None:
         self._pairs = tuple(ConvBNPair(*pair) for pair in pairs)
         self.unpaired = dict(unpaired or {})
         self.left = frozenset(left)
+        self.flattened = frozenset(flattened) & {pair.bn for pair in self._pairs}
 
     @overload
     def __getitem__(self, index: int) -> ConvBNPair: ...
@@ -63,7 +70,7 @@ class ConvBNPairs(Sequence[ConvBNPair]):
         """Compare pairs, reasons and what is left alone."""
         if not isinstance(other, ConvBNPairs):
             return NotImplemented
-        return (self._pairs, self.unpaired, self.left) == (other._pairs, other.unpaired, other.left)
+        return self.__dict__ == other.__dict__
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -81,13 +88,16 @@ class ConvBNPairs(Sequence[ConvBNPair]):
     def unfold(self, bns: Mapping[str, str]) -> ConvBNPairs:
         """Return these pairs without those of the BatchNorms ``bns`` (name -> reason), which stay frozen."""
         return ConvBNPairs(
-            [pair for pair in self if pair.bn not in bns], {**self.unpaired, **bns}, self.left - bns.keys()
+            [pair for pair in self if pair.bn not in bns],
+            {**self.unpaired, **bns},
+            self.left - bns.keys(),
+            self.flattened,
         )
 
     def leave(self, bns: Mapping[str, str]) -> ConvBNPairs:
         """Return these pairs without those of the BatchNorms ``bns`` (name -> reason), which are not frozen either."""
         pairs = self.unfold(bns)
-        return ConvBNPairs(pairs, pairs.unpaired, self.left | bns.keys())
+        return ConvBNPairs(pairs, pairs.unpaired, self.left | bns.keys(), pairs.flattened)
 
     def summary(self) -> list[str]:
         """Describe what happens to the BatchNorms in a few lines, those with one reason grouped."""
@@ -114,10 +124,13 @@ class ConvBNPairs(Sequence[ConvBNPair]):
         return f"ConvBNPairs({list(self._pairs)!r}, unpaired={self.unpaired!r}, left={sorted(self.left)!r})"
 
 
+_QUALIFIED_NAME = re.compile(r"`[^`]+\.[^`]+`")
+
+
 def _grouped(bns: Mapping[str, str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = defaultdict(list)
     for bn, reason in bns.items():
-        groups[reason].append(bn)
+        groups[_QUALIFIED_NAME.sub("…", reason)].append(bn)
     return groups
 
 
@@ -162,6 +175,7 @@ def _proven(model: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> Co
     pairs: list[ConvBNPair] = []
     unpaired: dict[str, str] = {}
     left: list[str] = []
+    flattened: list[str] = []
     for name, bn in model.named_modules():
         if not is_norm(bn):
             continue
@@ -177,7 +191,9 @@ def _proven(model: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> Co
             unpaired[name] = found
         else:
             pairs.append(ConvBNPair(traced.names[found], name))
-    return ConvBNPairs(pairs, unpaired, left)
+            if bn in traced.flattened or (recorded is not None and bn in recorded.flattened):
+                flattened.append(name)
+    return ConvBNPairs(pairs, unpaired, left, flattened)
 
 
 def _partner(model: nn.Module, bn: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> nn.Module | str:
@@ -244,6 +260,7 @@ def pairs_in_force(model: nn.Module) -> ConvBNPairs | None:
     pairs: list[ConvBNPair] = []
     unpaired: dict[str, str] = {}
     left: list[str] = []
+    flattened: list[str] = []
     for module, name in names.items():
         if not is_norm(module):
             continue
@@ -255,4 +272,6 @@ def pairs_in_force(model: nn.Module) -> ConvBNPairs | None:
             unpaired[name] = swap.reason
         else:
             pairs.append(ConvBNPair(names[swap.conv[0]], name))
-    return ConvBNPairs(pairs, unpaired, left)
+            if swap.flattened:
+                flattened.append(name)
+    return ConvBNPairs(pairs, unpaired, left, flattened)

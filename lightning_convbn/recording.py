@@ -42,6 +42,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self._flow = flow
         self._origin: dict[int, tuple[Tensor, nn.Module]] = {}  # holds the tensors, so that no id is used twice
+        self._rows: set[int] = set()  # ids of flattened outputs of linear layers
         self._inside = 0  # how many watched modules are running
 
     @contextmanager
@@ -68,6 +69,8 @@ class _Recorder(TorchFunctionMode):
                     self._flow.users[conv].append(f"`{self._flow.names[module]}`")
             if is_norm(module):
                 source = self._origin_of(given[0]) if given else None
+                if given and id(given[0]) in self._rows:
+                    self._flow.flattened.add(module)
                 self._flow.sources[module].append("something else" if source is None else source)
         self._inside += 1
 
@@ -89,6 +92,12 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._inside == 0:
             name = _name(func)
+            linear = self._origin_of(args[0]) if args and isinstance(args[0], Tensor) else None
+            if name == "flatten" and args[1:] == (0, 1) and isinstance(linear, nn.Linear):
+                rows: Tensor = func(*args, **kwargs)
+                self._origin[id(rows)] = rows, linear
+                self._rows.add(id(rows))
+                return rows
             shape_only = 1 if name in ("reshape_as", "view_as", "expand_as") else None
             if name not in _READS_METADATA:
                 for position, argument in enumerate((*args, *kwargs.values())):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 from torch import fx, nn
 
 from lightning_convbn import reasons
@@ -56,16 +57,32 @@ def _take_down(region: nn.Module, node: fx.Node, flow: DataFlow) -> None:
     flow.calls[module] += 1
     if is_norm(module):
         source = node.all_input_nodes[0]
+        linear = _flattened_linear(region, source)
+        if linear is not None:
+            source = linear
+            flow.flattened.add(module)
         flow.sources[module].append(
             region.get_submodule(str(source.target)) if source.op == "call_module" else _described(source)
         )
     else:
-        for user in node.users:
+        users = [user for user in node.users if _flattened_linear(region, user) is not node]
+        users += [next_user for user in node.users if user not in users for next_user in user.users]
+        for user in users:
             consumer = region.get_submodule(str(user.target)) if user.op == "call_module" else None
             if consumer is not None and is_norm(consumer):
                 flow.norms[module].append(consumer)
             elif _reads_values(user, node):
                 flow.users[module].append(_described(user))
+
+
+def _flattened_linear(region: nn.Module, node: fx.Node) -> fx.Node | None:
+    """Look through ``linear(x).flatten(0, 1)``, which gives a BatchNorm1d the rows of a sequence (LeViT)."""
+    if node.target not in ("flatten", torch.flatten) or node.args[1:] != (0, 1) or node.kwargs:
+        return None
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source.op != "call_module":
+        return None
+    return source if isinstance(region.get_submodule(str(source.target)), nn.Linear) else None
 
 
 def _defaults(module: nn.Module) -> dict[str, object]:
