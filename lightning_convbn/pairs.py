@@ -99,6 +99,10 @@ class ConvBNPairs(Sequence[ConvBNPair]):
         pairs = self.unfold(bns)
         return ConvBNPairs(pairs, pairs.unpaired, self.left | bns.keys(), pairs.flattened)
 
+    def reasons(self) -> dict[str, int]:
+        """Count the BatchNorms in no pair by reason, reasons that differ in qualified names only taken together."""
+        return {reason: len(names) for reason, names in _grouped(self.unpaired).items()}
+
     def summary(self) -> list[str]:
         """Describe what happens to the BatchNorms in a few lines, those with one reason grouped."""
         total = len(self) + len(self.unpaired)
