@@ -1,6 +1,6 @@
 """Count what is folded in well-known models, beside what plain symbolic tracing finds, and write `docs/coverage.md`.
 
-    python examples/coverage.py
+    python examples/coverage_table.py
 
 Needs timm and torchvision. Nothing is downloaded: the weights are random, and pairs do not depend on them.
 """
@@ -51,7 +51,7 @@ INTRODUCTION = """# Coverage
 What `find_conv_bn_pairs` folds, and what plain `torch.fx.symbolic_trace`, the way of the published implementations,
 finds on the same model: convolutions of `torch.nn` whose output goes into a `BatchNorm2d` of `torch.nn` and nowhere
 else. Models are in eval state. *Folded* BatchNorms cost nothing in Tune mode, *frozen* ones run as in Eval mode for the
-reason given, *left* ones (without running statistics) are not touched. Written by `python examples/coverage.py`.
+reason given, *left* ones (without running statistics) are not touched. Written by `python examples/coverage_table.py`.
 """
 
 
@@ -64,7 +64,7 @@ def main() -> None:
         rows.append(count(name))
         print(rows[-1], flush=True)
     report = {
-        "command": "python examples/coverage.py",
+        "command": "python examples/coverage_table.py",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -1,0 +1,68 @@
+"""The README and the docs say what is so: their code runs, their tables agree with code and committed counts."""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+from pathlib import Path
+from unittest import mock
+
+import coverage_table
+import memory_table
+import pytest
+
+from lightning_convbn import layers, reasons
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_code_block_runs(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with mock.patch.dict(layers.CONV_LAYERS), mock.patch.dict(layers.NORM_LAYERS):
+        exec(compile(block, "docs", "exec"), types.ModuleType("docs").__dict__)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize(("row", "table"), [("convolutions", layers.CONV_LAYERS), ("BatchNorms", layers.NORM_LAYERS)])
+def test_readme_names_the_table_of_supported_layers(row: str, table: dict[type | str, object]) -> None:
+    (claim,) = re.findall(rf"^\| {row} \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    supported = [key.rpartition(".")[2] if isinstance(key, str) else key.__name__ for key in table]
+    assert sorted(re.findall(r"`(\w+)`", claim)) == sorted(supported)
+
+
+def test_every_reason_is_in_the_troubleshooting_table() -> None:
+    documented = re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    for name, reason in vars(reasons).items():
+        if name.isupper():
+            assert re.sub(r"`?\{.*?\}`?", "…", reason) in documented, name
+
+
+def test_memory_tables_come_from_the_committed_counts() -> None:
+    rows = json.loads((ROOT / "docs" / "benchmarks" / "memory.json").read_text())["rows"]
+    readme = (ROOT / "README.md").read_text()
+    assert memory_table.with_table(readme, rows) == readme
+    assert memory_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "memory.md").read_text()
+
+
+def test_coverage_table_comes_from_the_committed_counts() -> None:
+    rows = json.loads((ROOT / "docs" / "benchmarks" / "coverage.json").read_text())["rows"]
+    assert coverage_table.as_markdown(rows) == (ROOT / "docs" / "coverage.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["timm:efficientnet_b0", "timm:repvgg_a0", "torchvision:retinanet_resnet50_fpn"])
+def test_committed_coverage_is_still_so(name: str) -> None:
+    rows = json.loads((ROOT / "docs" / "benchmarks" / "coverage.json").read_text())["rows"]
+    assert coverage_table.count(name) == next(row for row in rows if row["model"] == name)
