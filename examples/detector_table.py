@@ -44,7 +44,7 @@ INTRODUCTION = f"""# Detectors
 
 One training step of torchvision's detectors with a ResNet-50 FPN backbone, all layers trainable, random weights and
 statistics, {BATCH} images of {PIXELS} px, float32, CPU. *Kept* is what the backbone keeps for the backward pass,
-counted. *Step time* is Tune's over Eval's, medians of interleaved rounds with the smallest and largest ratio of a round; two
+counted. *Step time* is Tune's over Eval's, medians of interleaved rounds with the smallest and largest ratio; two
 shared cores, not measured on a GPU yet. Written by `python examples/detector_table.py`.
 
 With `FrozenBatchNorm2d` autograd keeps no convolution output in Eval mode either: no memory to save, only time.

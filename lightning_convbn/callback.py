@@ -27,6 +27,9 @@ else:
         from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 
+_CHECKPOINT_KEY = "lightning_convbn"
+
+
 class ConvBNModeCallback(Callback):
     """Fine-tunes a pretrained convolutional network in Tune mode: Eval's accuracy at Deploy's memory.
 
@@ -92,7 +95,9 @@ class ConvBNModeCallback(Callback):
         if export_path is not None:
             raise ValueError(f"export_path={export_path!r} is not available yet; call fuse_for_deploy after the run")
         paths = [target] if isinstance(target, str) else target
-        if paths is not None and (not paths or not all(isinstance(path, str) and path for path in paths)):
+        if paths is not None and not (
+            isinstance(paths, Sequence) and paths and all(isinstance(path, str) and path for path in paths)
+        ):
             raise ValueError(f"target must be one or more attribute paths such as 'backbone'; got {target!r}")
         self.mode: Mode = mode
         self.eval_mode: Mode = eval_mode
@@ -102,6 +107,7 @@ class ConvBNModeCallback(Callback):
         self.verify = verify
         self.log_memory = log_memory
         self._targets: list[Target] = []
+        self._untrained_before: dict[str, list[str]] = {}  # by the path of the target, from a checkpoint
         self._found_flags: dict[nn.Module, bool] = {}
         self._reported = False
 
@@ -130,11 +136,21 @@ class ConvBNModeCallback(Callback):
         self._restore()
         for module, training in self._found_flags.items():
             module.training = training
+        self._found_flags = {}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give back plain modules, and hold on to none of them."""
         self._restore()
         self._found_flags = {}
+        self._untrained_before = {}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note which BatchNorms stay in Train mode: in a resumed run they no longer look untrained."""
+        checkpoint[_CHECKPOINT_KEY] = {target.path: target.untrained for target in self._targets if target.decided}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read that note; a checkpoint from a run without the callback has none."""
+        self._untrained_before = checkpoint.get(_CHECKPOINT_KEY, {})
 
     # --------------------------------------------------------------------------------------------------- training
 
@@ -160,7 +176,10 @@ class ConvBNModeCallback(Callback):
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Watch the first training batch pass through the targets."""
+        """Fold by the state that the module trains in, and watch the first batch pass through the targets."""
+        for target in self._targets:
+            if target.state_has_changed():
+                target.train_in(self._training_mode(trainer), freeze_untrained=self.freeze_untrained)
         if not self._reported and self._training_mode(trainer) == self.mode:
             for target in self._targets:
                 target.watch(partial(self._inspect, trainer, target))
@@ -196,7 +215,8 @@ class ConvBNModeCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go back to training, or to plain modules."""
         if trainer.state.fn == "fit":
-            self._enter_training(trainer)
+            for target in self._targets:
+                target.back_to_training(self._training_mode(trainer))
         else:
             self._restore()
 
@@ -253,15 +273,16 @@ class ConvBNModeCallback(Callback):
                     f"target={path or None!r}: {type(module).__name__} has no BatchNorm; name the part that has, or "
                     "leave ConvBNModeCallback out"
                 )
-            targets.append(Target(path, module))
+            targets.append(Target(path, module, self._untrained_before.get(path)))
         for outer in paths:
-            for inner in paths:
-                if outer is not inner and (inner == outer or f"{inner}.".startswith(f"{outer}." if outer else "")):
+            for inner in paths[paths.index(outer) + 1 :] + paths[: paths.index(outer)]:
+                if f"{inner}.".startswith(f"{outer}."):
                     raise ValueError(f"target={self.target!r}: {inner!r} lies within {outer!r}; name one of them")
         self._targets = targets
 
     def _inspect(self, trainer: Trainer, target: Target, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        target.inspect(inputs, kwargs, verify=self.verify and self.mode == "tune", measure=self.log_memory)
+        folds = self.mode == "tune" or self.eval_mode != "eval"
+        target.inspect(inputs, kwargs, verify=self.verify and folds, measure=self.log_memory)
         if all(other.inspected for other in self._targets):
             self._report(trainer)
 

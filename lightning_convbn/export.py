@@ -27,7 +27,7 @@ def fuse_for_deploy(model: nn.Module, *, pairs: ConvBNPairs | None = None) -> nn
             its eval state.
 
     Raises:
-        ValueError: If ``pairs`` does not fit the model.
+        ValueError: If ``pairs`` does not fit the model, or if a convolution has no weight of its own (weight_norm).
 
     Source: "Deploy mode" of arXiv 2305.11624, section 2.
 
@@ -57,6 +57,11 @@ def fuse_for_deploy(model: nn.Module, *, pairs: ConvBNPairs | None = None) -> nn
 
 def _fold_for_good(model: nn.Module, pair: ConvBNPair) -> None:
     conv, bn = cast(nn.Conv2d, model.get_submodule(pair.conv)), model.get_submodule(pair.bn)
+    if "weight" not in conv._parameters:
+        raise ValueError(
+            f"model: `{pair.conv}` computes its weight anew in every forward (weight_norm, spectral_norm, pruning); "
+            "make it permanent first, by torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove"
+        )
     affine = affine_of(bn)
     weight, bias = fold_conv_bn(
         conv.weight,
@@ -72,8 +77,8 @@ def _fold_for_good(model: nn.Module, pair: ConvBNPair) -> None:
     conv.bias = nn.Parameter(bias, requires_grad=of_bias or of_weight)
     kept = [module for name in ("drop", "act") if isinstance(module := getattr(bn, name, None), nn.Module)]
     kept = [module for module in kept if not isinstance(module, nn.Identity)]
-    rest = nn.Identity() if not kept else kept[0] if len(kept) == 1 else nn.Sequential(*kept)
+    rest: nn.Module = nn.Identity() if not kept else kept[0] if len(kept) == 1 else nn.Sequential(*kept)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is bn:
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, rest)
+            setattr(model.get_submodule(parent), attribute, rest.eval())

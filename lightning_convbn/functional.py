@@ -83,8 +83,8 @@ def fold_conv_bn(
     Returns:
         The folded weight, shaped as ``weight``, and the folded bias ``(C_out,)``. Autograd sees plain operations.
     """
-    rstd = _rstd(running_var, eps, fold_dtype(weight))
-    return _fold(weight, bias, gamma, beta, running_mean, rstd, transposed, groups, dtype or weight.dtype)
+    mean, rstd = _Statistics(running_mean, running_var, None, eps, fold_dtype(weight)).values()
+    return _fold(weight, bias, gamma, beta, mean, rstd, transposed, groups, dtype or weight.dtype)
 
 
 def conv_bn(
@@ -100,7 +100,7 @@ def conv_bn(
 ) -> Tensor:
     """Compute ``bn(conv(input))`` with frozen statistics as ONE convolution: Tune mode.
 
-    Kept for the backward pass: the input (only if a parameter wants a gradient) and one vector of ``C_out`` elements.
+    Kept for the backward pass: the input (only if a parameter wants a gradient) and a checksum of the statistics.
     Neither the convolution's output nor the folded weight is kept. The statistics may be written in place before the
     backward pass as long as their values stay the same (``DistributedDataParallel`` does so). Under autocast the
     convolution runs in the autocast dtype and the cast input is what is kept; parameters get gradients of their own
@@ -124,16 +124,18 @@ def conv_bn(
         RuntimeError: In the backward pass, if the values of the statistics have changed since the forward pass.
     """
     dtype = compute_dtype(input, weight)
-    rstd = _rstd(running_var, eps, fold_dtype(weight))
+    input = _cast(input, weight, dtype)
+    constant = None
     if gamma is not None and not gamma.requires_grad:
         # A constant scale needs no tensor of its own; it may be a buffer (FrozenBatchNorm2d) that DDP writes in place.
-        rstd, gamma = rstd * gamma, None
-    mean, guard = _borrowed(running_mean, running_var, eps)
-    input = _cast(input, weight, dtype)
+        constant, gamma = gamma, None
+    statistics = _Statistics(running_mean, running_var, constant, eps, fold_dtype(weight))
+    mean, rstd = statistics.values()
     if forward_ad._current_level >= 0:  # torch.compile refuses a Function with a jvp of its own
-        transposed, groups = _layout(spec)
-        return _conv(input, *_fold(weight, bias, gamma, beta, mean, rstd, transposed, groups, dtype), spec)
-    output: Tensor = _ConvBN.apply(input, weight, bias, gamma, beta, mean, rstd, spec, dtype, guard)
+        return _conv(input, *_fold(weight, bias, gamma, beta, mean, rstd, *_layout(spec), dtype), spec)
+    checksum = statistics.lend() if torch.is_grad_enabled() else None
+    borrowed = None if checksum is None else statistics
+    output: Tensor = _ConvBN.apply(input, weight, bias, gamma, beta, mean, rstd, checksum, spec, dtype, borrowed)
     return output
 
 
@@ -144,55 +146,68 @@ def folded_conv(input: Tensor, weight: Tensor, bias: Tensor, spec: ConvSpec | No
 
 def compute_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype that the convolution of ``input`` with ``weight`` runs in: autocast's where it applies."""
-    device = input.device.type
-    if weight.dtype is not torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    if weight.dtype is not torch.float64 and _autocasting(input):
+        return torch.get_autocast_dtype(input.device.type)
     return weight.dtype
+
+
+def _autocasting(input: Tensor) -> bool:
+    device = input.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _cast(input: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast ``input`` as autocast would; without autocast a dtype mismatch stays the caller's error."""
-    if torch.is_autocast_enabled(input.device.type) and input.dtype is not torch.float64:
+    if input.dtype is not torch.float64 and _autocasting(input):
         return input.to(dtype)
     return input
 
 
-def _rstd(running_var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """The reciprocal of the standard deviation, ``r`` of the equations."""
-    return (running_var.to(dtype) + eps).rsqrt()
+class _Statistics:
+    """The statistics of a BatchNorm, times a scale that is constant, for a forward pass and its backward pass.
 
-
-def _borrowed(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, _Unchanged | None]:
-    """The running mean to keep for the backward pass: its own storage under a guard, or else a copy.
-
-    A copy of every mean costs up to 4 % of what small images keep, and autograd's own check would take a write of equal
-    values for a change.
+    They are not copied for the backward pass but read again from the buffers, because copies come to several percent
+    of what small images keep. A checksum notices if they have changed by then. Autograd's own check would not do: it
+    takes a write of equal values, which ``DistributedDataParallel`` makes in every forward, for a change.
     """
-    eager = not torch.compiler.is_compiling() and not is_functorch_wrapped_tensor(running_mean)
-    if not eager or running_mean.requires_grad or running_mean.is_inference() or running_var.is_inference():
-        return running_mean.clone(), None
-    return running_mean.data, _Unchanged(running_mean, running_var, eps)
 
+    def __init__(
+        self, running_mean: Tensor, running_var: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> None:
+        self._mean, self._var, self._scale, self._eps, self._dtype = running_mean, running_var, scale, eps, dtype
 
-class _Unchanged:
-    """Makes sure that statistics have in a backward pass the values that they had in its forward pass."""
+    def values(self) -> tuple[Tensor, Tensor]:
+        """The mean, and ``r`` of the equations times the constant scale, in the dtype of the fold."""
+        rstd = (self._var.to(self._dtype) + self._eps).rsqrt()
+        return self._mean.to(self._dtype), rstd if self._scale is None else rstd * self._scale
 
-    def __init__(self, running_mean: Tensor, running_var: Tensor, eps: float) -> None:
-        self._mean, self._var, self._eps = running_mean, running_var, eps
-        self._versions = self._current_versions()
-
-    def _current_versions(self) -> tuple[int, int]:
-        return self._mean._version, self._var._version
-
-    def check(self, rstd: Tensor) -> None:
-        """Compare with ``rstd`` of the forward pass; what changes a mean changes its variance, too."""
-        if self._current_versions() != self._versions and not torch.equal(
-            _rstd(self._var, self._eps, rstd.dtype), rstd
+    def lend(self) -> Tensor | None:
+        """Return the checksum for `values_of_forward`; None where autograd itself must save the values."""
+        tensors = [tensor for tensor in (self._mean, self._var, self._scale) if tensor is not None]
+        if torch.compiler.is_compiling() or any(
+            tensor.requires_grad or tensor.is_inference() or is_functorch_wrapped_tensor(tensor) for tensor in tensors
         ):
+            return None
+        self._tensors = tensors
+        self._versions = self._current_versions()
+        return self._sum(*self.values())
+
+    def values_of_forward(self, checksum: Tensor) -> tuple[Tensor, Tensor]:
+        """The same as `values` in the forward pass, which gave ``checksum``."""
+        mean, rstd = self.values()
+        if self._current_versions() != self._versions and not torch.equal(self._sum(mean, rstd), checksum):
             raise RuntimeError(
                 "the running statistics of a folded BatchNorm have changed between a forward and its backward pass "
                 "(by a pass in Train mode or by loading weights); run the backward pass first"
             )
+        return mean, rstd
+
+    def _current_versions(self) -> list[int]:
+        return [tensor._version for tensor in self._tensors]
+
+    @staticmethod
+    def _sum(mean: Tensor, rstd: Tensor) -> Tensor:
+        return (mean + rstd).sum()
 
 
 def _layout(spec: ConvSpec | None) -> tuple[bool, int]:
@@ -212,7 +227,7 @@ def _fold(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     scale = rstd if gamma is None else gamma * rstd
-    shift = (-mean if bias is None else bias - mean) * scale
+    shift = (-mean if bias is None else bias.to(mean.dtype) - mean) * scale
     if beta is not None:
         shift = shift + beta
     return _scaled(weight, scale, transposed, groups).to(dtype), shift.to(dtype)
@@ -270,40 +285,42 @@ class _ConvBN(torch.autograd.Function):
         beta: Tensor | None,
         mean: Tensor,
         rstd: Tensor,
+        checksum: Tensor | None,
         spec: ConvSpec | None,
         dtype: torch.dtype,
-        guard: _Unchanged | None,
+        borrowed: _Statistics | None,
     ) -> Tensor:
-        transposed, groups = _layout(spec)
-        return _conv(input, *_fold(weight, bias, gamma, beta, mean, rstd, transposed, groups, dtype), spec)
+        return _conv(input, *_fold(weight, bias, gamma, beta, mean, rstd, *_layout(spec), dtype), spec)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, bias, gamma, beta, mean, rstd, spec, dtype, guard = inputs
+        input, weight, bias, gamma, beta, mean, rstd, checksum, spec, dtype, borrowed = inputs
         of_input, of_weight, of_bias, of_gamma, of_beta, of_mean, of_rstd = ctx.needs_input_grad[:7]
         of_scale = of_gamma or of_rstd
         uses_scale = of_input or of_weight or of_bias or of_mean
-        ctx.spec, ctx.dtype, ctx.input_shape, ctx.guard = spec, dtype, input.shape, guard
+        ctx.spec, ctx.dtype, ctx.input_shape, ctx.borrowed = spec, dtype, input.shape, borrowed
+        ctx.reads_statistics = uses_scale or of_scale
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (bias, gamma, beta)]
         ctx.save_for_backward(
             input if of_weight or of_scale else None,
             weight if of_input or of_weight or of_scale else None,
             bias if of_scale else None,
             gamma if uses_scale or of_scale else None,
-            mean if of_scale else None,
-            rstd if uses_scale or of_scale else None,
+            mean if of_scale and borrowed is None else None,
+            rstd if ctx.reads_statistics and borrowed is None else None,
+            checksum if ctx.reads_statistics else None,
         )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, gamma, mean, rstd = ctx.saved_tensors
+        input, weight, bias, gamma, mean, rstd, checksum = ctx.saved_tensors
         of_input, of_weight, of_bias, of_gamma, of_beta, of_mean, of_rstd = ctx.needs_input_grad[:7]
         bias_dtype, gamma_dtype, beta_dtype = ctx.dtypes
         spec: ConvSpec | None = ctx.spec
         transposed, groups = _layout(spec)
         of_scale = of_gamma or of_rstd
-        if of_scale and ctx.guard is not None:
-            ctx.guard.check(rstd)
+        if ctx.borrowed is not None and ctx.reads_statistics:
+            mean, rstd = ctx.borrowed.values_of_forward(checksum)
 
         scale = rstd if gamma is None else gamma * rstd
         folded: Tensor | None = None
@@ -333,7 +350,7 @@ class _ConvBN(torch.autograd.Function):
             grad_mean = -grad_shift * scale if of_mean else None
         if of_scale and grad_folded is not None and grad_shift is not None:
             grad_scale = _channel_dot(grad_folded, weight, transposed, groups)
-            grad_scale = grad_scale + grad_shift * (-mean if bias is None else bias - mean)
+            grad_scale = grad_scale + grad_shift * (-mean if bias is None else bias.to(mean.dtype) - mean)
             grad_gamma = (grad_scale * rstd).to(gamma_dtype) if of_gamma else None
             grad_rstd = grad_scale * (1 if gamma is None else gamma) if of_rstd else None
-        return grad_input, grad_weight, grad_bias, grad_gamma, grad_beta, grad_mean, grad_rstd, None, None, None
+        return grad_input, grad_weight, grad_bias, grad_gamma, grad_beta, grad_mean, grad_rstd, None, None, None, None

@@ -101,7 +101,7 @@ class Tune(ConvBNLayer):
 class Deploy(ConvBNLayer):
     """Folds at its first forward and keeps the result for as long as nothing it was made of changes.
 
-    The kept fold holds no gradient, so where a parameter wants one this runs as `Tune` does.
+    The kept fold holds no gradient, so where a parameter or the input wants one this runs as `Tune` does.
     """
 
     _folded: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
@@ -110,17 +110,16 @@ class Deploy(ConvBNLayer):
         """Convolve with the kept fold."""
         conv, affine = cast(nn.Conv2d, self), affine_of(self._bn[0])
         sources = (conv.weight, conv.bias, *affine[:4])
-        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in sources):
+        tensors = (input, *sources)
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
             return conv_bn(input, conv.weight, conv.bias, *affine, spec)
         dtype = compute_dtype(input, conv.weight)
         if torch.compiler.is_compiling():  # a fold kept by a compiled graph would go stale (pytorch #108863)
             return folded_conv(input, *self._fold(affine, spec, dtype), spec)
-        state = (dtype, conv.weight.device, *map(_version, sources))
+        state = (dtype, conv.weight.device, affine.eps, *map(_version, sources))
         kept = self._folded
         if kept is None or not _same(kept[0], (*sources, *state)):
-            # Made outside of inference mode, so that a later pass may differentiate through it to its input.
-            with torch.inference_mode(False), torch.no_grad():
-                kept = ((*sources, *state), *self._fold(affine, spec, dtype))
+            kept = ((*sources, *state), *self._fold(affine, spec, dtype))
             if type(kept[1]) is Tensor:  # a FakeTensor must not outlive its mode
                 self._folded = kept
         return folded_conv(input, kept[1], kept[2], spec)

@@ -188,8 +188,8 @@ def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs) -> None:
                     conv=conv_of_bn,
                     flattened=name in pairs.flattened,
                 )
-        elif swap_of(module) is not None:
-            swap_class(module, plain_class(module), mode)
+        elif module not in folded.values() or mode == "eval":
+            restore_class(module)
     rows = {modules[name] for name in pairs.flattened}
     if mode != "eval":
         for bn, conv in folded.items():

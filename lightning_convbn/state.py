@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 
@@ -21,12 +23,13 @@ def state_kept(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any
     """
     tensors = [leaf for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)]
     devices = {tensor.device for tensor in (*tensors, *model.parameters()) if tensor.device.type == "cuda"}
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    with unset_fake_temporarily():  # the buffers are real, and so must be their copies
+        buffers = [
+            (module, name, buffer, buffer if is_lazy(buffer) else buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[device.index or 0 for device in devices]))
         caching = torch.is_autocast_cache_enabled()
@@ -35,10 +38,11 @@ def state_kept(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any
             yield
         finally:
             torch.set_autocast_cache_enabled(caching)
-            with torch.no_grad():
+            with torch.no_grad(), unset_fake_temporarily():
                 for module, name, buffer, copy in buffers:
                     module._buffers[name] = buffer
-                    buffer.copy_(copy)
+                    if buffer is not copy:
+                        buffer.copy_(copy)
 
 
 @contextmanager
@@ -47,7 +51,7 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     state = random.getstate()
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), state_kept(model, (), {}):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -23,8 +23,10 @@ class Target:
     Args:
         path: Qualified name of the module, for messages; empty for the whole.
         module: The module.
+        untrained: What an earlier part of this run has decided about untrained BatchNorms; None if it has not.
 
     Attributes:
+        decided: Whether it is decided which BatchNorms are untrained.
         untrained: BatchNorms that stay in Train mode because nothing has trained them.
         wrong: BatchNorms whose pairs `inspect` has found to differ from Eval mode, and why.
         verification: What `inspect` found, or None.
@@ -32,16 +34,17 @@ class Target:
         inspected: Whether `inspect` has run.
     """
 
-    def __init__(self, path: str, module: nn.Module) -> None:
+    def __init__(self, path: str, module: nn.Module, untrained: list[str] | None = None) -> None:
         self.path = path
         self.module = module
-        self.untrained: list[str] = []
+        self.decided = untrained is not None
+        self.untrained = untrained or []
         self.wrong: dict[str, str] = {}
         self.verification: Verification | None = None
         self.kept: dict[Mode, int] | None = None
         self.inspected = False
         self._found: dict[bool, ConvBNPairs] = {}  # by the state, train or eval, that they were found in
-        self._frozen_before = False
+        self._training_state = module.training
         self._notes: list[str] = []
         self._remove_hook: Callable[[], None] = _nothing
 
@@ -51,29 +54,37 @@ class Target:
 
     def train_in(self, mode: Mode, *, freeze_untrained: bool) -> None:
         """Switch to the mode that training runs in; what is untrained is decided at the first freeze."""
-        if mode != "train" and not self._frozen_before:
-            self._frozen_before = True
+        if mode != "train" and not self.decided:
+            self.decided = True
             self.untrained = [] if freeze_untrained else find_untrained(self.module)
+        self._training_state = self.module.training
+        self.back_to_training(mode)
+
+    def back_to_training(self, mode: Mode) -> None:
+        """Switch to the mode that training runs in, before the module is back in the state that it trained in."""
         self._switch(mode, self._pairs_to_train())
+
+    def state_has_changed(self) -> bool:
+        """Whether the module is in another state, train or eval, than the pairs in force were proven for."""
+        return self.module.training != self._training_state
 
     def evaluate_in(self, mode: Mode) -> None:
         """Switch to the mode that evaluation runs in, where every BatchNorm uses its running statistics."""
-        self._switch(mode, self.pairs())
+        self._switch(mode, self._pairs_in(self.module.training))
 
     def restore(self) -> None:
         """Give back the plain module."""
         self.unwatch()
         set_mode(self.module, "train")
 
-    def pairs(self) -> ConvBNPairs:
-        """Return the pairs that are proven for the state the module is in, without those found wrong."""
-        state = self.module.training
+    def _pairs_in(self, state: bool) -> ConvBNPairs:
+        """Return the pairs that are proven for a state, train or eval, without those found wrong."""
         if state not in self._found:
             self._found[state] = find_conv_bn_pairs(self.module)
         return self._found[state].unfold(self.wrong)
 
     def _pairs_to_train(self) -> ConvBNPairs:
-        return self.pairs().leave(dict.fromkeys(self.untrained, UNTRAINED))
+        return self._pairs_in(self._training_state).leave(dict.fromkeys(self.untrained, UNTRAINED))
 
     def _switch(self, mode: Mode, pairs: ConvBNPairs) -> None:
         set_mode(self.module, mode, pairs=pairs)
@@ -111,7 +122,7 @@ class Target:
                 if self.verification.wrong:
                     self.wrong.update(self.verification.wrong)
                     pairs = pairs.unfold(self.wrong)
-                    self._switch("tune", pairs)
+                    self._switch(get_mode(self.module), pairs)
             if measure:
                 modes: tuple[Mode, ...] = ("eval", "tune")
                 self.kept = {
@@ -131,13 +142,17 @@ class Target:
         if self.kept is not None:
             before, after = self.kept["eval"], self.kept["tune"]
             saved = f"{100 * (before - after) / before:.1f} % saved" if before else "no parameter wants a gradient"
-            body.append(f"kept for backward: Eval {before / MIB:.1f} MiB, Tune {after / MIB:.1f} MiB, {saved}")
+            body.append(f"kept for backward: Eval {_mib(before)}, Tune {_mib(after)}, {saved}")
         if self.verification is not None:
             word = "differs from" if self.verification.wrong else "equals"
             body.append(f"verified: Tune {word} Eval, relative deviation {self.verification.deviation:.1e}")
         elif not self.inspected:
             body.append("neither verified nor counted: the first batch did not pass through its forward")
         return [*lines, *(f"  {line}" for line in (*body, *self._notes))]
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:.1f} MiB" if size >= MIB else f"{size / MIB:.3f} MiB"
 
 
 def _nothing() -> None:

@@ -2,5 +2,5 @@
 
 import torch
 
-# The tests' tensors are tiny: a second thread costs more than it gives, above all where several processes share the cores.
+# The tests' tensors are tiny: a second thread costs more than it gives, above all on a busy machine.
 torch.set_num_threads(1)

@@ -1,0 +1,337 @@
+"""Fine-tune an ImageNet network on photographs of solar cells, with its BatchNorm layers in the mode you choose.
+
+    pip install lightning-convbn[examples]
+    python examples/finetune.py                  # Tune mode, 2 to 3 minutes on two CPU cores
+    python examples/finetune.py --mode all       # Train, Eval and Tune side by side
+    python examples/finetune.py --data imagefolder:PATH/TO/IMAGES
+
+`Trainer(callbacks=[ConvBNModeCallback(mode), ...])` is all that this file does for the modes; the rest is fine-tuning
+as usual. In the end it prints and saves what each mode reached and what it cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple, dataclass, fields
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, get_args
+
+import torch
+from data import DataError, ImageData
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.models import mobilenet_v2
+from weights import WeightsError, load_pretrained
+
+from lightning_convbn import ConvBNModeCallback, measure_memory
+
+Mode = Literal["train", "eval", "tune"]
+
+WARM_UP_STEPS = 3
+COMPARED_STEPS = 20
+
+
+class FineTuner(LightningModule):
+    """MobileNetV2 with a new head.
+
+    The callback finds the part to switch by its name, `backbone`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        class_weights: Sequence[float] | None = None,
+        lr: float = 1e-2,
+        pretrained: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Build the network.
+
+        Args:
+            num_classes: Outputs of the head.
+            class_weights: Weight of each class in the loss; None for equal ones.
+            lr: Peak learning rate of the head; the backbone's is a tenth.
+            pretrained: State dict of torchvision's `mobilenet_v2`; None starts the backbone at random.
+        """
+        super().__init__()
+        self.save_hyperparameters(ignore="pretrained")
+        self.lr = lr
+        network = mobilenet_v2()
+        if pretrained is not None:
+            network.load_state_dict(pretrained)
+        self.backbone = nn.Sequential(network.features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(network.last_channel, num_classes))
+        weights = torch.ones(num_classes) if class_weights is None else torch.tensor(class_weights)
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="macro")
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="macro")
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return a score per image and class."""
+        scores: Tensor = self.head(self.backbone(images))
+        return scores
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss, in which each class has the same weight."""
+        images, labels = batch
+        loss = cross_entropy(self(images), labels, self.get_buffer("class_weights"))
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count right answers, class by class."""
+        images, labels = batch
+        self.val_accuracy(self(images), labels)
+        self.log("val_acc", self.val_accuracy, prog_bar=True)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count right answers, class by class."""
+        images, labels = batch
+        self.test_accuracy(self(images), labels)
+        self.log("test_acc", self.test_accuracy)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return SGD with a warm-up and a decay; the pretrained backbone learns more slowly than the new head."""
+        groups = [{"params": self.backbone.parameters()}, {"params": self.head.parameters()}]
+        optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        steps = int(self.trainer.estimated_stepping_batches)
+        peaks = [self.lr / 10, self.lr]
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, cycle_momentum=False)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Recorder(Callback):
+    """Notes each training step's loss and duration."""
+
+    def __init__(self) -> None:
+        """Start with nothing noted."""
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start the clock when the batch is there."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any) -> None:
+        """Stop it after the optimizer's step; reading the loss waits for a GPU to finish."""
+        self.losses.append(float(outputs["loss"]))
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+@dataclass
+class Row:
+    """A row of the closing table; None is what was not measured."""
+
+    mode: str
+    val_balanced_accuracy: float | None = None
+    test_balanced_accuracy: float | None = None
+    kept_for_backward_mib: float | None = None
+    peak_memory_mib: float | None = None
+    seconds_per_step: float | None = None
+
+
+@dataclass
+class Run:
+    """What training in one mode left behind."""
+
+    row: Row
+    eval_kept_mib: float
+    losses: list[float]
+    plain_test_accuracy: float
+    checkpoint: Path
+    metrics: Path
+
+
+def fine_tune(mode: Mode, args: argparse.Namespace) -> Run:
+    """Train in one mode, test the best checkpoint, and measure."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings(
+        "ignore", message=".*LeafSpec.* is deprecated"
+    )  # Lightning's own call, PyTorch 2.10 and later
+    seed_everything(args.seed, workers=True, verbose=False)
+    data = read_data(args)
+    model = FineTuner(len(data.classes), data.class_weights, args.lr, load_pretrained(args.weights))
+    csv_logger = CSVLogger(args.out, name=mode)
+    best = ModelCheckpoint(filename="best", monitor="val_acc", mode="max")
+    recorder = Recorder()
+    trainer = Trainer(
+        callbacks=[ConvBNModeCallback(mode), best, recorder],
+        logger=[csv_logger, TensorBoardLogger(args.out, name=mode, version=csv_logger.version)],
+        devices=1,
+        max_epochs=args.epochs,
+        precision=args.precision,
+        gradient_clip_val=1.0,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(model, data)
+    peak = peak_memory_mib()
+    (scores,) = trainer.test(model, data, ckpt_path="best", verbose=False)
+
+    # The checkpoint is a plain model's: it loads where there is no callback.
+    plain_model = FineTuner.load_from_checkpoint(best.best_model_path)
+    plain_trainer = Trainer(logger=False, precision=args.precision, enable_progress_bar=False)
+    (plain_scores,) = plain_trainer.test(plain_model, data, verbose=False)
+
+    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
+    with trainer.precision_plugin.forward_context():
+        kept, eval_kept = (measure_memory(model.backbone, images, mode=m).saved_mib for m in (mode, "eval"))
+    return Run(
+        Row(
+            mode,
+            float(best.best_model_score or 0.0),
+            scores["test_acc"],
+            kept,
+            peak,
+            median(recorder.seconds[WARM_UP_STEPS:] or recorder.seconds),
+        ),
+        eval_kept,
+        recorder.losses,
+        plain_scores["test_acc"],
+        Path(best.best_model_path),
+        Path(csv_logger.log_dir, "metrics.csv"),
+    )
+
+
+def fine_tune_in_own_process(mode: Mode, args: argparse.Namespace) -> Run:
+    """Train so that the peak of memory is this mode's own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(fine_tune, mode, args).result()
+
+
+def peak_memory_mib() -> float | None:
+    """Return the most memory this process has held: GPU memory where there is a GPU, or else main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def read_data(args: argparse.Namespace) -> ImageData:
+    """Return the data that the command line asks for."""
+    return ImageData(
+        args.data,
+        image_size=args.image_size,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        workers=args.workers,
+        seed=args.seed,
+    )
+
+
+def report(runs: Sequence[Run], classes: Sequence[str], out: Path) -> None:
+    """Print the closing table and say where everything lies; write the table as CSV."""
+    rows = [run.row for run in runs]
+    if all(row.mode != "eval" for row in rows):
+        rows.insert(0, Row("eval", kept_for_backward_mib=runs[0].eval_kept_mib))
+    chance = 1 / len(classes)
+    rows.append(Row("majority class", chance, chance))
+    print(f"\n{as_table(rows)}\n")
+    print(f"Accuracy is balanced: the mean of the recalls of {', '.join(classes)}; the best epoch's.")
+    print("Kept: what the backbone's forward keeps for backward, per step. Peak: of the whole process, in training.")
+    if difference := compare_losses(runs):
+        print(difference)
+    print()
+    for run in runs:
+        print(f"{run.checkpoint}  (in a plain model, without callback: test accuracy {run.plain_test_accuracy:.3f})")
+        print(run.metrics)
+    print(write_csv(rows, out / "results.csv"))
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    """Lay the rows out in columns."""
+    lines = [("mode", "val. accuracy", "test accuracy", "kept MiB", "peak MiB", "s/step")]
+    for mode, *numbers in map(astuple, rows):
+        cells = ("-" if n is None else f"{n:.{digits}f}" for n, digits in zip(numbers, (3, 3, 1, 0, 3), strict=True))
+        lines.append((mode, *cells))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join([mode.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for mode, *cells in lines)
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> Path:
+    """Write the rows, unrounded, and return the path."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(column.name for column in fields(Row))
+        writer.writerows(map(astuple, rows))
+    return path
+
+
+def compare_losses(runs: Sequence[Run]) -> str | None:
+    """Say how far the first training losses of Tune and Eval are apart, if both ran."""
+    losses = {run.row.mode: run.losses[:COMPARED_STEPS] for run in runs}
+    if not {"eval", "tune"} <= losses.keys():
+        return None
+    pairs = list(zip(losses["eval"], losses["tune"], strict=True))
+    difference = max(abs(b - a) / abs(a) for a, b in pairs)
+    return f"The first {len(pairs)} training losses of tune and eval differ by at most {difference:.1e} of their value."
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description="Fine-tune an ImageNet MobileNetV2, its BatchNorm layers in the mode you choose."
+    )
+    add = parser.add_argument
+    modes, precisions = get_args(Mode), ("32-true", "bf16-mixed", "16-mixed")
+    workers = max(0, min(8, (os.cpu_count() or 1) - 1))
+    add("--mode", choices=[*modes, "all"], default="tune", help="what to train in; all: each in turn (%(default)s)")
+    add("--data", default="elpv", help="elpv (solar cells) or imagefolder:PATH, a sub-folder to a class (%(default)s)")
+    add("--epochs", type=above_zero, default=3, help="passes over the training images (%(default)s)")
+    add("--batch-size", type=above_zero, default=32, help="images per training step (%(default)s)")
+    add("--image-size", type=above_zero, default=128, help="edge of the square images in pixels (%(default)s)")
+    add("--limit", type=above_zero, help="train on at most so many images (all)")
+    add("--lr", type=float, default=0.01, help="peak learning rate of the head, ten times the backbone's (%(default)s)")
+    add("--seed", type=int, default=0, help="decides the sets, the order of the images, the new head (%(default)s)")
+    add("--workers", type=int, default=workers, help="processes that read images (%(default)s)")
+    add("--precision", choices=precisions, default=precisions[0], help="what the Trainer computes in (%(default)s)")
+    add("--weights", type=Path, help="the ImageNet weights as a .pth file (downloaded)")
+    add("--out", type=Path, default=Path("runs/finetune"), help="folder for all that is saved (%(default)s)")
+    return parser.parse_args()
+
+
+def above_zero(text: str) -> int:
+    """Read a whole number above zero."""
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+
+
+def main() -> None:
+    """Train in the modes asked for, and report."""
+    args = parse_args()
+    try:  # what can't work is told here, before anything starts
+        classes = read_data(args).classes
+        load_pretrained(args.weights)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (DataError, WeightsError) as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: --out {args.out}: {error}")
+    modes: tuple[Mode, ...] = get_args(Mode) if args.mode == "all" else (args.mode,)
+    run = fine_tune if len(modes) == 1 else fine_tune_in_own_process
+    runs = [run(mode, args) for mode in modes]
+    report(runs, classes, args.out)
+
+
+if __name__ == "__main__":
+    main()

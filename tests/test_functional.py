@@ -1,0 +1,251 @@
+"""The arithmetic against plain ``batch_norm(convolution(x))``, derivatives of every kind included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close, gradients, images, relative
+from torch import Tensor
+
+from lightning_convbn.functional import ConvSpec, conv_bn, fold_conv_bn
+
+EPS = 1e-3
+
+
+class Operands(NamedTuple):
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor
+    var: Tensor
+
+    def of(self, output: Callable[..., Tensor], spec: ConvSpec | None) -> Tensor:
+        return output(*self, EPS, spec)
+
+
+# name -> geometry, shape of the input, shape of the weight, output channels
+CASES: dict[str, tuple[ConvSpec | None, tuple[int, ...], tuple[int, ...], int]] = {
+    "linear": (None, (3, 4), (5, 4), 5),
+    "conv1d": (ConvSpec((2,), (1,), (1,), False, (0,), 1), (2, 3, 6), (4, 3, 3), 4),
+    "grouped conv2d": (ConvSpec((2, 1), (1, 0), (1, 2), False, (0, 0), 2), (2, 4, 5, 5), (6, 2, 3, 2), 6),
+    "grouped transposed": (ConvSpec((2, 1), (1, 0), (1, 1), True, (1, 0), 2), (2, 4, 3, 3), (4, 3, 3, 2), 6),
+    "conv3d": (ConvSpec((1, 1, 1), (0, 1, 0), (1, 1, 1), False, (0, 0, 0), 1), (1, 2, 3, 3, 3), (2, 2, 2, 2, 2), 2),
+}
+
+
+def plain(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    spec: ConvSpec | None,
+) -> Tensor:
+    output = F.linear(input, weight, bias) if spec is None else torch.convolution(input, weight, bias, *spec)
+    return F.batch_norm(output, mean, var, gamma, beta, False, 0.0, eps)
+
+
+def draw(case: str, *, bias: bool = True, affine: bool = True) -> tuple[Operands, ConvSpec | None]:
+    spec, input, weight, channels = CASES[case]
+    vectors = [images(channels, seed=seed, dtype=torch.float64) for seed in range(3, 7)]
+    return (
+        Operands(
+            images(*input, dtype=torch.float64),
+            images(*weight, seed=2, dtype=torch.float64),
+            vectors[0] if bias else None,
+            vectors[1] if affine else None,
+            vectors[2] if affine else None,
+            vectors[3],
+            torch.linspace(0.5, 2, channels, dtype=torch.float64),
+        ),
+        spec,
+    )
+
+
+@pytest.mark.parametrize(("bias", "affine"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("case", CASES)
+def test_first_and_second_derivatives_are_those_of_finite_differences(case: str, bias: bool, affine: bool) -> None:
+    operands, spec = draw(case, bias=bias, affine=affine)
+    named = dict(zip(Operands._fields[:5], operands, strict=False))
+    wanted = {name: tensor.requires_grad_() for name, tensor in named.items() if tensor is not None}
+
+    def function(*tensors: Tensor) -> Tensor:
+        return operands._replace(**dict(zip(wanted, tensors, strict=True))).of(conv_bn, spec)
+
+    assert torch.autograd.gradcheck(function, tuple(wanted.values()), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tuple(wanted.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_subset_of_wanted_gradients_is_right(case: str) -> None:
+    for mask in product((False, True), repeat=5):
+        operands, spec = draw(case)
+        for tensor, wanted in zip(operands, mask, strict=False):
+            assert tensor is not None
+            tensor.requires_grad_(wanted)
+        wanted = [tensor for tensor in operands if tensor is not None and tensor.requires_grad]
+        output, expected = operands.of(conv_bn, spec), operands.of(plain, spec)
+        assert_close([output], [expected], 1e-12)
+        assert output.requires_grad == any(mask)
+        if wanted:
+            assert_close(gradients(output, *wanted), gradients(expected, *wanted), 1e-10)
+
+
+def test_gradient_of_a_gradient_penalty_equals_the_plain_one() -> None:
+    operands, spec = draw("grouped conv2d")
+    wanted = [tensor.requires_grad_() for tensor in operands[:5] if tensor is not None]
+
+    def penalty(function: Callable[..., Tensor]) -> Tensor:
+        loss = operands.of(function, spec).tanh().square().sum()
+        first = torch.autograd.grad(loss, wanted, create_graph=True)
+        return torch.stack([gradient.square().sum() for gradient in first]).sum()
+
+    expected = torch.autograd.grad(penalty(plain), wanted)
+    assert_close(torch.autograd.grad(penalty(conv_bn), wanted), expected, 1e-10)
+
+
+def test_gradients_of_trainable_statistics_are_right() -> None:
+    """Nobody trains them through ``nn.BatchNorm2d``, whose buffers they are; a caller of the function may."""
+    operands, spec = draw("grouped conv2d")
+    mean, var = operands.mean.requires_grad_(), operands.var.requires_grad_()
+    output = torch.convolution(*operands[:3], *spec)
+    shape = (1, -1, 1, 1)
+    output = (output - mean.view(shape)) / (var.view(shape) + EPS).sqrt()
+    expected = output * operands.gamma.view(shape) + operands.beta.view(shape)
+    assert_close(gradients(operands.of(conv_bn, spec), mean, var), gradients(expected, mean, var), 1e-10)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_folded_weight_and_bias_give_the_normalised_output(case: str) -> None:
+    operands, spec = draw(case)
+    transposed, groups = (spec.transposed, spec.groups) if spec else (False, 1)
+    weight, bias = fold_conv_bn(*operands[1:], EPS, transposed=transposed, groups=groups)
+    output = (
+        F.linear(operands.input, weight, bias)
+        if spec is None
+        else torch.convolution(operands.input, weight, bias, *spec)
+    )
+    assert_close([output], [operands.of(plain, spec)], 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_folded_in_single_precision(dtype: torch.dtype) -> None:
+    operands, _ = draw("linear")
+    half = [None if tensor is None else tensor.to(dtype) for tensor in operands[1:]]
+    expected = fold_conv_bn(*[None if tensor is None else tensor.float() for tensor in half], EPS)
+    assert_close(fold_conv_bn(*half, EPS, dtype=torch.float32), expected, 1e-6)
+    assert_close(fold_conv_bn(*half, EPS), [tensor.to(dtype) for tensor in expected], 1e-6)
+
+
+def test_statistics_rewritten_with_equal_values_do_not_disturb_backward() -> None:
+    """DistributedDataParallel broadcasts buffers in place before every forward pass."""
+    operands, spec = draw("grouped conv2d")
+    assert operands.gamma is not None
+    operands.gamma.requires_grad_()
+    expected = gradients(operands.of(conv_bn, spec), operands.gamma)
+    output = operands.of(conv_bn, spec)
+    operands.mean.copy_(operands.mean.clone())
+    operands.var.copy_(operands.var.clone())
+    assert torch.equal(*gradients(output, operands.gamma), *expected)
+
+
+@pytest.mark.parametrize("changed", ["mean", "var"])
+def test_statistics_changed_between_forward_and_backward_are_refused(changed: str) -> None:
+    operands, spec = draw("grouped conv2d")
+    assert operands.gamma is not None
+    operands.gamma.requires_grad_()
+    output = operands.of(conv_bn, spec)
+    getattr(operands, changed).add_(1)
+    with pytest.raises(RuntimeError, match="running statistics of a folded BatchNorm have changed between a forward"):
+        gradients(output, operands.gamma)
+
+
+def test_statistics_changed_after_forward_matter_only_where_they_are_read_again() -> None:
+    operands, spec = draw("grouped conv2d", affine=False)
+    operands.weight.requires_grad_()
+    output = operands.of(conv_bn, spec)
+    operands.var.add_(1)
+    with pytest.raises(RuntimeError, match="have changed between a forward and its backward pass"):
+        gradients(output, operands.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # torch's own, in its jvp
+class TestTransforms:
+    """torch.func of the function against torch.func of plain operations."""
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_per_sample_gradients(self, case: str) -> None:
+        operands, spec = draw(case)
+
+        def per_sample(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+            def loss(*differentiated: Tensor) -> Tensor:
+                input, *parameters = differentiated
+                output = function(input.unsqueeze(0), *parameters, operands.mean, operands.var, EPS, spec)
+                return output.tanh().sum()
+
+            gradient = torch.func.grad(loss, argnums=tuple(range(5)))
+            rows = torch.func.vmap(gradient, in_dims=(0, None, None, None, None))
+            return rows(*operands[:5])
+
+        assert_close(per_sample(conv_bn), per_sample(plain), 1e-10)
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_forward_mode(self, case: str) -> None:
+        operands, spec = draw(case)
+        tangents = tuple(torch.ones_like(tensor) for tensor in operands[:5] if tensor is not None)
+
+        def jvp(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+            return torch.func.jvp(lambda *primals: function(*primals, *operands[5:], EPS, spec), operands[:5], tangents)
+
+        assert_close(jvp(conv_bn), jvp(plain), 1e-12)
+
+    def test_hessian_forward_over_reverse(self) -> None:
+        operands, spec = draw("conv1d")
+
+        def hessian(function: Callable[..., Tensor]) -> Tensor:
+            def loss(gamma: Tensor) -> Tensor:
+                return operands._replace(gamma=gamma).of(function, spec).tanh().sum()
+
+            return torch.func.hessian(loss)(operands.gamma)
+
+        assert_close([hessian(conv_bn)], [hessian(plain)], 1e-10)
+
+    def test_a_batch_of_models(self) -> None:
+        operands, spec = draw("grouped conv2d")
+        stacked = [torch.stack([tensor, tensor * 1.5]) for tensor in operands[1:] if tensor is not None]
+
+        def ensemble(function: Callable[..., Tensor]) -> Tensor:
+            return torch.func.vmap(lambda *tensors: function(operands.input, *tensors, EPS, spec))(*stacked)
+
+        assert_close([ensemble(conv_bn)], [ensemble(plain)], 1e-12)
+
+
+def test_a_float64_input_or_weight_is_not_cast_by_autocast() -> None:
+    operands, spec = draw("grouped conv2d")
+    with torch.autocast("cpu", torch.bfloat16):
+        output = operands.of(conv_bn, spec)
+    assert output.dtype is torch.float64
+    assert relative(output, operands.of(plain, spec)) < 1e-12
+
+
+def test_a_dtype_mismatch_stays_the_callers_error() -> None:
+    operands, spec = draw("grouped conv2d")
+    with pytest.raises(RuntimeError, match="type"):
+        operands._replace(input=operands.input.float()).of(conv_bn, spec)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_meta_tensors_give_a_shape(case: str) -> None:
+    operands, spec = draw(case)
+    operands = Operands(*[None if tensor is None else tensor.float().to("meta") for tensor in operands])
+    assert operands.of(conv_bn, spec).shape == operands.of(plain, spec).shape

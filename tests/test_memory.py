@@ -1,0 +1,241 @@
+"""Kept bytes: exact where they can be computed by hand, else in agreement with the allocator's own account."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from helpers import FAMILIES, Snapshot, images, small_net, torchvision_model
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+from lightning_convbn import Mode, find_conv_bn_pairs, fuse_for_deploy, get_mode, measure_memory, set_mode
+from lightning_convbn.memory import MIB, count_saved_bytes, measure_memory_abstractly
+
+FLOAT = 4
+
+
+@pytest.fixture(autouse=True)
+def _quick_garbage_collection() -> Iterator[None]:
+    """Every count collects garbage; what importing torch left behind need not be searched each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def constant_model(name: str) -> nn.Module:
+    """A torchvision classifier on the CPU that took no time to initialise."""
+    model = torchvision_model(name).to_empty(device="cpu")
+    for tensor in model.state_dict().values():
+        tensor.fill_(0.01 if tensor.is_floating_point() else 0)
+    return model
+
+
+def allocated_by(model: nn.Module, input: Tensor) -> int:
+    """The allocator's account: what one forward has allocated and not freed while its graph alone is left."""
+    gc.collect()
+    graph = None  # nothing may be freed within that was allocated before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        graph = model(input.clone()).grad_fn
+    assert graph is not None
+    events = profiler.profiler.kineto_results.events()
+    return sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+class TestBytesComputedByHand:
+    INPUT, OUTPUT = 2 * 3 * 8 * 8 * FLOAT, 2 * 5 * 8 * 8 * FLOAT
+
+    def net(self) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5))
+
+    def test_eval_keeps_input_and_output_of_a_convolution(self) -> None:
+        assert measure_memory(self.net(), images(2, 3, 8, 8), mode="eval").saved_bytes == self.INPUT + self.OUTPUT
+
+    @pytest.mark.parametrize("mode", ["tune", "deploy"])
+    def test_tune_keeps_the_input_alone(self, mode: Mode) -> None:
+        kept = measure_memory(self.net(), images(2, 3, 8, 8), mode=mode).saved_bytes
+        assert kept == self.INPUT + FLOAT  # a checksum of the statistics, which are read again from the buffers
+
+    def test_with_frozen_parameters_no_input_of_a_convolution_is_kept(self) -> None:
+        """As when an input is optimised: an adversarial example, say."""
+        net = nn.Sequential(*self.net(), nn.Conv2d(5, 5, 1), nn.BatchNorm2d(5)).requires_grad_(False)
+        kept = measure_memory(net, images(2, 3, 8, 8).requires_grad_(), mode="tune").saved_bytes
+        assert kept == 2 * FLOAT
+
+    @pytest.mark.parametrize("mode", ["train", "eval", "tune", "deploy"])
+    def test_nothing_is_kept_where_nothing_wants_a_gradient(self, mode: Mode) -> None:
+        assert measure_memory(self.net().requires_grad_(False), images(2, 3, 8, 8), mode=mode).saved_bytes == 0
+
+    def test_a_storage_counts_once_however_often_it_is_kept(self) -> None:
+        weight = torch.ones(8, requires_grad=True)
+        assert count_saved_bytes(lambda x: (x * weight) + (x.view(2, 4).view(8) * weight), images(8)) == 8 * FLOAT
+
+    def test_a_tensor_held_by_a_function_counts(self) -> None:
+        """What no saved-tensor hook would see."""
+
+        class Holder(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: torch.autograd.function.FunctionCtx, input: Tensor) -> Tensor:
+                ctx.held = torch.zeros(100)
+                return input * 1
+
+            @staticmethod
+            def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+                return gradient
+
+        assert count_saved_bytes(Holder.apply, images(3).requires_grad_()) == 100 * FLOAT
+
+    def test_keyword_arguments_and_nested_outputs(self) -> None:
+        weight = torch.ones(8, requires_grad=True)
+        assert count_saved_bytes(lambda *, x: {"a": [x * weight], "n": 1}, x=images(8)) == 8 * FLOAT
+
+    @pytest.mark.parametrize("mode", ["eval", "tune"])
+    def test_checkpointing_keeps_the_input_alone(self, mode: Mode) -> None:
+        """Its saved-tensor hooks would hide from a count by outer hooks all that is kept within."""
+        net = small_net()
+        set_mode(net, mode)
+        image = images(2, 3, 8, 8)
+        kept = count_saved_bytes(lambda x: checkpoint(net, x, use_reentrant=False, preserve_rng_state=False), image)
+        assert kept == image.nbytes
+
+    def test_what_hooks_inside_pack_is_counted(self) -> None:
+        weight = torch.ones(64, requires_grad=True)
+
+        def packed(input: Tensor) -> Tensor:
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: x.double(), lambda x: x.float()):
+                return (input * weight).exp()
+
+        # The input, the weight, and the output of exp, packed into 8 bytes each.
+        assert count_saved_bytes(packed, images(64)) in (2 * 64 * 8, 3 * 64 * 8)
+
+
+def test_resnet50_at_batch_1_keeps_half_of_eval() -> None:
+    model = constant_model("resnet50")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        image = torch.empty(1, 3, 224, 224)
+        assert measure_memory(model, image, mode="tune").saved_mib <= 41
+        assert measure_memory(model, image, mode="eval").saved_mib == pytest.approx(82, abs=0.5)
+
+
+def kept_by_tune_eval_and_copy(name: str, image: Tensor) -> tuple[int, int, int]:
+    model = constant_model(name)
+    pairs = find_conv_bn_pairs(model)
+    tune, plain = (measure_memory(model, image, mode=mode, pairs=pairs).saved_bytes for mode in ("tune", "eval"))
+    return tune, plain, count_saved_bytes(fuse_for_deploy(model, pairs=pairs), image)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tune_keeps_what_a_deployed_copy_keeps(name: str) -> None:
+    tune, plain, deployed = kept_by_tune_eval_and_copy(name, torch.zeros(1, 3, 224, 224))
+    assert tune <= 1.01 * deployed, tune / deployed
+    assert tune <= plain
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_of_small_images_tune_keeps_little_more_than_a_deployed_copy(name: str) -> None:
+    """The one vector per pair weighs more against small activations."""
+    tune, plain, deployed = kept_by_tune_eval_and_copy(name, torch.zeros(1, 3, FAMILIES[name], FAMILIES[name]))
+    assert tune <= 1.05 * deployed, tune / deployed
+    assert tune <= plain
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "regnet_x_400mf"])
+def test_what_tune_keeps_beyond_a_deployed_copy_does_not_grow_with_the_batch(name: str) -> None:
+    (one, _, deployed_one), (eight, plain, deployed_eight) = (
+        kept_by_tune_eval_and_copy(name, torch.zeros(batch, 3, 224, 224)) for batch in (1, 8)
+    )
+    assert eight - deployed_eight == one - deployed_one
+    assert eight <= 1.01 * deployed_eight
+    assert eight <= plain
+
+
+@pytest.mark.parametrize("mode", ["eval", "tune"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121", "efficientnet_b0", "googlenet"])
+def test_the_count_agrees_with_the_allocator(name: str, mode: Mode) -> None:
+    model, batch = constant_model(name), images(2, 3, 64, 64)
+    set_mode(model, mode)
+    assert measure_memory(model, batch, mode=mode).saved_bytes == pytest.approx(allocated_by(model, batch), rel=0.02)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "tune"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_fake_tensors_give_the_same_count(name: str, mode: Mode) -> None:
+    model, batch = constant_model(name), torch.zeros(2, 3, 64, 64)
+    real = measure_memory(model, batch, mode=mode)
+    assert measure_memory_abstractly(model, (batch,), {}, mode=mode) == real
+
+
+@pytest.mark.parametrize(
+    "count", [measure_memory, lambda model, x, mode: measure_memory_abstractly(model, (x,), {}, mode=mode)]
+)
+@pytest.mark.parametrize("mode", ["train", "eval", "tune", "deploy"])
+def test_everything_is_as_before(mode: Mode, count: Callable[..., object]) -> None:
+    net = nn.Sequential(small_net(), nn.Dropout())
+    set_mode(net, "eval")
+    found, random_state, batch = Snapshot.of(net), torch.get_rng_state(), images(2, 3, 8, 8)
+    image = batch.clone()
+    versions = [parameter.grad for parameter in net.parameters()]
+    count(net, batch, mode=mode)
+    assert Snapshot.of(net) == found
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [parameter.grad for parameter in net.parameters()] == versions
+    assert torch.equal(batch, image)
+    assert batch.grad is None
+
+
+def test_gradients_are_not_touched() -> None:
+    net = small_net()
+    net(images(2, 3, 8, 8)).sum().backward()
+    found = [parameter.grad.clone() for parameter in net.parameters()]
+    measure_memory(net, images(2, 3, 8, 8), mode="tune")
+    assert all(torch.equal(parameter.grad, grad) for parameter, grad in zip(net.parameters(), found, strict=True))
+
+
+def test_nothing_is_held_afterwards() -> None:
+    net, batch = small_net(), images(2, 3, 8, 8)
+    set_mode(net, "tune")
+    gc.collect()
+    before = sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+    measure_memory(net, batch, mode="tune")
+    gc.collect()
+    assert sum(isinstance(thing, Tensor) for thing in gc.get_objects()) <= before
+
+
+def test_counting_works_where_gradients_are_off() -> None:
+    net, batch = small_net(), images(2, 3, 8, 8)
+    expected = measure_memory(net, batch, mode="tune")
+    with torch.no_grad():
+        assert measure_memory(net, batch, mode="tune") == expected
+        assert not torch.is_grad_enabled()
+
+
+def test_an_exception_in_forward_leaves_mode_and_model_as_before() -> None:
+    net = small_net()
+    set_mode(net, "eval")
+    found = Snapshot.of(net)
+    with pytest.raises(RuntimeError, match="channels"):
+        measure_memory(net, images(2, 4, 8, 8), mode="tune")
+    assert get_mode(net) == "eval"
+    assert Snapshot.of(net) == found
+
+
+def test_a_model_that_reads_values_is_counted_for_real() -> None:
+    class ReadsValues(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.net(input[: 1 + int(input.abs().max() > 0)])
+
+    model, batch = ReadsValues(), images(3, 3, 8, 8)
+    expected = measure_memory(copy.deepcopy(model), batch, mode="tune")
+    assert measure_memory_abstractly(model, (batch,), {}, mode="tune") == expected
+    assert expected.saved_mib == expected.saved_bytes / MIB
+    assert expected.peak_allocated_bytes is None

@@ -1,0 +1,442 @@
+"""Switching: exact there and back, frozen for good, never stale, and bad input changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import io
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import BATCH_NORMS, Snapshot, assert_close, gradients, images, randomized, small_net, torchvision_model
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from lightning_convbn import ConvBNPairs, Mode, conv_bn_mode, find_conv_bn_pairs, get_mode, set_mode
+from lightning_convbn.layers import ConvBNLayer, FoldedNorm
+from lightning_convbn.modes import MODES
+
+FROZEN: tuple[Mode, ...] = ("eval", "tune", "deploy")
+
+
+class DoublingBatchNorm2d(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class Patchwork(nn.Module):
+    """Pairs that fold, and BatchNorms frozen, held by a hook, and left alone; its training flags are mixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = small_net()
+        self.hooked = nn.Sequential(nn.Conv2d(3, 3, 1), DoublingBatchNorm2d(3))
+        self.left = nn.BatchNorm2d(3, track_running_stats=False)
+        randomized(self).train()
+        self.body[1].eval()
+        self.body[4].eval()
+        self.hooked[1].eval()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.body(self.left(self.hooked(input)))
+
+
+def batch(dtype: torch.dtype = torch.float64) -> Tensor:
+    return images(2, 3, 8, 8, dtype=dtype)
+
+
+def eval_output(model: nn.Module) -> Tensor:
+    """What the model computes in plain PyTorch's eval state, on a copy."""
+    plain = copy.deepcopy(model)
+    set_mode(plain, "train")
+    with torch.no_grad():
+        return plain.eval()(batch(next(plain.parameters()).dtype))
+
+
+def output(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(batch(next(model.parameters()).dtype))
+
+
+@pytest.mark.parametrize("second", MODES)
+@pytest.mark.parametrize("first", MODES)
+def test_a_switch_there_and_back_is_exact(first: Mode, second: Mode) -> None:
+    model = Patchwork()
+    found = Snapshot.of(model)
+    pairs = find_conv_bn_pairs(model)
+    for mode in (first, second, second):
+        assert set_mode(model, mode) == pairs
+        assert get_mode(model) == mode
+        assert Snapshot.of(model).parameters == found.parameters
+        assert Snapshot.of(model).tensors == found.tensors
+        assert list(model.state_dict()) == list(found.tensors)
+    set_mode(model, "train")
+    assert get_mode(model) == "train"
+    assert Snapshot.of(model) == found
+
+
+@pytest.mark.parametrize("mode", FROZEN)
+def test_the_training_flags_come_back_even_if_changed_meanwhile(mode: Mode) -> None:
+    model = Patchwork()
+    flags = {name: module.training for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)}
+    set_mode(model, mode)
+    model.train()
+    set_mode(model, "train")
+    del flags["left"]  # never converted
+    assert {name: model.get_submodule(name).training for name in flags} == flags
+
+
+def test_the_mode_is_visible_in_print() -> None:
+    net = small_net()
+    texts = {mode: (set_mode(net, mode), str(net))[1] for mode in MODES}
+    assert "(0): TuneConv2d(3, 6, kernel_size=(3, 3)" in texts["tune"]
+    assert "(1): FoldedBatchNorm2d(6, eps=1e-05" in texts["tune"]
+    assert "(0): DeployConv2d(" in texts["deploy"]
+    assert "(1): EvalBatchNorm2d(" in texts["eval"]
+    assert "(3): EvalBatchNorm2d(" in texts["tune"]
+    assert "(0): Conv2d(" in texts["eval"]
+
+
+def test_resnet152_there_and_back_takes_no_two_seconds() -> None:
+    model = torchvision_model("resnet152")
+    start = time.process_time()
+    assert len(set_mode(model, "tune")) == 155
+    set_mode(model, "train")
+    assert time.process_time() - start < 2
+
+
+def test_get_mode_of_a_mixed_model_names_its_parts() -> None:
+    net = nn.Sequential(small_net()[:3], small_net()[:3])
+    set_mode(net[0], "tune")
+    assert get_mode(net) == "tune"
+    set_mode(net[1], "eval")
+    with pytest.raises(ValueError, match=r"Sequential is in no single mode \(`1.1` is in 'eval', `0.1` is in 'tune'\)"):
+        get_mode(net)
+    set_mode(net, "deploy")
+    assert get_mode(net) == "deploy"
+
+
+class TestContextManager:
+    @pytest.mark.parametrize("before", MODES)
+    def test_restores_after_an_exception(self, before: Mode) -> None:
+        model = Patchwork()
+        set_mode(model, before)
+        found = Snapshot.of(model)
+        with pytest.raises(ZeroDivisionError), conv_bn_mode(model, "tune" if before != "tune" else "eval"):
+            raise ZeroDivisionError
+        assert get_mode(model) == before
+        assert Snapshot.of(model) == found
+
+    def test_nests(self) -> None:
+        model = Patchwork()
+        found = Snapshot.of(model)
+        seen = []
+        with conv_bn_mode(model, "tune"):
+            with conv_bn_mode(model, "train"):
+                seen.append(get_mode(model))
+            with conv_bn_mode(model, "deploy"), conv_bn_mode(model, "eval"):
+                seen.append(get_mode(model))
+            seen.append(get_mode(model))
+        assert seen == ["train", "eval", "tune"]
+        assert Snapshot.of(model) == found
+
+    def test_brings_back_the_pairs_in_force(self) -> None:
+        net = small_net()
+        chosen = find_conv_bn_pairs(net).unfold({"5": "mine"})
+        set_mode(net, "tune", pairs=chosen)
+        with conv_bn_mode(net, "tune", pairs=chosen.unfold({"1": "this one, too"})) as inner:
+            assert list(inner) == [("7", "8")]
+        with conv_bn_mode(net, "train"):
+            pass
+        assert set_mode(net, "deploy") == chosen
+
+
+class TestCopies:
+    @pytest.mark.parametrize("mode", FROZEN)
+    @pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
+    def test_a_copy_is_independent(self, how: str, mode: Mode) -> None:
+        net = small_net().double()
+        set_mode(net, mode)
+        expected = output(net)
+        if how == "deepcopy":
+            copied = copy.deepcopy(net)
+        else:
+            file = io.BytesIO()
+            torch.save(net, file)
+            file.seek(0)
+            copied = torch.load(file, weights_only=False)
+        with torch.no_grad():
+            for tensor in net.state_dict().values():
+                tensor.mul_(2)
+        assert torch.equal(output(copied), expected)
+        assert get_mode(copied) == mode
+        set_mode(copied, "train")
+        set_mode(net, "train")
+        assert [type(module) for module in copied] == [type(module) for module in net] == [type(m) for m in small_net()]
+
+    def test_functional_call_uses_the_tensors_given_and_leaves_the_model_alone(self) -> None:
+        net = small_net().double()
+        other = {name: tensor * 1.5 for name, tensor in net.state_dict().items()}
+        expected = torch.func.functional_call(copy.deepcopy(net).eval(), other, batch())
+        for mode in FROZEN:
+            set_mode(net, mode)
+            before = output(net)
+            assert_close([torch.func.functional_call(net, other, batch())], [expected], 1e-12)
+            with torch.no_grad():
+                assert_close([torch.func.functional_call(net, other, batch())], [expected], 1e-12)
+            assert torch.equal(output(net), before)
+
+
+def back_to_train(model: nn.Module) -> None:
+    model.train()
+
+
+def set_flags(model: nn.Module) -> None:
+    for module in model.modules():
+        module.training = True
+
+
+def freeze_as_lightning_does(model: nn.Module) -> None:
+    """BaseFinetuning.freeze_module: the flag says that there are no statistics, but the buffers are there."""
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS):
+            module.track_running_stats = False
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad = False
+    model.train()
+
+
+@pytest.mark.parametrize("mode", FROZEN)
+@pytest.mark.parametrize("thaw", [back_to_train, set_flags, freeze_as_lightning_does])
+def test_frozen_is_frozen_for_good(thaw: Callable[[nn.Module], None], mode: Mode) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), DoublingBatchNorm2d(3), *small_net())
+    randomized(model).double()
+    set_mode(model, mode)
+    expected = output(model)
+    statistics = Snapshot.of(model).tensors
+    thaw(model)
+    for _ in range(2):
+        assert torch.equal(output(model), expected)
+        model(batch())
+    assert Snapshot.of(model).tensors == statistics
+
+
+def test_flags_cleared_before_the_switch_do_not_thaw_either() -> None:
+    net = small_net().double()
+    expected = eval_output(net)
+    freeze_as_lightning_does(net)
+    assert len(set_mode(net, "tune")) == 3
+    assert_close([output(net)], [expected], 1e-12)
+
+
+def load_weights(net: nn.Module) -> None:
+    net.load_state_dict({name: tensor * 1.5 for name, tensor in net.state_dict().items()})
+
+
+def assign_weights(net: nn.Module) -> None:
+    net.load_state_dict({name: tensor * 1.5 for name, tensor in net.state_dict().items()}, assign=True)
+
+
+def step_of_an_optimizer(net: nn.Module) -> None:
+    for parameter in net.parameters():
+        parameter.requires_grad_()
+    net(batch()).sum().backward()
+    torch.optim.SGD(net.parameters(), 0.1).step()
+    net.requires_grad_(False)
+
+
+def write_statistics(net: nn.Module) -> None:
+    net[1].running_mean.add_(1)
+    net[8].running_var.mul_(2)
+
+
+def new_gamma(net: nn.Module) -> None:
+    net[1].weight = nn.Parameter(net[1].weight * 2, requires_grad=False)
+
+
+def new_eps(net: nn.Module) -> None:
+    net[1].eps = 0.5
+
+
+def to_float32(net: nn.Module) -> None:
+    net.float()
+
+
+def data_and_a_switch(net: nn.Module) -> None:
+    """As weight averaging does: no version counter tells of it, the switch does."""
+    net[0].weight.data.mul_(2)
+    set_mode(net, "tune")
+    set_mode(net, "deploy")
+
+
+def data_and_the_same_mode(net: nn.Module) -> None:
+    net[0].weight.data.mul_(2)
+    set_mode(net, "deploy")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        load_weights,
+        assign_weights,
+        step_of_an_optimizer,
+        write_statistics,
+        new_gamma,
+        new_eps,
+        to_float32,
+        data_and_a_switch,
+        data_and_the_same_mode,
+    ],
+)
+def test_a_deployed_model_is_never_stale(change: Callable[[nn.Module], None]) -> None:
+    net = small_net().double().requires_grad_(False)
+    set_mode(net, "deploy")
+    before = output(net)
+    change(net)
+    after = output(net)
+    assert_close([after], [eval_output(net)], 1e-12 if after.dtype is torch.float64 else 1e-5)
+    assert after.dtype is not before.dtype or not torch.equal(after, before)
+
+
+def test_a_deployed_model_folds_once() -> None:
+    net = small_net().requires_grad_(False)
+    set_mode(net, "deploy")
+    output(net)
+    folds = [module._folded[1] for module in net if isinstance(module, ConvBNLayer)]
+    output(net)
+    assert len(folds) == 3
+    assert all(a is b._folded[1] for a, b in zip(folds, (m for m in net if isinstance(m, ConvBNLayer)), strict=True))
+
+
+def test_a_fold_made_in_inference_mode_serves_a_gradient_of_the_input() -> None:
+    net = small_net().double().requires_grad_(False)
+    plain = copy.deepcopy(net).eval()
+    set_mode(net, "deploy")
+    with torch.inference_mode():
+        net(batch())
+    ours, theirs = batch().requires_grad_(), batch().requires_grad_()
+    assert_close(gradients(net(ours), ours), gradients(plain(theirs), theirs), 1e-10)
+
+
+def test_a_deployed_model_with_trainable_parameters_gives_tunes_gradients() -> None:
+    net = small_net().double()
+    set_mode(net, "tune")
+    expected = gradients(net(batch()), *net.parameters())
+    set_mode(net, "deploy")
+    output(net)  # a fold is kept now
+    assert_close(gradients(net(batch()), *net.parameters()), expected, 0.0)
+
+
+@pytest.mark.parametrize("mode", ["tune", "deploy"])
+def test_a_convolution_parametrized_after_the_switch_works_and_is_restored(mode: Mode) -> None:
+    net = small_net().double()
+    expected = eval_output(net)
+    set_mode(net, mode)
+    weight_norm(net[0])
+    assert_close([output(net)], [expected], 1e-12)
+    with torch.no_grad():
+        net[0].parametrizations.weight.original0.mul_(2)
+    assert_close([output(net)], [eval_output(net)], 1e-12)
+    set_mode(net, "train")
+    assert isinstance(net[0], nn.Conv2d)
+    assert not isinstance(net[0], ConvBNLayer)
+    assert not any(isinstance(module, (ConvBNLayer, FoldedNorm)) for module in net)
+    with torch.no_grad():
+        assert_close([net.eval()(batch())], [eval_output(net)], 1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_hooks_fire_once_each_and_survive(mode: Mode) -> None:
+    net = small_net()
+    calls: list[Any] = []
+    for module in (net[0], net[1]):
+        module.register_forward_hook(lambda module, args, output: calls.append(module))
+        module.register_forward_pre_hook(lambda module, args: calls.append(module))
+    set_mode(net, mode)
+    output(net)
+    set_mode(net, "train")
+    assert calls == [net[0], net[0], net[1], net[1]]
+    assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in (net[0], net[1])] == [2, 2]
+
+
+class TestBadInput:
+    """A ValueError that names the argument, and an untouched model."""
+
+    @pytest.mark.parametrize(
+        ("mode", "options", "message"),
+        [
+            ("Tune", {}, "mode must be one of 'train', 'eval', 'tune', 'deploy'; got 'Tune'."),
+            (None, {}, "mode must be one of 'train', 'eval', 'tune', 'deploy'; got None."),
+            ("tune", {"recompute_activations": True}, "recompute_activations=True is not available yet"),
+            ("tune", {"pairs": ConvBNPairs([("body.0", "no")])}, "pairs: Patchwork has no module `no`"),
+            ("tune", {"pairs": ConvBNPairs([("no", "body.1")])}, "pairs: Patchwork has no module `no`"),
+            (
+                "deploy",
+                {"pairs": ConvBNPairs([("body.0", "body.2")])},
+                "pairs: `body.0` and `body.2` can't be folded: `body.2` is no BatchNorm",
+            ),
+            (
+                "eval",
+                {"pairs": ConvBNPairs([("body.0", "body.8")])},
+                "pairs: `body.0` and `body.8` can't be folded: `body.0` gives 6 channels, not the 8 that it has",
+            ),
+            (
+                "tune",
+                {"pairs": ConvBNPairs([("hooked.0", "left")])},
+                "pairs: `hooked.0` and `left` can't be folded: has no running statistics",
+            ),
+            (
+                "tune",
+                {"pairs": ConvBNPairs([("hooked.0", "hooked.1")])},
+                "pairs: `hooked.0` and `hooked.1` can't be folded: is a DoublingBatchNorm2d, which is not in the table",
+            ),
+            (
+                "tune",
+                {"pairs": ConvBNPairs([("body.0", "body.1"), ("body.0", "body.3")])},
+                "pairs: a convolution or a BatchNorm is in more than one pair",
+            ),
+            (
+                "tune",
+                {"pairs": ConvBNPairs([("body.0", "body.1"), ("body.4", "body.1")])},
+                "pairs: a convolution or a BatchNorm is in more than one pair",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("before", ["train", "deploy"])
+    def test_arguments(self, before: Mode, mode: Any, options: dict[str, Any], message: str) -> None:
+        model = Patchwork()
+        set_mode(model, before)
+        found = Snapshot.of(model)
+        for switch in (set_mode, lambda *args, **kwargs: conv_bn_mode(*args, **kwargs).__enter__()):
+            with pytest.raises(ValueError) as raised:  # noqa: PT011 - compared as a string below
+                switch(model, mode, **options)
+            assert str(raised.value).startswith(message)
+            assert Snapshot.of(model) == found
+
+    def test_not_a_module(self) -> None:
+        with pytest.raises(ValueError, match="model must be a torch.nn.Module; got list"):
+            set_mode([small_net()], "tune")
+
+    def test_data_parallel(self) -> None:
+        model = nn.Sequential(nn.DataParallel(small_net()))
+        found = Snapshot.of(model)
+        with pytest.raises(ValueError, match="model: `0` is wrapped in DataParallel, .* use DistributedDataParallel"):
+            set_mode(model, "tune")
+        assert Snapshot.of(model) == found
+
+    @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+    def test_torchscript(self) -> None:
+        model = nn.Sequential(torch.jit.trace(small_net().eval(), batch(torch.float32)))
+        with pytest.raises(ValueError, match="model: `0` is TorchScript, .* convert the model before scripting"):
+            set_mode(model, "tune")
+
+    @pytest.mark.parametrize("mode", FROZEN)
+    def test_a_model_without_norms(self, mode: Mode) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
+        with pytest.raises(
+            ValueError, match=f"Sequential has no BatchNorm, so there is nothing to put in '{mode}' mode"
+        ):
+            set_mode(model, mode)
+        assert len(set_mode(model, "train")) == 0
