@@ -178,6 +178,7 @@ def fine_tune(mode: Mode, args: argparse.Namespace) -> Run:
         gradient_clip_val=1.0,
         log_every_n_steps=1,
         num_sanity_val_steps=0,
+        enable_model_summary=False,
     )
     trainer.fit(model, data)
     peak = peak_memory_mib()

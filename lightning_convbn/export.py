@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_convbn.functional import fold_conv_bn
-from lightning_convbn.layers import affine_of
+from lightning_convbn.layers import affine_of, norm_layer
 from lightning_convbn.modes import set_mode
 from lightning_convbn.pairs import ConvBNPair, ConvBNPairs, find_conv_bn_pairs, pairs_in_force
 
@@ -75,8 +75,10 @@ def _fold_for_good(model: nn.Module, pair: ConvBNPair) -> None:
     of_bias = any(tensor is not None and tensor.requires_grad for tensor in (conv.bias, gamma, beta))
     conv.weight = nn.Parameter(weight, requires_grad=of_weight)
     conv.bias = nn.Parameter(bias, requires_grad=of_bias or of_weight)
-    kept = [module for name in ("drop", "act") if isinstance(module := getattr(bn, name, None), nn.Module)]
-    kept = [module for module in kept if not isinstance(module, nn.Identity)]
+    row = norm_layer(bn)
+    assert row is not None
+    kept = [child for name in row.runs_after if isinstance(child := getattr(bn, name, None), nn.Module)]
+    kept = [child for child in kept if not isinstance(child, nn.Identity)]
     rest: nn.Module = nn.Identity() if not kept else kept[0] if len(kept) == 1 else nn.Sequential(*kept)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is bn:

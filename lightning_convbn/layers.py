@@ -352,12 +352,14 @@ class ConvLayer:
 class NormLayer:
     """A row of the table: what a plain BatchNorm becomes, and the dimensions its input may have.
 
-    ``eval`` is None for a BatchNorm that is always frozen: it stays what it is.
+    ``eval`` is None for a BatchNorm that is always frozen: it stays what it is. ``runs_after`` names those children of
+    the BatchNorm that run on what is normalised, in their order.
     """
 
     eval: type[EvalNorm] | None
     folded: type[FoldedNorm]
     dims: frozenset[int]
+    runs_after: tuple[str, ...] = ()
 
 
 # Keys are exact classes, or their qualified names where importing a package just to name its class would be too much.

@@ -108,8 +108,10 @@ def count_saved_bytes(function: Callable[..., Any], *inputs: Any, **kwargs: Any)
         # Copies, so that an input counts if and only if the graph keeps it, and not because the caller holds it.
         args, named = tree_map_only(Tensor, _copied, (inputs, kwargs))
         output = function(*args, **named)
-        graph = [leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        del args, named, output
+        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        # The node of a view, because up to PyTorch 2.6 a custom Function's own node does not hold what it has saved.
+        graph = [leaf.view_as(leaf).grad_fn for leaf in leaves]
+        del args, named, output, leaves
     gc.collect(1)  # cycles that the forward has just left behind
     kept = ledger.bytes_alive()
     del graph

@@ -6,6 +6,7 @@ convolution has put out is followed by identity: whichever torch function takes 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
 from lightning_convbn.flow import DataFlow, is_leaf
-from lightning_convbn.layers import is_norm
+from lightning_convbn.layers import class_name, is_norm
 from lightning_convbn.state import state_kept
 from lightning_convbn.tracing import METADATA
 
@@ -42,6 +43,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self._flow = flow
         self._origin: dict[int, tuple[Tensor, nn.Module]] = {}  # holds the tensors, so that no id is used twice
+        self._made: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # what made a tensor
         self._rows: set[int] = set()  # ids of flattened outputs of linear layers
         self._inside = 0  # how many watched modules are running
 
@@ -71,7 +73,7 @@ class _Recorder(TorchFunctionMode):
                 source = self._origin_of(given[0]) if given else None
                 if given and id(given[0]) in self._rows:
                     self._flow.flattened.add(module)
-                self._flow.sources[module].append("something else" if source is None else source)
+                self._flow.sources[module].append(self._described(given) if source is None else source)
         self._inside += 1
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -80,8 +82,17 @@ class _Recorder(TorchFunctionMode):
                 self._origin[id(output)] = output, module
             elif self._origin_of(output) is not None:
                 output = output.detach()  # a folded BatchNorm returns what it was given: tell the two apart
+            if is_norm(module):
+                self._note_maker(output, f"`{self._flow.names[module]}` ({class_name(module)})")
         self._inside -= 1
         return output
+
+    def _described(self, given: list[Tensor]) -> str:
+        made, name = self._made.get(id(given[0]), (None, "")) if given else (None, "")
+        return name if made is not None and made() is given[0] else "an argument of forward"
+
+    def _note_maker(self, output: Tensor, description: str) -> None:
+        self._made[id(output)] = weakref.ref(output), description
 
     def _origin_of(self, tensor: Tensor) -> nn.Module | None:
         return self._origin[id(tensor)][1] if id(tensor) in self._origin else None
@@ -107,7 +118,10 @@ class _Recorder(TorchFunctionMode):
                         conv = self._origin_of(leaf) if isinstance(leaf, Tensor) else None
                         if conv is not None:
                             self._flow.users[conv].append(f"`{name}`")
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if self._inside == 0 and isinstance(output, Tensor):
+            self._note_maker(output, f"`{_name(func)}`")
+        return output
 
     def returned(self, output: Any) -> None:
         """Note what of the output comes straight from a convolution."""

@@ -74,9 +74,12 @@ class DeployConv2dStaticSame(Deploy, StaticSameGeometry, nn.Conv2d):
     dims = 4
 
 
+DROP_AND_ACT = ("drop", "act")
+
+
 def activated(bn: nn.Module, input: Tensor) -> Tensor:
     """Run what timm's BatchNorms hold beside the normalisation: drop and activation."""
-    for name in ("drop", "act"):
+    for name in DROP_AND_ACT:
         module = getattr(bn, name, None)
         if module is not None:
             input = module(input)
@@ -132,12 +135,16 @@ class FoldedFrozenBatchNormAct2d(FoldedNormAct, FoldedFrozenBatchNorm2d):
     """timm's ``FrozenBatchNormAct2d``, folded into its convolution but for its drop and activation."""
 
 
-_IMAGES = frozenset({4})
+for name in ("Conv3DSimple", "Conv3DNoTemporal"):  # they choose the arguments of Conv3d and change nothing else
+    CONV_LAYERS[f"torchvision.models.video.resnet.{name}"] = CONV_LAYERS[nn.Conv3d]
 CONV_LAYERS["timm.layers.conv2d_same.Conv2dSame"] = ConvLayer(TuneConv2dSame, DeployConv2dSame)
-CONV_LAYERS["efficientnet_lite_pytorch.utils.Conv2dStaticSamePadding"] = ConvLayer(
-    TuneConv2dStaticSame, DeployConv2dStaticSame
-)
-NORM_LAYERS["timm.layers.norm_act.BatchNormAct2d"] = NormLayer(EvalBatchNormAct2d, FoldedBatchNormAct2d, _IMAGES)
-NORM_LAYERS["timm.layers.norm_act.SyncBatchNormAct"] = NormLayer(EvalSyncBatchNormAct, FoldedSyncBatchNormAct, _IMAGES)
-NORM_LAYERS["timm.layers.norm_act.FrozenBatchNormAct2d"] = NormLayer(None, FoldedFrozenBatchNormAct2d, _IMAGES)
-NORM_LAYERS[FROZEN] = NormLayer(None, FoldedFrozenBatchNorm2d, _IMAGES)
+for module in ("efficientnet_lite_pytorch.utils", "segmentation_models_pytorch.encoders._efficientnet"):
+    CONV_LAYERS[f"{module}.Conv2dStaticSamePadding"] = ConvLayer(TuneConv2dStaticSame, DeployConv2dStaticSame)
+
+for name, evaluating, folded in (
+    ("BatchNormAct2d", EvalBatchNormAct2d, FoldedBatchNormAct2d),
+    ("SyncBatchNormAct", EvalSyncBatchNormAct, FoldedSyncBatchNormAct),
+    ("FrozenBatchNormAct2d", None, FoldedFrozenBatchNormAct2d),
+):
+    NORM_LAYERS[f"timm.layers.norm_act.{name}"] = NormLayer(evaluating, folded, frozenset({4}), DROP_AND_ACT)
+NORM_LAYERS[FROZEN] = NormLayer(None, FoldedFrozenBatchNorm2d, frozenset({4}))

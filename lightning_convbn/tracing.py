@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -29,6 +31,19 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # An Identity is looked through: what it returns is the very tensor that it was given.
         return is_leaf(m) or (type(m) is not nn.Identity and super().is_leaf_module(m, module_qualified_name))
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Take a module that does not trace for a whole if there is nothing to find in it, as a pooling that pads."""
+        stack = self.module_stack.copy()
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if any(is_leaf(child) for child in m.modules()):
+                raise
+            self.module_stack = stack
+            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
 
 def _trace(module: nn.Module, flow: DataFlow, why: str) -> None:

@@ -89,8 +89,9 @@ def relative(output: Tensor, expected: Tensor) -> float:
 
 
 def assert_close(outputs: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
-    """Compare tensors one by one: shape, dtype, and values within a relative tolerance."""
+    """Compare tensors one by one: shape, dtype, finite values within a relative tolerance."""
     assert [(output.shape, output.dtype) for output in outputs] == [(other.shape, other.dtype) for other in expected]
+    assert all(bool(other.isfinite().all()) for other in expected)
     errors = [relative(output, other) for output, other in zip(outputs, expected, strict=True)]
     assert max(errors, default=0.0) <= tolerance, errors
 

@@ -39,7 +39,7 @@ def test_links_lead_somewhere() -> None:
 @pytest.mark.parametrize(("row", "table"), [("convolutions", layers.CONV_LAYERS), ("BatchNorms", layers.NORM_LAYERS)])
 def test_readme_names_the_table_of_supported_layers(row: str, table: dict[type | str, object]) -> None:
     (claim,) = re.findall(rf"^\| {row} \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    supported = [key.rpartition(".")[2] if isinstance(key, str) else key.__name__ for key in table]
+    supported = {key.rpartition(".")[2] if isinstance(key, str) else key.__name__ for key in table}
     assert sorted(re.findall(r"`(\w+)`", claim)) == sorted(supported)
 
 
