@@ -160,9 +160,7 @@ class Run:
 def fine_tune(mode: Mode, args: argparse.Namespace) -> Run:
     """Train in one mode, test the best checkpoint, and measure."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", message=".*LeafSpec.* is deprecated"
-    )  # Lightning's own call, PyTorch 2.10 and later
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning's own call
     seed_everything(args.seed, workers=True, verbose=False)
     data = read_data(args)
     model = FineTuner(len(data.classes), data.class_weights, args.lr, load_pretrained(args.weights))

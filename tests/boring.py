@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ LIGHTNING_SAYS = [
         r"The '\w+_dataloader' does not have many workers",
     )
 ]
+
+# Before 2.6 Lightning trusted every checkpoint and had no such argument.
+TRUSTED = {"weights_only": False} if "weights_only" in inspect.signature(Trainer.fit).parameters else {}
 
 
 def conv_bn(inputs: int, outputs: int) -> nn.Sequential:

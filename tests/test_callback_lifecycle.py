@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch
 import pytest
 import torch
 from boring import (
     BATCHES_PER_EPOCH,
     LIGHTNING_SAYS,
+    TRUSTED,
     BoringModule,
     Snapshot,
     csv_metrics,
@@ -28,7 +30,6 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
     EarlyStopping,
-    EMAWeightAveraging,
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
@@ -40,6 +41,9 @@ from torch.utils.data import DataLoader
 from lightning_convbn import set_mode
 
 pytestmark = LIGHTNING_SAYS
+
+EMAWeightAveraging = getattr(lightning.pytorch.callbacks, "EMAWeightAveraging", None)
+needs_averaging = pytest.mark.skipif(EMAWeightAveraging is None, reason="EMAWeightAveraging came with Lightning 2.6")
 
 
 def make_raise(owner: Any, hook: str, error: BaseException) -> None:
@@ -280,6 +284,7 @@ class KeepsValidation(BoringModule):
         self.seen, self.said = state_of(self), self(batch[0])
 
 
+@needs_averaging
 @pytest.mark.parametrize("ours_first", [False, True])
 @pytest.mark.parametrize("val_check_interval", [2, 1.0])
 def test_validation_sees_averaged_weights_folded(ours_first: bool, val_check_interval: float) -> None:
@@ -301,6 +306,7 @@ def test_validation_sees_averaged_weights_folded(ours_first: bool, val_check_int
     assert Snapshot.of(module) == before
 
 
+@needs_averaging
 def test_averaging_is_that_of_a_run_in_eval_mode() -> None:
     """Step by step, to rounding."""
     states = []
@@ -326,12 +332,12 @@ def test_checkpoints_early_stopping_and_monitors_work_as_ever(tmp_path: Path) ->
     assert stopping.stopped_epoch == 1
     assert len(module.modes["fit"]) == 2 * BATCHES_PER_EPOCH
     assert csv_metrics(logger)["lr-SGD"][0] == module.learning_rate
-    trainer.test(module, ckpt_path="best", weights_only=False)
+    trainer.test(module, ckpt_path="best", **TRUSTED)
     assert module.modes["test"] == ["deploy"]
     assert Snapshot.of(module) == before
 
     plain = BoringModule()
-    make_trainer().test(plain, ckpt_path=saving.best_model_path, weights_only=False)
+    make_trainer().test(plain, ckpt_path=saving.best_model_path, **TRUSTED)
     assert module.losses["test"] == pytest.approx(plain.losses["test"], rel=1e-5)
 
 

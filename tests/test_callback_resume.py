@@ -11,6 +11,7 @@ import torch
 from boring import (
     BATCHES_PER_EPOCH,
     LIGHTNING_SAYS,
+    TRUSTED,
     BoringModule,
     Snapshot,
     differing,
@@ -35,7 +36,7 @@ def train(module: BoringModule, folder: Path, epochs: int, *callbacks: Any, resu
     """Train, with a checkpoint after every epoch: ``epoch=0.ckpt``, ``epoch=1.ckpt`` and so on."""
     saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
     trainer = make_trainer(*callbacks, saving, max_epochs=epochs, enable_checkpointing=True)
-    trainer.fit(module, ckpt_path=resume, weights_only=False)
+    trainer.fit(module, ckpt_path=resume, **TRUSTED)
 
 
 def checkpoint_of(path: Path) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def test_a_checkpoint_is_that_of_the_plain_model(tmp_path: Path, mode: Any) -> N
     assert list(state) == list(plain.state_dict())
     plain.load_state_dict(state, strict=True)
     assert differing(state_of(plain), state_of(module)) == []
-    read = BoringModule.load_from_checkpoint(tmp_path / "epoch=1.ckpt", weights_only=False)
+    read = BoringModule.load_from_checkpoint(tmp_path / "epoch=1.ckpt", **TRUSTED)
     assert differing(state_of(read), state_of(module)) == []
 
 
@@ -158,7 +159,7 @@ def test_a_run_is_resumed_in_the_middle_of_an_epoch(tmp_path: Path, steps: int, 
 
     resumed = ResumableModule()
     trainer = make_trainer(*(make() for make in callbacks), max_epochs=3)
-    trainer.fit(resumed, ckpt_path=tmp_path / f"step={steps}.ckpt", weights_only=False)
+    trainer.fit(resumed, ckpt_path=tmp_path / f"step={steps}.ckpt", **TRUSTED)
     assert trainer.global_step == 3 * BATCHES_PER_EPOCH
     assert resumed.losses["fit"] == straight.losses["fit"][steps:]
     assert resumed.modes["fit"] == straight.modes["fit"][steps:]
