@@ -102,7 +102,7 @@ def count(name: str) -> dict[str, Any]:
         "frozen": len(pairs.frozen),
         "left": len(pairs.left),
         "plain": by_plain_tracing(model),
-        "reasons": pairs.reasons(),
+        "reasons": pairs.count_by_reason(),
     }
 
 

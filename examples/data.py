@@ -74,11 +74,22 @@ class ImageData(LightningDataModule):
     They are resized and normalised as the ImageNet weights expect; training images are flipped at random. The seed
     decides the sets, the batches and their order, whatever the model does.
 
+    Args:
+        source: `elpv` for the solar cells (`read_solar_cells`), `imagefolder:PATH` for your own (`read_folder`).
+        image_size: Edge of the square that the network sees, in pixels.
+        batch_size: Images per step.
+        limit: Train on at most so many images, the classes in their proportions; None for all.
+        workers: Processes that read images.
+        seed: Seed of the split, the order and the flips.
+
     Attributes:
         classes: The names of the classes.
         train: The training set.
         val: The validation set.
         test: The test set.
+
+    Raises:
+        DataError: If the images can't be found or don't suffice.
     """
 
     def __init__(
@@ -91,19 +102,6 @@ class ImageData(LightningDataModule):
         workers: int = 0,
         seed: int = 0,
     ) -> None:
-        """Find the images and draw the sets; nothing is read yet.
-
-        Args:
-            source: `elpv` for the solar cells (`read_solar_cells`), `imagefolder:PATH` for your own (`read_folder`).
-            image_size: Edge of the square that the network sees, in pixels.
-            batch_size: Images per step.
-            limit: Train on at most so many images, the classes in their proportions; None for all.
-            workers: Processes that read images.
-            seed: Seed of the split, the order and the flips.
-
-        Raises:
-            DataError: If the images can't be found or don't suffice.
-        """
         super().__init__()
         self.image_size = image_size
         self.batch_size = batch_size
@@ -120,7 +118,8 @@ class ImageData(LightningDataModule):
             (self.train,) = stratified_split(self.train, [limit / len(self.train)], seed)
         for name, samples in zip(SETS, (self.train, self.val, self.test), strict=True):
             if missing := set(range(len(self.classes))) - {sample.label for sample in samples}:
-                fix = "add some (6 to a class suffice for all sets)" if limit is None else f"raise --limit {limit}"
+                few = limit is not None and name == "training"
+                fix = f"raise --limit {limit}" if few else "add some (6 to a class suffice for all sets)"
                 raise DataError(
                     f"--data {source}: no image of class {self.classes[min(missing)]!r} is in the {name} set; {fix}"
                 )

@@ -39,7 +39,7 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "BatchNorm2d (mmdetection's habit)": nn.BatchNorm2d,
     "FrozenBatchNorm2d (torchvision's)": misc.FrozenBatchNorm2d,
 }
-BATCH, PIXELS = 2, 160
+BATCH, PIXELS = 2, 128
 INTRODUCTION = f"""# Detectors
 
 One training step of torchvision's detectors with a ResNet-50 FPN backbone, all layers trainable, random weights and

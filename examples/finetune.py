@@ -1,7 +1,7 @@
 """Fine-tune an ImageNet network on photographs of solar cells, with its BatchNorm layers in the mode you choose.
 
     pip install lightning-convbn[examples]
-    python examples/finetune.py                  # Tune mode, 2 to 3 minutes on two CPU cores
+    python examples/finetune.py                  # Tune mode, about two minutes on two CPU cores
     python examples/finetune.py --mode all       # Train, Eval and Tune side by side
     python examples/finetune.py --data imagefolder:PATH/TO/IMAGES
 
@@ -47,9 +47,13 @@ COMPARED_STEPS = 20
 
 
 class FineTuner(LightningModule):
-    """MobileNetV2 with a new head.
+    """MobileNetV2 with a new head; the callback finds the part to switch by its name, `backbone`.
 
-    The callback finds the part to switch by its name, `backbone`.
+    Args:
+        num_classes: Outputs of the head.
+        class_weights: Weight of each class in the loss; None for equal ones.
+        lr: Peak learning rate of the head; the backbone's is a tenth.
+        pretrained: State dict of torchvision's `mobilenet_v2`; None starts the backbone at random.
     """
 
     def __init__(
@@ -59,14 +63,6 @@ class FineTuner(LightningModule):
         lr: float = 1e-2,
         pretrained: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Build the network.
-
-        Args:
-            num_classes: Outputs of the head.
-            class_weights: Weight of each class in the loss; None for equal ones.
-            lr: Peak learning rate of the head; the backbone's is a tenth.
-            pretrained: State dict of torchvision's `mobilenet_v2`; None starts the backbone at random.
-        """
         super().__init__()
         self.save_hyperparameters(ignore="pretrained")
         self.lr = lr
@@ -119,7 +115,6 @@ class Recorder(Callback):
     """Notes each training step's loss and duration."""
 
     def __init__(self) -> None:
-        """Start with nothing noted."""
         self.losses: list[float] = []
         self.seconds: list[float] = []
 
@@ -319,18 +314,22 @@ def main() -> None:
     """Train in the modes asked for, and report."""
     args = parse_args()
     try:  # what can't work is told here, before anything starts
-        classes = read_data(args).classes
+        data = read_data(args)
         load_pretrained(args.weights)
         args.out.mkdir(parents=True, exist_ok=True)
     except (DataError, WeightsError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: --out {args.out}: {error}")
+    print(f"{args.data}: {len(data.train)} training, {len(data.val)} validation and {len(data.test)} test images")
     modes: tuple[Mode, ...] = get_args(Mode) if args.mode == "all" else (args.mode,)
     run = fine_tune if len(modes) == 1 else fine_tune_in_own_process
     runs = [run(mode, args) for mode in modes]
-    report(runs, classes, args.out)
+    report(runs, data.classes, args.out)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped")

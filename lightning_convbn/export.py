@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from lightning_convbn import reasons
 from lightning_convbn.functional import fold_conv_bn
 from lightning_convbn.layers import affine_of, norm_layer
 from lightning_convbn.modes import set_mode
@@ -23,8 +24,8 @@ def fuse_for_deploy(model: nn.Module, *, pairs: ConvBNPairs | None = None) -> nn
 
     Args:
         model: Any module, plain or converted by `set_mode`.
-        pairs: What to fold; None for the pairs in force or, in a plain model, for what `find_conv_bn_pairs` finds in
-            its eval state.
+        pairs: What to fold; None for what `find_conv_bn_pairs` finds in the eval state, in a converted model without
+            what is not in force there.
 
     Raises:
         ValueError: If ``pairs`` does not fit the model, or if a convolution has no weight of its own (weight_norm).
@@ -39,13 +40,14 @@ def fuse_for_deploy(model: nn.Module, *, pairs: ConvBNPairs | None = None) -> nn
           (1): Identity()
         )
     """
-    if pairs is None:
-        pairs = pairs_in_force(model)
+    in_force = pairs_in_force(model)
     fused = copy.deepcopy(model)
     set_mode(fused, "train")
     fused.eval()
     if pairs is None:
         pairs = find_conv_bn_pairs(fused)
+        if in_force is not None:  # proven for the state that the model was converted in, which need not be eval
+            pairs = pairs.unfold({pair.bn: reasons.NOT_GIVEN for pair in pairs if pair not in in_force})
     if len(pairs):
         with torch.no_grad():
             set_mode(fused, "eval", pairs=pairs)  # checks the pairs

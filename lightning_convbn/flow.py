@@ -29,6 +29,7 @@ class DataFlow:
         norms: For each convolution, the BatchNorms that its output goes to.
         flattened: BatchNorms that get a linear layer's output with all but its last dimension flattened.
         unseen: For each BatchNorm that could not be observed, why.
+        untraced: Names of the modules that could not be traced, so that only their children were.
     """
 
     names: dict[nn.Module, str]
@@ -38,6 +39,7 @@ class DataFlow:
     norms: dict[nn.Module, list[nn.Module]] = field(default_factory=lambda: defaultdict(list))
     flattened: set[nn.Module] = field(default_factory=set)
     unseen: dict[nn.Module, str] = field(default_factory=dict)
+    untraced: list[str] = field(default_factory=list)
 
     def partner(self, bn: nn.Module) -> nn.Module | str | None:
         """Return the convolution in front of a BatchNorm, or why there is none; None if ``bn`` was never called."""

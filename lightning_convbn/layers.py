@@ -15,6 +15,8 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -116,7 +118,7 @@ class Deploy(ConvBNLayer):
         dtype = compute_dtype(input, conv.weight)
         if torch.compiler.is_compiling():  # a fold kept by a compiled graph would go stale (pytorch #108863)
             return folded_conv(input, *self._fold(affine, spec, dtype), spec)
-        state = (dtype, conv.weight.device, affine.eps, *map(_version, sources))
+        state = (dtype, conv.weight.device, affine.eps, *map(_contents, sources))
         kept = self._folded
         if kept is None or not _same(kept[0], (*sources, *state)):
             kept = ((*sources, *state), *self._fold(affine, spec, dtype))
@@ -134,8 +136,11 @@ class Deploy(ConvBNLayer):
         return {name: value for name, value in self.__dict__.items() if name != "_folded"}
 
 
-def _version(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
+def _contents(tensor: Tensor | None) -> tuple[int, int]:
+    """What changes when a tensor is written in place, or given other storage."""
+    if tensor is None or is_functorch_wrapped_tensor(tensor) or isinstance(tensor, FakeTensor):
+        return 0, 0
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
 def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
@@ -362,6 +367,8 @@ class NormLayer:
     runs_after: tuple[str, ...] = ()
 
 
+FROZEN = "FrozenBatchNorm2d"  # the row of every class of this name
+
 # Keys are exact classes, or their qualified names where importing a package just to name its class would be too much.
 CONV_LAYERS: dict[type[nn.Module] | str, ConvLayer] = {
     nn.Conv1d: ConvLayer(TuneConv1d, DeployConv1d),
@@ -410,16 +417,13 @@ def norm_layer(module: nn.Module) -> NormLayer | None:
     """
     cls = plain_class(module)
     row = NORM_LAYERS.get(cls) or NORM_LAYERS.get(_qualified_name(cls))
-    if row is None and cls.__name__.endswith("FrozenBatchNorm2d") and module._buffers.keys() == set(Affine._fields[:4]):
+    if row is None and cls.__name__.endswith("FrozenBatchNorm2d") and module._buffers.keys() >= set(Affine._fields[:4]):
         row = NORM_LAYERS[FROZEN]
     return row
 
 
 def _qualified_name(cls: type[nn.Module]) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-FROZEN = "FrozenBatchNorm2d"  # the row of every class of this name
 
 
 def is_norm(module: nn.Module) -> bool:

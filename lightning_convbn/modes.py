@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import get_args
 
+import torch
 from torch import nn
 
 from lightning_convbn import reasons
@@ -66,6 +67,7 @@ def set_mode(
     """
     check_mode("mode", mode, MODES)
     _check_model(model)
+    _check_partners(model)
     if recompute_activations:
         raise ValueError("recompute_activations=True is not available yet; leave it at False")
     if mode == "train":
@@ -149,8 +151,21 @@ def _check_model(model: nn.Module) -> None:
                 f"{where} is wrapped in DataParallel, whose replicas would keep using the BatchNorms of the original; "
                 "use DistributedDataParallel"
             )
-        if isinstance(module, nn.modules.module.Module) and type(module).__module__.startswith("torch.jit"):
+        if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{where} is TorchScript, whose code can't be changed; convert the model before scripting")
+
+
+def _check_partners(model: nn.Module) -> None:
+    """A part of a converted model can't be switched alone if a pair would be torn apart."""
+    inside = set(model.modules())
+    for name, module in model.named_modules():
+        swap = swap_of(module)
+        partners = (*module.__dict__.get("_bn", ()), *((swap and swap.conv) or ()))
+        if any(partner not in inside for partner in partners):
+            raise ValueError(
+                f"model: the partner of `{name or type(module).__name__}` in its pair lies outside of "
+                f"{type(model).__name__}; switch the whole model that was converted"
+            )
 
 
 def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs) -> None:

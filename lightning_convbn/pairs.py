@@ -13,13 +13,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast, overload
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from lightning_convbn import reasons
 from lightning_convbn.flow import DataFlow
-from lightning_convbn.layers import class_name, conv_layer, is_norm, norm_layer, swap_of
+from lightning_convbn.layers import (
+    FROZEN,
+    NORM_LAYERS,
+    affine_of,
+    class_name,
+    conv_layer,
+    is_norm,
+    norm_layer,
+    plain_class,
+    swap_of,
+)
 from lightning_convbn.recording import record_data_flow
 from lightning_convbn.tracing import trace_data_flow
 
@@ -40,6 +51,8 @@ class ConvBNPairs(Sequence[ConvBNPair]):
         unpaired: Qualified name of every other BatchNorm -> why it is not folded.
         left: Those of ``unpaired`` that are not frozen either, but keep running as they are.
         flattened: BatchNorms of pairs that get a linear layer's output with all but its last dimension flattened.
+        untraced: Modules that could not be traced. What their children have was proven in each child's own forward,
+            not in how these modules call them.
     """
 
     def __init__(
@@ -48,11 +61,13 @@ class ConvBNPairs(Sequence[ConvBNPair]):
         unpaired: Mapping[str, str] | None = None,
         left: Iterable[str] = (),
         flattened: Iterable[str] = (),
+        untraced: Iterable[str] = (),
     ) -> None:
         self._pairs = tuple(ConvBNPair(*pair) for pair in pairs)
         self.unpaired = dict(unpaired or {})
         self.left = frozenset(left)
         self.flattened = frozenset(flattened) & {pair.bn for pair in self._pairs}
+        self.untraced = frozenset(untraced)
 
     @overload
     def __getitem__(self, index: int) -> ConvBNPair: ...
@@ -70,7 +85,7 @@ class ConvBNPairs(Sequence[ConvBNPair]):
         """Compare pairs, reasons and what is left alone."""
         if not isinstance(other, ConvBNPairs):
             return NotImplemented
-        return self.__dict__ == other.__dict__
+        return all(getattr(self, name) == getattr(other, name) for name in ("_pairs", "unpaired", "left", "flattened"))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -79,12 +94,6 @@ class ConvBNPairs(Sequence[ConvBNPair]):
         """Qualified name of every BatchNorm that is frozen but not folded -> why."""
         return {bn: reason for bn, reason in self.unpaired.items() if bn not in self.left}
 
-    @property
-    def untraced(self) -> list[str]:
-        """Qualified names of the BatchNorms that tracing could not reach."""
-        mark = reasons.UNTRACED.rpartition("{cls}")[2].partition("{error}")[0]
-        return [bn for bn, reason in self.frozen.items() if mark in reason]
-
     def unfold(self, bns: Mapping[str, str]) -> ConvBNPairs:
         """Return these pairs without those of the BatchNorms ``bns`` (name -> reason), which stay frozen."""
         return ConvBNPairs(
@@ -92,14 +101,15 @@ class ConvBNPairs(Sequence[ConvBNPair]):
             {**self.unpaired, **bns},
             self.left - bns.keys(),
             self.flattened,
+            self.untraced,
         )
 
     def leave(self, bns: Mapping[str, str]) -> ConvBNPairs:
         """Return these pairs without those of the BatchNorms ``bns`` (name -> reason), which are not frozen either."""
         pairs = self.unfold(bns)
-        return ConvBNPairs(pairs, pairs.unpaired, self.left | bns.keys(), pairs.flattened)
+        return ConvBNPairs(pairs, pairs.unpaired, self.left | bns.keys(), pairs.flattened, pairs.untraced)
 
-    def reasons(self) -> dict[str, int]:
+    def count_by_reason(self) -> dict[str, int]:
         """Count the BatchNorms in no pair by reason, reasons that differ in qualified names only taken together."""
         return {reason: len(names) for reason, names in _grouped(self.unpaired).items()}
 
@@ -197,7 +207,8 @@ def _proven(model: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> Co
             pairs.append(ConvBNPair(traced.names[found], name))
             if bn in traced.flattened or (recorded is not None and bn in recorded.flattened):
                 flattened.append(name)
-    return ConvBNPairs(pairs, unpaired, left, flattened)
+    untraced = traced.untraced if recorded is None else ()
+    return ConvBNPairs(pairs, unpaired, left, flattened, untraced)
 
 
 def _partner(model: nn.Module, bn: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> nn.Module | str:
@@ -249,11 +260,26 @@ def mismatch(conv: nn.Module, bn: nn.Module, conv_name: str) -> str | None:
         return reasons.UNKNOWN_NORM.format(cls=class_name(bn))
     if conv_row.dims not in norm_row.dims:
         return reasons.OTHER_DIMENSIONS.format(conv=conv_name, conv_cls=class_name(conv), cls=class_name(bn))
+    if norm_row is NORM_LAYERS[FROZEN] and not _is_affine(bn):
+        return reasons.UNKNOWN_NORM.format(cls=class_name(bn))
     channels: int = conv.out_features if isinstance(conv, nn.Linear) else cast(nn.Conv2d, conv).out_channels
     wanted = bn.get_buffer("running_mean").numel()
     if channels != wanted:
         return reasons.OTHER_CHANNELS.format(conv=conv_name, given=channels, wanted=wanted)
     return None
+
+
+def _is_affine(bn: nn.Module) -> bool:
+    """Whether a ``FrozenBatchNorm2d`` of whatever package computes what its buffers say, with the epsilon we take."""
+    affine = affine_of(bn)
+    mean = affine.running_mean
+    if mean.is_meta or swap_of(bn) is not None:  # no values to compare, or compared before it was converted
+        return True
+    values = torch.linspace(-1, 1, mean.numel(), device=mean.device, dtype=mean.dtype).view(1, -1, 1, 1)
+    with torch.no_grad():
+        output = plain_class(bn).forward(bn, values)
+        expected = F.batch_norm(values, mean, affine.running_var, affine.weight, affine.bias, False, 0.0, affine.eps)
+    return torch.allclose(output, expected, rtol=1e-2, atol=1e-4)
 
 
 def pairs_in_force(model: nn.Module) -> ConvBNPairs | None:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_convbn.flow import DataFlow, is_leaf
 from lightning_convbn.layers import class_name, is_norm
-from lightning_convbn.state import state_kept
+from lightning_convbn.state import leaves_of, stashed, state_kept
 from lightning_convbn.tracing import METADATA
 
 
@@ -32,9 +33,13 @@ def record_data_flow(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[st
     """
     flow = DataFlow({module: name for name, module in model.named_modules()})
     recorder = _Recorder(flow)
-    with torch.no_grad(), state_kept(model, inputs, kwargs), recorder.watching(model), recorder:
-        output = model.forward(*inputs, **kwargs)
-    recorder.returned(output)
+    with torch.no_grad(), state_kept(model, inputs, kwargs):
+        with recorder.watching(model), recorder, _BelowTorchFunctions(recorder):
+            output = model.forward(*inputs, **kwargs)
+        for leaf in leaves_of(output):
+            recorder.note_use(leaf, "the caller, as it is returned")
+        for name, leaf in stashed(model):
+            recorder.note_use(leaf, f"whoever reads the attribute `{name}`")
     return flow
 
 
@@ -49,7 +54,7 @@ class _Recorder(TorchFunctionMode):
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Hook every convolution and BatchNorm of a model, and whatever else puts out what a BatchNorm takes."""
+        """Hook every convolution and BatchNorm of a model."""
         with ExitStack() as stack:
             for module in model.modules():
                 if is_leaf(module):
@@ -105,7 +110,9 @@ class _Recorder(TorchFunctionMode):
             name = _name(func)
             linear = self._origin_of(args[0]) if args and isinstance(args[0], Tensor) else None
             if name == "flatten" and args[1:] == (0, 1) and isinstance(linear, nn.Linear):
+                self._inside += 1  # what flattening does is no use of the output
                 rows: Tensor = func(*args, **kwargs)
+                self._inside -= 1
                 self._origin[id(rows)] = rows, linear
                 self._rows.add(id(rows))
                 return rows
@@ -123,12 +130,27 @@ class _Recorder(TorchFunctionMode):
             self._note_maker(output, f"`{_name(func)}`")
         return output
 
-    def returned(self, output: Any) -> None:
-        """Note what of the output comes straight from a convolution."""
-        for leaf in tree_leaves(output):
-            conv = self._origin_of(leaf) if isinstance(leaf, Tensor) else None
-            if conv is not None:
-                self._flow.users[conv].append("the caller, as it is returned")
+    def note_use(self, value: Any, user: str) -> None:
+        """Note that an output of a convolution, if ``value`` is one, is used outside of all watched modules."""
+        conv = self._origin_of(value) if isinstance(value, Tensor) and self._inside == 0 else None
+        if conv is not None:
+            self._flow.users[conv].append(user)
+
+
+class _BelowTorchFunctions(TorchDispatchMode):
+    """Sees what a torch function mode can't: operators that a scripted function calls."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for leaf in tree_leaves((args, kwargs)):
+            self._recorder.note_use(leaf, f"`{func}`")
+        return func(*args, **kwargs)
 
 
 _READS_METADATA = {*METADATA, "size", "dim", "ndimension", "is_floating_point", "is_cuda", "requires_grad", "is_nested"}

@@ -1,8 +1,9 @@
-"""Putting back what a forward pass moves beside its output."""
+"""Putting back what a forward pass moves beside its output, and finding the tensors in what it leaves behind."""
 
 from __future__ import annotations
 
 import random
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,45 +18,79 @@ from torch.utils._pytree import tree_leaves
 
 @contextmanager
 def state_kept(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Put random state and buffers back: a forward pass in Train mode moves both.
+    """Put back random states, buffers and attributes of the modules: a forward pass may move any of them.
 
     Autocast's cache is off meanwhile: a weight that it casts without gradients, or as a FakeTensor, would stay in use.
     """
     tensors = [leaf for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)]
     devices = {tensor.device for tensor in (*tensors, *model.parameters()) if tensor.device.type == "cuda"}
+    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     with unset_fake_temporarily():  # the buffers are real, and so must be their copies
         buffers = [
-            (module, name, buffer, buffer if is_lazy(buffer) else buffer.clone())
+            (module, name, buffer, buffer if buffer.is_meta or is_lazy(buffer) else buffer.clone())
             for module in model.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[device.index or 0 for device in devices]))
-        caching = torch.is_autocast_cache_enabled()
+        stack.callback(random.setstate, random.getstate())
+        if "numpy" in sys.modules:
+            numpy = sys.modules["numpy"]
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False)
         try:
             yield
         finally:
-            torch.set_autocast_cache_enabled(caching)
+            for module, found in attributes:
+                module.__dict__.clear()
+                module.__dict__.update(found)
             with torch.no_grad(), unset_fake_temporarily():
                 for module, name, buffer, copy in buffers:
                     module._buffers[name] = buffer
-                    if buffer is not copy:
+                    # A write would be in the way of a backward pass that is still to come, so only where values differ.
+                    if buffer is not copy and not torch.equal(buffer, copy):
                         buffer.copy_(copy)
 
 
 @contextmanager
-def left_as_found(model: nn.Module) -> Iterator[None]:
-    """Undo what a traced forward does on the way: attributes it sets, random numbers it draws, warnings it gives."""
-    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
-    state = random.getstate()
-    try:
-        with warnings.catch_warnings(), state_kept(model, (), {}):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        random.setstate(state)
-        for module, found in attributes:
-            module.__dict__.clear()
-            module.__dict__.update(found)
+def traced_quietly(model: nn.Module) -> Iterator[None]:
+    """Keep the state of a model, and to ourselves what warnings its forward gives to proxies."""
+    with warnings.catch_warnings(), state_kept(model, (), {}):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def leaves_of(value: Any) -> Iterator[Any]:
+    """Walk through containers and through objects of any class, down to tensors, proxies and what has no parts."""
+    seen: set[int] = set()
+    rest = [value]
+    while rest:
+        item = rest.pop(0)
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        parts = tree_leaves(item)
+        if len(parts) != 1 or parts[0] is not item:
+            rest += parts
+        elif isinstance(item, (set, frozenset)):
+            rest += item
+        elif isinstance(item, (Tensor, nn.Module, type, torch.fx.Proxy)) or not hasattr(item, "__dict__"):
+            slots = getattr(type(item), "__slots__", ()) if not isinstance(item, (Tensor, nn.Module, type)) else ()
+            rest += [getattr(item, slot) for slot in slots if hasattr(item, slot)] if isinstance(slots, tuple) else []
+            yield item
+        else:
+            rest += vars(item).values()
+
+
+def stashed(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name what the modules hold in attributes of their own, as a forward may leave it there."""
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if name not in _OF_TORCH and not name.endswith("_hooks"):
+                for leaf in leaves_of(value):
+                    yield name, leaf
+
+
+_OF_TORCH = {"_parameters", "_buffers", "_modules", "_swap", "_bn", "_folded", "_trainer", "_fabric"}

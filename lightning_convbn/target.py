@@ -119,7 +119,9 @@ class Target:
             pairs = self._in_force
             if verify and len(pairs):
                 self.verification = verify_pairs(self.module, pairs, inputs, kwargs)
-                if self.verification.wrong:
+                if self.verification is None:
+                    self._notes.append("not verified: its output holds no tensor to compare")
+                elif self.verification.wrong:
                     self.wrong.update(self.verification.wrong)
                     pairs = pairs.unfold(self.wrong)
                     self._switch(get_mode(self.module), pairs)
@@ -142,7 +144,8 @@ class Target:
         if self.kept is not None:
             before, after = self.kept["eval"], self.kept["tune"]
             saved = f"{100 * (before - after) / before:.1f} % saved" if before else "no parameter wants a gradient"
-            body.append(f"kept for backward: Eval {_mib(before)}, Tune {_mib(after)}, {saved}")
+            tune = "Tune" if mode == "tune" else "Tune would keep"
+            body.append(f"kept for backward: Eval {_mib(before)}, {tune} {_mib(after)}, {saved}")
         if self.verification is not None:
             word = "differs from" if self.verification.wrong else "equals"
             body.append(f"verified: Tune {word} Eval, relative deviation {self.verification.deviation:.1e}")

@@ -12,7 +12,7 @@ from torch import fx, nn
 from lightning_convbn import reasons
 from lightning_convbn.flow import DataFlow, is_leaf
 from lightning_convbn.layers import class_name, is_norm
-from lightning_convbn.state import left_as_found
+from lightning_convbn.state import stashed, traced_quietly
 
 METADATA = ("shape", "ndim", "dtype", "device")  # what folding leaves unchanged in a convolution's output
 
@@ -20,7 +20,7 @@ METADATA = ("shape", "ndim", "dtype", "device")  # what folding leaves unchanged
 def trace_data_flow(model: nn.Module) -> DataFlow:
     """Trace a model in the train or eval state that it is in; where a module does not trace, trace its children."""
     flow = DataFlow({module: name for name, module in model.named_modules()})
-    with left_as_found(model):
+    with traced_quietly(model):
         _trace(model, flow, "")
     return flow
 
@@ -57,6 +57,7 @@ def _trace(module: nn.Module, flow: DataFlow, why: str) -> None:
     except Exception as error:  # a user's forward may raise anything when it is given proxies
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             name = flow.names[module] or "the model"
+            flow.untraced.append(name)
             why = reasons.UNTRACED.format(name=name, cls=class_name(module), error=_first_line(error))
         for child in module.children():
             _trace(child, flow, why)
@@ -64,6 +65,9 @@ def _trace(module: nn.Module, flow: DataFlow, why: str) -> None:
     for node in graph.nodes:
         if node.op == "call_module":
             _take_down(module, node, flow)
+    for name, leaf in stashed(module):
+        if isinstance(leaf, fx.Proxy) and leaf.node.op == "call_module":
+            flow.users[module.get_submodule(str(leaf.node.target))].append(f"whoever reads the attribute `{name}`")
 
 
 def _take_down(region: nn.Module, node: fx.Node, flow: DataFlow) -> None:

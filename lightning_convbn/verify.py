@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_convbn import reasons
 from lightning_convbn.layers import Mode
 from lightning_convbn.modes import conv_bn_mode
 from lightning_convbn.pairs import ConvBNPairs
-from lightning_convbn.state import state_kept
+from lightning_convbn.state import leaves_of, state_kept
 
 # Relative deviation that rounding may cause. Measured on torchvision's classifiers: below 1e-5 in float32 and 4e-2 in
 # bfloat16, while a pair that is folded wrongly moves the output by 0.3 and more.
@@ -38,7 +37,7 @@ class Verification:
 
 def verify_pairs(
     model: nn.Module, pairs: ConvBNPairs, inputs: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Verification:
+) -> Verification | None:
     """Compare Tune mode with Eval mode on one input, and find the pairs to blame where they differ.
 
     Two passes without gradients; only if they differ, one more for each pair. Mode, random state and buffers are as
@@ -49,6 +48,9 @@ def verify_pairs(
         pairs: The pairs to verify.
         inputs: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
+
+    Returns:
+        What was found, or None if the output holds no floating-point tensor to compare.
     """
     expected = _outputs(model, "eval", pairs, inputs, kwargs)
     tolerance = _tolerance(model, expected)
@@ -56,6 +58,8 @@ def verify_pairs(
     def deviation(folded: ConvBNPairs) -> float:
         return _deviation(_outputs(model, "tune", folded, inputs, kwargs), expected)
 
+    if not expected:
+        return None
     together = deviation(pairs)
     if together <= tolerance:
         return Verification(together, tolerance, {})
@@ -73,7 +77,7 @@ def _outputs(
     model: nn.Module, mode: Mode, pairs: ConvBNPairs, inputs: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[Tensor]:
     with conv_bn_mode(model, mode, pairs=pairs), state_kept(model, inputs, kwargs), torch.no_grad():
-        leaves = tree_leaves(model.forward(*inputs, **kwargs))
+        leaves = leaves_of(model.forward(*inputs, **kwargs))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

@@ -347,7 +347,11 @@ def test_a_frozen_batch_norm_is_recognised_by_its_buffers() -> None:
     class OtherFrozenBatchNorm2d(FrozenBatchNorm2d):
         def __init__(self, num_features: int) -> None:
             super().__init__(num_features)
-            self.register_buffer("extra", torch.zeros(num_features))
+            self.register_buffer("extra", torch.ones(num_features))
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = super().forward(x) + self.get_buffer("extra").view(1, -1, 1, 1)
+            return output
 
     assert len(norms(nn.Sequential(FrozenBatchNorm2d(4), Detectron2FrozenBatchNorm2d(4)))) == 2
     assert not len(find_conv_bn_pairs(nn.Sequential(conv(), OtherFrozenBatchNorm2d(16))))
