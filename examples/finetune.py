@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import logging
 import os
 import sys
@@ -20,12 +21,13 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args
 
+import lightning
 import torch
 from data import DataError, ImageData
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -249,6 +251,7 @@ def report(runs: Sequence[Run], classes: Sequence[str], out: Path) -> None:
         print(f"{run.checkpoint}  (in a plain model, without callback: test accuracy {run.plain_test_accuracy:.3f})")
         print(run.metrics)
     print(write_csv(rows, out / "results.csv"))
+    print(write_json(runs, rows, out / "results.json"))
 
 
 def as_table(rows: Sequence[Row]) -> str:
@@ -267,6 +270,20 @@ def write_csv(rows: Sequence[Row], path: Path) -> Path:
         writer = csv.writer(file)
         writer.writerow(column.name for column in fields(Row))
         writer.writerows(map(astuple, rows))
+    return path
+
+
+def write_json(runs: Sequence[Run], rows: Sequence[Row], path: Path) -> Path:
+    """Write the rows with the first losses, the command and the versions that they come from; return the path."""
+    result = {
+        "command": " ".join(["python", "examples/finetune.py", *sys.argv[1:]]),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "lightning": lightning.__version__},
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "rows": [asdict(row) for row in rows],
+        "plain_test_accuracy": {run.row.mode: run.plain_test_accuracy for run in runs},
+        "first_losses": {run.row.mode: run.losses[:COMPARED_STEPS] for run in runs},
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
 
