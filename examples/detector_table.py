@@ -47,7 +47,7 @@ statistics, {BATCH} images of {PIXELS} px, float32, CPU. *Kept* is what the back
 counted. *Step time* is Tune's over Eval's, medians of interleaved rounds with the smallest and largest ratio; two
 shared cores, not measured on a GPU yet. Written by `python examples/detector_table.py`.
 
-With `FrozenBatchNorm2d` autograd keeps no convolution output in Eval mode either: no memory to save, only time.
+With `FrozenBatchNorm2d` autograd keeps no convolution output in Eval mode either: no memory to save there.
 """
 
 
