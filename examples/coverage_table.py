@@ -8,20 +8,18 @@ Needs timm and torchvision. Nothing is downloaded: the weights are random, and p
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import warnings
-from pathlib import Path
 from typing import Any
 
+import report
 import timm
 import torch
 import torchvision
+from report import BENCHMARKS, ROOT
 from torch import fx, nn
 
 from lightning_convbn import find_conv_bn_pairs
 
-ROOT = Path(__file__).resolve().parents[1]
 MODELS = [
     "timm:efficientnet_b0",
     "timm:mobilenetv3_large_100",
@@ -63,17 +61,7 @@ def main() -> None:
     for name in MODELS:
         rows.append(count(name))
         print(rows[-1], flush=True)
-    report = {
-        "command": "python examples/coverage_table.py",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "timm": timm.__version__,
-        },
-        "rows": rows,
-    }
-    (ROOT / "docs" / "benchmarks" / "coverage.json").write_text(json.dumps(report, indent=1) + "\n")
+    report.write_json(BENCHMARKS / "coverage.json", rows, ("torch", "torchvision", "timm"))
     (ROOT / "docs" / "coverage.md").write_text(as_markdown(rows))
     print("wrote docs/benchmarks/coverage.json and docs/coverage.md")
 

@@ -9,17 +9,15 @@ medians over interleaved rounds in one process, and only their ratio means anyth
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import report
 import torch
-import torchvision
+from report import BENCHMARKS
 from torch import Tensor, nn
 from torchvision.models import resnet50
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
@@ -29,7 +27,6 @@ from torchvision.ops import FrozenBatchNorm2d, misc
 from lightning_convbn import Mode, measure_memory, set_mode
 from lightning_convbn.memory import MIB
 
-OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 DETECTORS: dict[str, Callable[..., nn.Module]] = {
     "Faster R-CNN": FasterRCNN,
     "RetinaNet": RetinaNet,
@@ -62,18 +59,8 @@ def main() -> None:
         for norm in NORMS:
             rows.append(measure(detector, norm, rounds))
             print(rows[-1], flush=True)
-    report = {
-        "command": "python examples/detector_table.py",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-        },
-        "threads": torch.get_num_threads(),
-        "rows": rows,
-    }
-    (OUT / "detectors.json").write_text(json.dumps(report, indent=1) + "\n")
-    (OUT / "detectors.md").write_text(as_markdown(rows))
+    report.write_json(BENCHMARKS / "detectors.json", rows, ("torch", "torchvision"), threads=torch.get_num_threads())
+    (BENCHMARKS / "detectors.md").write_text(as_markdown(rows))
 
 
 def measure(detector: str, norm: str, rounds: int) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import logging
 import os
 import sys
@@ -27,13 +26,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args
 
-import lightning
 import torch
 from data import DataError, ImageData
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from report import write_json
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
@@ -251,7 +250,7 @@ def report(runs: Sequence[Run], classes: Sequence[str], out: Path) -> None:
         print(f"{run.checkpoint}  (in a plain model, without callback: test accuracy {run.plain_test_accuracy:.3f})")
         print(run.metrics)
     print(write_csv(rows, out / "results.csv"))
-    print(write_json(runs, rows, out / "results.json"))
+    print(write_results(runs, rows, out / "results.json"))
 
 
 def as_table(rows: Sequence[Row]) -> str:
@@ -273,18 +272,16 @@ def write_csv(rows: Sequence[Row], path: Path) -> Path:
     return path
 
 
-def write_json(runs: Sequence[Run], rows: Sequence[Row], path: Path) -> Path:
+def write_results(runs: Sequence[Run], rows: Sequence[Row], path: Path) -> Path:
     """Write the rows with the first losses, the command and the versions that they come from; return the path."""
-    result = {
-        "command": " ".join(["python", "examples/finetune.py", *sys.argv[1:]]),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "lightning": lightning.__version__},
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "rows": [asdict(row) for row in rows],
-        "plain_test_accuracy": {run.row.mode: run.plain_test_accuracy for run in runs},
-        "first_losses": {run.row.mode: run.losses[:COMPARED_STEPS] for run in runs},
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
+    return write_json(
+        path,
+        [asdict(row) for row in rows],
+        ("torch", "lightning"),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        plain_test_accuracy={run.row.mode: run.plain_test_accuracy for run in runs},
+        first_losses={run.row.mode: run.losses[:COMPARED_STEPS] for run in runs},
+    )
 
 
 def compare_losses(runs: Sequence[Run]) -> str | None:

@@ -9,24 +9,22 @@ are exact and made on tensors without data, so that this takes minutes and littl
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import report
 import torch
 import torchvision
-from torch import Tensor, nn
+from report import BENCHMARKS, ROOT
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from lightning_convbn import fuse_for_deploy, layers, measure_memory
-from lightning_convbn.functional import ConvSpec, fold_conv_bn, folded_conv
+from lightning_convbn.functional import fold_conv_bn, folded_conv
 from lightning_convbn.memory import MIB, count_saved_bytes
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = [
     "resnet18",
     "resnet50",
@@ -65,23 +63,12 @@ def main() -> None:
     """Count, write the JSON, write the table."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = [row for name in NAMES for row in count(name)]
-    report = {
-        "command": "python examples/memory_table.py",
-        "unit": "MiB kept for backward by one forward, float32, parameters and buffers excluded",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-        },
-        "rows": rows,
-    }
-    out = ROOT / "docs" / "benchmarks"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "memory.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "memory.md").write_text(as_markdown(rows))
+    unit = "MiB kept for backward by one forward, float32, parameters and buffers excluded"
+    report.write_json(BENCHMARKS / "memory.json", rows, ("torch", "torchvision"), unit=unit)
+    (BENCHMARKS / "memory.md").write_text(as_markdown(rows))
     readme = ROOT / "README.md"
     readme.write_text(with_table(readme.read_text(), rows))
-    print(f"wrote {out / 'memory.json'}, {out / 'memory.md'} and the table in {readme}")
+    print(f"wrote memory.json and memory.md in {BENCHMARKS}, and the table in {readme}")
 
 
 def count(name: str) -> Iterator[dict[str, Any]]:
@@ -106,18 +93,9 @@ def count(name: str) -> Iterator[dict[str, Any]]:
 def folding_by_autograd() -> Iterator[None]:
     """Leave the fold of Tune mode to autograd, which then keeps every folded weight: the published way."""
 
-    def conv_bn(
-        input: Tensor,
-        weight: nn.Parameter,
-        bias: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        spec: ConvSpec | None,
-    ) -> Tensor:
-        return folded_conv(input, *fold_conv_bn(weight, bias, gamma, beta, mean, var, eps), spec)
+    def conv_bn(input: Tensor, *operands: Any) -> Tensor:
+        *pair, spec = operands
+        return folded_conv(input, *fold_conv_bn(*pair), spec)
 
     with mock.patch.object(layers, "conv_bn", conv_bn):
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import permutations
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -178,9 +179,8 @@ class ConvBNModeCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Fold by the state that the module trains in, and watch the first batch pass through the targets."""
-        for target in self._targets:
-            if target.state_has_changed():
-                target.train_in(self._training_mode(trainer), freeze_untrained=self.freeze_untrained)
+        if any(target.state_has_changed() for target in self._targets):
+            self._enter_training(trainer)
         if not self._reported and self._training_mode(trainer) == self.mode:
             for target in self._targets:
                 target.watch(partial(self._inspect, trainer, target))
@@ -277,10 +277,9 @@ class ConvBNModeCallback(Callback):
                     "leave ConvBNModeCallback out"
                 )
             targets.append(Target(path, module, self._untrained.get(path)))
-        for outer in paths:
-            for inner in paths[paths.index(outer) + 1 :] + paths[: paths.index(outer)]:
-                if f"{inner}.".startswith(f"{outer}."):
-                    raise ValueError(f"target={self.target!r}: {inner!r} lies within {outer!r}; name one of them")
+        for outer, inner in permutations(paths, 2):
+            if f"{inner}.".startswith(f"{outer}."):
+                raise ValueError(f"target={self.target!r}: {inner!r} lies within {outer!r}; name one of them")
         self._targets = targets
 
     def _inspect(self, trainer: Trainer, target: Target, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -132,8 +132,8 @@ def conv_bn(
     statistics = _Statistics(running_mean, running_var, constant, eps, fold_dtype(weight))
     mean, rstd = statistics.values()
     if forward_ad._current_level >= 0:  # torch.compile refuses a Function with a jvp of its own
-        return _conv(input, *_fold(weight, bias, gamma, beta, mean, rstd, *_layout(spec), dtype), spec)
-    checksum = statistics.lend() if torch.is_grad_enabled() else None
+        return _conv(input, *_fold(weight, bias, gamma, beta, mean, rstd, *layout(spec), dtype), spec)
+    checksum = statistics.lend(mean, rstd) if torch.is_grad_enabled() else None
     borrowed = None if checksum is None else statistics
     output: Tensor = _ConvBN.apply(input, weight, bias, gamma, beta, mean, rstd, checksum, spec, dtype, borrowed)
     return output
@@ -181,8 +181,8 @@ class _Statistics:
         rstd = (self._var.to(self._dtype) + self._eps).rsqrt()
         return self._mean.to(self._dtype), rstd if self._scale is None else rstd * self._scale
 
-    def lend(self) -> Tensor | None:
-        """Return the checksum for `values_of_forward`; None where autograd itself must save the values."""
+    def lend(self, mean: Tensor, rstd: Tensor) -> Tensor | None:
+        """Return the checksum of the `values` for `values_of_forward`; None where autograd itself must save them."""
         tensors = [tensor for tensor in (self._mean, self._var, self._scale) if tensor is not None]
         if torch.compiler.is_compiling() or any(
             tensor.requires_grad or tensor.is_inference() or is_functorch_wrapped_tensor(tensor) for tensor in tensors
@@ -190,7 +190,7 @@ class _Statistics:
             return None
         self._tensors = tensors
         self._versions = self._current_versions()
-        return self._sum(*self.values())
+        return self._sum(mean, rstd)
 
     def values_of_forward(self, checksum: Tensor) -> tuple[Tensor, Tensor]:
         """The same as `values` in the forward pass, which gave ``checksum``."""
@@ -210,7 +210,7 @@ class _Statistics:
         return (mean + rstd).sum()
 
 
-def _layout(spec: ConvSpec | None) -> tuple[bool, int]:
+def layout(spec: ConvSpec | None) -> tuple[bool, int]:
     """Where a weight keeps its output channels: whether it is transposed, and its groups."""
     return (spec.transposed, spec.groups) if spec else (False, 1)
 
@@ -290,7 +290,7 @@ class _ConvBN(torch.autograd.Function):
         dtype: torch.dtype,
         borrowed: _Statistics | None,
     ) -> Tensor:
-        return _conv(input, *_fold(weight, bias, gamma, beta, mean, rstd, *_layout(spec), dtype), spec)
+        return _conv(input, *_fold(weight, bias, gamma, beta, mean, rstd, *layout(spec), dtype), spec)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -317,7 +317,7 @@ class _ConvBN(torch.autograd.Function):
         of_input, of_weight, of_bias, of_gamma, of_beta, of_mean, of_rstd = ctx.needs_input_grad[:7]
         bias_dtype, gamma_dtype, beta_dtype = ctx.dtypes
         spec: ConvSpec | None = ctx.spec
-        transposed, groups = _layout(spec)
+        transposed, groups = layout(spec)
         of_scale = of_gamma or of_rstd
         if ctx.borrowed is not None and ctx.reads_statistics:
             mean, rstd = ctx.borrowed.values_of_forward(checksum)

@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_convbn.functional import ConvSpec, compute_dtype, conv_bn, fold_conv_bn, folded_conv
+from lightning_convbn.functional import ConvSpec, compute_dtype, conv_bn, fold_conv_bn, folded_conv, layout
 
 Mode = Literal["train", "eval", "tune", "deploy"]
 
@@ -127,8 +127,8 @@ class Deploy(ConvBNLayer):
         return folded_conv(input, kept[1], kept[2], spec)
 
     def _fold(self, affine: Affine, spec: ConvSpec | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        transposed, groups = (spec.transposed, spec.groups) if spec else (False, 1)
         conv = cast(nn.Conv2d, self)
+        transposed, groups = layout(spec)
         return fold_conv_bn(conv.weight, conv.bias, *affine, transposed=transposed, groups=groups, dtype=dtype)
 
     def __getstate__(self) -> dict[str, Any]:

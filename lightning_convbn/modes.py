@@ -120,8 +120,9 @@ def conv_bn_mode(
         'train'
     """
     previous, previous_pairs = get_mode(model), pairs_in_force(model)
+    chosen = set_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
     try:
-        yield set_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
+        yield chosen
     finally:
         if get_mode(model) != previous or pairs_in_force(model) != previous_pairs:
             set_mode(model, previous, pairs=previous_pairs)
@@ -182,7 +183,8 @@ def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs) -> None:
         if reason is not None:
             raise ValueError(f"pairs: `{conv_name}` and `{bn_name}` can't be folded: {reason}")
         folded[bn] = conv
-    if len(set(folded.values())) < len(pairs):
+    convs = set(folded.values())
+    if len(convs) < len(pairs):
         raise ValueError("pairs: a convolution or a BatchNorm is in more than one pair")
 
     for name, module in modules.items():
@@ -203,7 +205,7 @@ def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs) -> None:
                     conv=conv_of_bn,
                     flattened=name in pairs.flattened,
                 )
-        elif module not in folded.values() or mode == "eval":
+        elif module not in convs or mode == "eval":
             restore_class(module)
     rows = {modules[name] for name in pairs.flattened}
     if mode != "eval":

@@ -175,9 +175,9 @@ def find_conv_bn_pairs(model: nn.Module, *, example_inputs: Sequence[Any] | None
         folded  1          into 0
         frozen  3          its input comes from `2` (ReLU), not from a convolution
     """
-    traced = trace_data_flow(model)
-    recorded = None if example_inputs is None else record_data_flow(model, example_inputs, {})
-    return _proven(model, traced, recorded)
+    if example_inputs is not None:
+        return find_recorded_pairs(model, example_inputs, {})
+    return _proven(model, trace_data_flow(model), None)
 
 
 def find_recorded_pairs(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> ConvBNPairs:

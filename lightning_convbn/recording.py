@@ -69,11 +69,10 @@ class _Recorder(TorchFunctionMode):
             self._flow.calls[module] += 1
             given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             for tensor in given:
-                conv = self._origin_of(tensor)
-                if conv is not None and is_norm(module):
+                if not is_norm(module):
+                    self.note_use(tensor, f"`{self._flow.names[module]}`")
+                elif (conv := self._origin_of(tensor)) is not None:
                     self._flow.norms[conv].append(module)
-                elif conv is not None:
-                    self._flow.users[conv].append(f"`{self._flow.names[module]}`")
             if is_norm(module):
                 source = self._origin_of(given[0]) if given else None
                 if given and id(given[0]) in self._rows:
@@ -122,9 +121,7 @@ class _Recorder(TorchFunctionMode):
                     if position == shape_only:
                         continue
                     for leaf in tree_leaves(argument):
-                        conv = self._origin_of(leaf) if isinstance(leaf, Tensor) else None
-                        if conv is not None:
-                            self._flow.users[conv].append(f"`{name}`")
+                        self.note_use(leaf, f"`{name}`")
         output = func(*args, **kwargs)
         if self._inside == 0 and isinstance(output, Tensor):
             self._note_maker(output, f"`{_name(func)}`")

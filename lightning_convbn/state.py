@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -65,23 +66,29 @@ def traced_quietly(model: nn.Module) -> Iterator[None]:
 def leaves_of(value: Any) -> Iterator[Any]:
     """Walk through containers and through objects of any class, down to tensors, proxies and what has no parts."""
     seen: set[int] = set()
-    rest = [value]
+    rest = deque([value])
     while rest:
-        item = rest.pop(0)
+        item = rest.popleft()
         if id(item) in seen:
             continue
         seen.add(id(item))
         parts = tree_leaves(item)
-        if len(parts) != 1 or parts[0] is not item:
-            rest += parts
-        elif isinstance(item, (set, frozenset)):
-            rest += item
-        elif isinstance(item, (Tensor, nn.Module, type, torch.fx.Proxy)) or not hasattr(item, "__dict__"):
-            slots = getattr(type(item), "__slots__", ()) if not isinstance(item, (Tensor, nn.Module, type)) else ()
-            rest += [getattr(item, slot) for slot in slots if hasattr(item, slot)] if isinstance(slots, tuple) else []
-            yield item
-        else:
-            rest += vars(item).values()
+        if len(parts) == 1 and parts[0] is item:
+            parts = [] if isinstance(item, _WHOLE) else _parts_of_object(item)
+            if not parts:
+                yield item
+        rest += parts
+
+
+_WHOLE = (Tensor, nn.Module, type, torch.fx.Proxy)
+
+
+def _parts_of_object(item: Any) -> list[Any]:
+    if isinstance(item, (set, frozenset)):
+        return list(item)
+    slots = getattr(type(item), "__slots__", ())
+    slots = slots if isinstance(slots, tuple) else ()
+    return [*getattr(item, "__dict__", {}).values(), *(getattr(item, slot) for slot in slots if hasattr(item, slot))]
 
 
 def stashed(model: nn.Module) -> Iterator[tuple[str, Any]]:

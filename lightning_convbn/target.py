@@ -44,6 +44,7 @@ class Target:
         self.kept: dict[Mode, int] | None = None
         self.inspected = False
         self._found: dict[bool, ConvBNPairs] = {}  # by the state, train or eval, that they were found in
+        self._in_force = ConvBNPairs([])
         self._training_state = module.training
         self._notes: list[str] = []
         self._remove_hook: Callable[[], None] = _nothing
@@ -75,7 +76,7 @@ class Target:
     def restore(self) -> None:
         """Give back the plain module."""
         self.unwatch()
-        set_mode(self.module, "train")
+        set_mode(self.module, "train", pairs=self._in_force)
 
     def _pairs_in(self, state: bool) -> ConvBNPairs:
         """Return the pairs that are proven for a state, train or eval, without those found wrong."""

@@ -135,16 +135,23 @@ class FoldedFrozenBatchNormAct2d(FoldedNormAct, FoldedFrozenBatchNorm2d):
     """timm's ``FrozenBatchNormAct2d``, folded into its convolution but for its drop and activation."""
 
 
-for name in ("Conv3DSimple", "Conv3DNoTemporal"):  # they choose the arguments of Conv3d and change nothing else
-    CONV_LAYERS[f"torchvision.models.video.resnet.{name}"] = CONV_LAYERS[nn.Conv3d]
+# These choose the arguments of Conv3d and change nothing else.
+CONV_LAYERS["torchvision.models.video.resnet.Conv3DSimple"] = CONV_LAYERS[nn.Conv3d]
+CONV_LAYERS["torchvision.models.video.resnet.Conv3DNoTemporal"] = CONV_LAYERS[nn.Conv3d]
 CONV_LAYERS["timm.layers.conv2d_same.Conv2dSame"] = ConvLayer(TuneConv2dSame, DeployConv2dSame)
-for module in ("efficientnet_lite_pytorch.utils", "segmentation_models_pytorch.encoders._efficientnet"):
-    CONV_LAYERS[f"{module}.Conv2dStaticSamePadding"] = ConvLayer(TuneConv2dStaticSame, DeployConv2dStaticSame)
 
-for name, evaluating, folded in (
-    ("BatchNormAct2d", EvalBatchNormAct2d, FoldedBatchNormAct2d),
-    ("SyncBatchNormAct", EvalSyncBatchNormAct, FoldedSyncBatchNormAct),
-    ("FrozenBatchNormAct2d", None, FoldedFrozenBatchNormAct2d),
-):
-    NORM_LAYERS[f"timm.layers.norm_act.{name}"] = NormLayer(evaluating, folded, frozenset({4}), DROP_AND_ACT)
-NORM_LAYERS[FROZEN] = NormLayer(None, FoldedFrozenBatchNorm2d, frozenset({4}))
+_STATIC_SAME = ConvLayer(TuneConv2dStaticSame, DeployConv2dStaticSame)
+CONV_LAYERS["efficientnet_lite_pytorch.utils.Conv2dStaticSamePadding"] = _STATIC_SAME
+CONV_LAYERS["segmentation_models_pytorch.encoders._efficientnet.Conv2dStaticSamePadding"] = _STATIC_SAME
+
+_IMAGES = frozenset({4})
+NORM_LAYERS["timm.layers.norm_act.BatchNormAct2d"] = NormLayer(
+    EvalBatchNormAct2d, FoldedBatchNormAct2d, _IMAGES, DROP_AND_ACT
+)
+NORM_LAYERS["timm.layers.norm_act.SyncBatchNormAct"] = NormLayer(
+    EvalSyncBatchNormAct, FoldedSyncBatchNormAct, _IMAGES, DROP_AND_ACT
+)
+NORM_LAYERS["timm.layers.norm_act.FrozenBatchNormAct2d"] = NormLayer(
+    None, FoldedFrozenBatchNormAct2d, _IMAGES, DROP_AND_ACT
+)
+NORM_LAYERS[FROZEN] = NormLayer(None, FoldedFrozenBatchNorm2d, _IMAGES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -84,14 +84,21 @@ def _take_down(region: nn.Module, node: fx.Node, flow: DataFlow) -> None:
             region.get_submodule(str(source.target)) if source.op == "call_module" else _described(source)
         )
     else:
-        users = [user for user in node.users if _flattened_linear(region, user) is not node]
-        users += [next_user for user in node.users if user not in users for next_user in user.users]
-        for user in users:
+        for user in _consumers(region, node):
             consumer = region.get_submodule(str(user.target)) if user.op == "call_module" else None
             if consumer is not None and is_norm(consumer):
                 flow.norms[module].append(consumer)
             elif _reads_values(user, node):
                 flow.users[module].append(_described(user))
+
+
+def _consumers(region: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
+    """Who uses the output of a call; instead of a flattening that is looked through, who uses what is flattened."""
+    for user in node.users:
+        if _flattened_linear(region, user) is node:
+            yield from user.users
+        else:
+            yield user
 
 
 def _flattened_linear(region: nn.Module, node: fx.Node) -> fx.Node | None:
