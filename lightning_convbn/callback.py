@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import permutations
 from typing import TYPE_CHECKING, Any, Literal
@@ -111,6 +112,7 @@ class ConvBNModeCallback(Callback):
         self._untrained: dict[str, list[str]] = {}  # by the path of the target, once it is decided
         self._found_flags: dict[nn.Module, bool] = {}
         self._reported = False
+        self._watching = ExitStack()
 
     # ------------------------------------------------------------------------------------------- before and after
 
@@ -182,15 +184,16 @@ class ConvBNModeCallback(Callback):
         if any(target.state_has_changed() for target in self._targets):
             self._enter_training(trainer)
         if not self._reported and self._training_mode(trainer) == self.mode:
+            self._watching.enter_context(torch.compiler.set_stance("force_eager"))  # the looks can't be compiled
             for target in self._targets:
+                self._watching.callback(target.unwatch)
                 target.watch(partial(self._inspect, trainer, target))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Report without a measurement if the first batch did not pass through every target."""
-        for target in self._targets:
-            target.unwatch()
+        self._watching.close()
         if not self._reported and self._training_mode(trainer) == self.mode:
             self._report(trainer)
 
@@ -256,6 +259,7 @@ class ConvBNModeCallback(Callback):
             target.evaluate_in(self.eval_mode)
 
     def _restore(self) -> None:
+        self._watching.close()
         for target in self._targets:
             target.restore()
         self._targets = []

@@ -22,6 +22,7 @@ def state_kept(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any
     """Put back random states, buffers and attributes of the modules: a forward pass may move any of them.
 
     Autocast's cache is off meanwhile: a weight that it casts without gradients, or as a FakeTensor, would stay in use.
+    So is ``torch.compile``: what watches the pass can't be compiled, and the pass should cost nobody a recompilation.
     """
     tensors = [leaf for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)]
     devices = {tensor.device for tensor in (*tensors, *model.parameters()) if tensor.device.type == "cuda"}
@@ -39,6 +40,7 @@ def state_kept(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any
         if "numpy" in sys.modules:
             numpy = sys.modules["numpy"]
             stack.callback(numpy.random.set_state, numpy.random.get_state())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False)
         try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.utils._pytree import tree_leaves
 
 from lightning_convbn.layers import Mode
@@ -22,7 +23,7 @@ class Target:
 
     Args:
         path: Qualified name of the module, for messages; empty for the whole.
-        module: The module.
+        module: The module; of a compiled one, what is compiled.
         untrained: What an earlier part of this run has decided about untrained BatchNorms; None if it has not.
 
     Attributes:
@@ -36,7 +37,8 @@ class Target:
 
     def __init__(self, path: str, module: nn.Module, untrained: list[str] | None = None) -> None:
         self.path = path
-        self.module = module
+        self._called = module
+        self.module = module._orig_mod if isinstance(module, OptimizedModule) else module
         self.decided = untrained is not None
         self.untrained = untrained or []
         self.wrong: dict[str, str] = {}
@@ -45,7 +47,7 @@ class Target:
         self.inspected = False
         self._found: dict[bool, ConvBNPairs] = {}  # by the state, train or eval, that they were found in
         self._in_force = ConvBNPairs([])
-        self._training_state = module.training
+        self._training_state = self.module.training
         self._notes: list[str] = []
         self._remove_hook: Callable[[], None] = _nothing
 
@@ -99,7 +101,7 @@ class Target:
             inspect(args, kwargs)
 
         self.unwatch()
-        self._remove_hook = self.module.register_forward_pre_hook(before, with_kwargs=True).remove
+        self._remove_hook = self._called.register_forward_pre_hook(before, with_kwargs=True).remove
 
     def unwatch(self) -> None:
         """Take the watch back."""
