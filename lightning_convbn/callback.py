@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import permutations
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,18 +16,7 @@ from lightning_convbn.memory import MIB
 from lightning_convbn.modes import check_mode
 from lightning_convbn.reasons import UNTRAINED
 from lightning_convbn.target import Target
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-else:
-    try:
-        from lightning.pytorch import Callback, LightningModule, Trainer
-        from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-    except ImportError:
-        from pytorch_lightning import Callback, LightningModule, Trainer
-        from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-
+from lightning_convbn.trainers import Callback, LightningModule, Trainer, rank_zero_info, rank_zero_warn
 
 _CHECKPOINT_KEY = "lightning_convbn"
 
@@ -148,7 +137,11 @@ class ConvBNModeCallback(Callback):
         self._found_flags = {}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note which BatchNorms stay in Train mode: in a resumed run they no longer look untrained."""
+        """Note which BatchNorms stay in Train mode: in a resumed run they no longer look untrained.
+
+        All else that a resumed run has to know is in the arguments and in the epoch. This is no ``state_dict``:
+        Lightning would ask for the callback in every run that loads the checkpoint.
+        """
         checkpoint[_CHECKPOINT_KEY] = dict(self._untrained)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -185,14 +178,15 @@ class ConvBNModeCallback(Callback):
             self._enter_training(trainer)
         if not self._reported and self._training_mode(trainer) == self.mode:
             self._watching.enter_context(torch.compiler.set_stance("force_eager"))  # the looks can't be compiled
+            verify = self.verify and (self.mode == "tune" or self.eval_mode != "eval")
             for target in self._targets:
                 self._watching.callback(target.unwatch)
-                target.watch(partial(self._inspect, trainer, target))
+                target.watch(partial(target.inspect, verify=verify, measure=self.log_memory))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Report without a measurement if the first batch did not pass through every target."""
+        """Report what the first batch has shown, if only that it did not pass through every target."""
         self._watching.close()
         if not self._reported and self._training_mode(trainer) == self.mode:
             self._report(trainer)
@@ -286,21 +280,21 @@ class ConvBNModeCallback(Callback):
                 raise ValueError(f"target={self.target!r}: {inner!r} lies within {outer!r}; name one of them")
         self._targets = targets
 
-    def _inspect(self, trainer: Trainer, target: Target, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        folds = self.mode == "tune" or self.eval_mode != "eval"
-        target.inspect(inputs, kwargs, verify=self.verify and folds, measure=self.log_memory)
-        if all(other.inspected for other in self._targets):
-            self._report(trainer)
-
     def _report(self, trainer: Trainer) -> None:
         self._reported = True
         for target in self._targets:
+            target.conclude()
             for name, reason in target.wrong.items():
                 rank_zero_warn(f"ConvBN: `{target.full_name(name)}` goes back to Eval mode: {reason}")
             if target.untrained:
                 rank_zero_warn(
                     f"ConvBN: {len(target.untrained)} BatchNorm(s) of `{target.path or 'the module'}` stay in Train "
                     f"mode: `{target.untrained[0]}` {UNTRAINED}. Load pretrained weights, or say freeze_untrained=True"
+                )
+            if self.mode == "tune" and (hooked := target.hooked()):
+                rank_zero_warn(
+                    f"ConvBN: the hooks on `{'`, `'.join(hooked)}` see values that are normalised already: a folded "
+                    "convolution puts out what its BatchNorm would, and the BatchNorm passes it on"
                 )
         lines = [line for target in self._targets for line in target.describe(self.mode, self.eval_mode)]
         bar = trainer.progress_bar_callback

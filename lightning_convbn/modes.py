@@ -179,7 +179,7 @@ def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs) -> None:
                 raise ValueError(f"pairs: {type(model).__name__} has no module `{name}`")
         conv, bn = modules[conv_name], modules[bn_name]
         reason = f"`{bn_name}` is no BatchNorm" if not is_norm(bn) else statistics_missing(bn)
-        reason = reason or mismatch(conv, bn, conv_name)
+        reason = reason or mismatch(model, conv_name, bn_name)
         if reason is not None:
             raise ValueError(f"pairs: `{conv_name}` and `{bn_name}` can't be folded: {reason}")
         folded[bn] = conv

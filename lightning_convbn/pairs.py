@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from lightning_convbn import reasons
+from lightning_convbn.distributed import fsdp_unit
 from lightning_convbn.flow import DataFlow
 from lightning_convbn.layers import (
     FROZEN,
@@ -200,7 +201,7 @@ def _proven(model: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> Co
             continue
         found = _partner(model, bn, traced, recorded)
         if not isinstance(found, str):
-            found = mismatch(found, bn, traced.names[found]) or found
+            found = mismatch(model, traced.names[found], name) or found
         if isinstance(found, str):
             unpaired[name] = found
         else:
@@ -238,6 +239,16 @@ def find_untrained(model: nn.Module) -> list[str]:
     ]
 
 
+def find_hooked(model: nn.Module, pairs: ConvBNPairs) -> list[str]:
+    """Name the modules of pairs with hooks that see other tensors in Tune and Deploy mode than in Eval mode.
+
+    A folded convolution puts out what is normalised already, and its BatchNorm passes that on.
+    """
+    convs = [pair.conv for pair in pairs if model.get_submodule(pair.conv)._forward_hooks]
+    bns = [model.get_submodule(pair.bn) for pair in pairs]
+    return convs + [pair.bn for pair, bn in zip(pairs, bns, strict=True) if bn._forward_hooks or bn._forward_pre_hooks]
+
+
 def statistics_missing(bn: nn.Module) -> str | None:
     """Say why a BatchNorm can't be frozen; None if it can.
 
@@ -251,8 +262,11 @@ def statistics_missing(bn: nn.Module) -> str | None:
     return None
 
 
-def mismatch(conv: nn.Module, bn: nn.Module, conv_name: str) -> str | None:
-    """Say why two modules can't be folded whatever the data flow; None if they can."""
+def mismatch(model: nn.Module, conv_name: str, bn_name: str) -> str | None:
+    """Say why a convolution and a BatchNorm of a model can't be folded whatever the data flow; None if they can."""
+    conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
+    if fsdp_unit(model, conv_name) != fsdp_unit(model, bn_name):
+        return reasons.OTHER_FSDP_UNIT.format(conv=conv_name)
     conv_row, norm_row = conv_layer(conv), norm_layer(bn)
     if conv_row is None:
         return reasons.UNKNOWN_CONVOLUTION.format(conv=conv_name, cls=class_name(conv))

@@ -8,13 +8,14 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 
 @contextmanager
@@ -67,14 +68,14 @@ def traced_quietly(model: nn.Module) -> Iterator[None]:
 
 def leaves_of(value: Any) -> Iterator[Any]:
     """Walk through containers and through objects of any class, down to tensors, proxies and what has no parts."""
-    seen: set[int] = set()
+    seen: dict[int, Any] = {}  # holds the items, so that no id is used twice
     rest = deque([value])
     while rest:
         item = rest.popleft()
         if id(item) in seen:
             continue
-        seen.add(id(item))
-        parts = tree_leaves(item)
+        seen[id(item)] = item
+        parts = _items(item)
         if len(parts) == 1 and parts[0] is item:
             parts = [] if isinstance(item, _WHOLE) else _parts_of_object(item)
             if not parts:
@@ -83,6 +84,12 @@ def leaves_of(value: Any) -> Iterator[Any]:
 
 
 _WHOLE = (Tensor, nn.Module, type, torch.fx.Proxy)
+
+
+def _items(container: Any) -> list[Any]:
+    """The items of a container, or the object itself; not the items' items, for a container may hold itself."""
+    is_leaf = chain([False], repeat(True))
+    return tree_flatten(container, is_leaf=lambda _: next(is_leaf))[0]
 
 
 def _parts_of_object(item: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.utils._pytree import tree_leaves
 
+from lightning_convbn.distributed import is_fsdp_unit, merged_over_processes
 from lightning_convbn.layers import Mode
 from lightning_convbn.memory import MIB, measure_memory_abstractly
 from lightning_convbn.modes import get_mode, set_mode
-from lightning_convbn.pairs import ConvBNPairs, find_conv_bn_pairs, find_recorded_pairs, find_untrained
+from lightning_convbn.pairs import ConvBNPairs, find_conv_bn_pairs, find_hooked, find_recorded_pairs, find_untrained
 from lightning_convbn.reasons import UNTRAINED
 from lightning_convbn.verify import Verification, verify_pairs
 
@@ -124,11 +125,11 @@ class Target:
                 self.verification = verify_pairs(self.module, pairs, inputs, kwargs)
                 if self.verification is None:
                     self._notes.append("not verified: its output holds no tensor to compare")
-                elif self.verification.wrong:
-                    self.wrong.update(self.verification.wrong)
-                    pairs = pairs.unfold(self.wrong)
-                    self._switch(get_mode(self.module), pairs)
-            if measure:
+                else:
+                    pairs = self._unfold(self.verification.wrong)
+            if measure and any(is_fsdp_unit(module) for module in self.module.modules()):
+                self._notes.append("not counted: FSDP gathers parameters in its forward")
+            elif measure:
                 modes: tuple[Mode, ...] = ("eval", "tune")
                 self.kept = {
                     mode: measure_memory_abstractly(self.module, inputs, kwargs, mode=mode, pairs=pairs).saved_bytes
@@ -138,6 +139,20 @@ class Target:
                 self._notes.append(f"counted on an input of {' × '.join(map(str, shape))}")
         except torch.OutOfMemoryError as error:
             self._notes.append(f"not inspected to the end: {str(error).splitlines()[0]}")
+
+    def conclude(self) -> None:
+        """Unfold what any process has found wrong. Every process has to call this."""
+        self._unfold(merged_over_processes(self.wrong))
+
+    def _unfold(self, wrong: Mapping[str, str]) -> ConvBNPairs:
+        if wrong.keys() - self.wrong.keys():
+            self.wrong.update(wrong)
+            self._switch(get_mode(self.module), self._in_force.unfold(self.wrong))
+        return self._in_force
+
+    def hooked(self) -> list[str]:
+        """Name, as seen from the whole, the modules whose hooks see something else because they are folded."""
+        return [self.full_name(name) for name in find_hooked(self.module, self._in_force)]
 
     def describe(self, mode: Mode, eval_mode: Mode) -> list[str]:
         """Return the lines of the callback's table."""

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from lightning_convbn import reasons
+from lightning_convbn.distributed import is_fsdp_unit
 from lightning_convbn.flow import DataFlow, is_leaf
 from lightning_convbn.layers import class_name, is_norm
 from lightning_convbn.state import stashed, traced_quietly
@@ -35,8 +36,12 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Take a module that does not trace for a whole if there is nothing to find in it, as a pooling that pads."""
+        """Take a module that does not trace for a whole if there is nothing to find in it, as a pooling that pads.
+
+        FSDP's hooks are passed by: at their first call they would make the module the root of all units.
+        """
         stack = self.module_stack.copy()
+        forward = m.forward if is_fsdp_unit(m) else forward
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:

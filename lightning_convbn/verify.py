@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_convbn import reasons
+from lightning_convbn.distributed import communicates
 from lightning_convbn.layers import Mode
 from lightning_convbn.modes import conv_bn_mode
 from lightning_convbn.pairs import ConvBNPairs
@@ -40,8 +41,9 @@ def verify_pairs(
 ) -> Verification | None:
     """Compare Tune mode with Eval mode on one input, and find the pairs to blame where they differ.
 
-    Two passes without gradients; only if they differ, one more for each pair. Mode, random state and buffers are as
-    before afterwards. The precision is that of the surrounding context.
+    Two passes without gradients; only if they differ, one more for each pair, and none where all processes have to run
+    the forward equally often. Mode, random state and buffers are as before afterwards. The precision is that of the
+    surrounding context.
 
     Args:
         model: Any module.
@@ -64,7 +66,7 @@ def verify_pairs(
     if together <= tolerance:
         return Verification(together, tolerance, {})
     wrong = {}
-    for pair in pairs:
+    for pair in () if communicates(model) else pairs:
         alone = deviation(pairs.unfold({other.bn: "" for other in pairs if other is not pair}))
         if not alone <= tolerance:
             wrong[pair.bn] = reasons.CHANGED_OUTPUT.format(deviation=alone)
