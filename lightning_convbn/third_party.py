@@ -135,6 +135,14 @@ class FoldedFrozenBatchNormAct2d(FoldedNormAct, FoldedFrozenBatchNorm2d):
     """timm's ``FrozenBatchNormAct2d``, folded into its convolution but for its drop and activation."""
 
 
+class EvalBatchNormXd(EvalNorm, nn.SyncBatchNorm):
+    """Lightning's ``_BatchNormXd``, which ``sync_batchnorm=True`` leaves behind, frozen."""
+
+
+class FoldedBatchNormXd(FoldedNorm, nn.SyncBatchNorm):
+    """Lightning's ``_BatchNormXd``, folded into its convolution."""
+
+
 # These choose the arguments of Conv3d and change nothing else.
 CONV_LAYERS["torchvision.models.video.resnet.Conv3DSimple"] = CONV_LAYERS[nn.Conv3d]
 CONV_LAYERS["torchvision.models.video.resnet.Conv3DNoTemporal"] = CONV_LAYERS[nn.Conv3d]
@@ -145,6 +153,7 @@ CONV_LAYERS["efficientnet_lite_pytorch.utils.Conv2dStaticSamePadding"] = _STATIC
 CONV_LAYERS["segmentation_models_pytorch.encoders._efficientnet.Conv2dStaticSamePadding"] = _STATIC_SAME
 
 _IMAGES = frozenset({4})
+_ANY_DIMENSION = NormLayer(EvalBatchNormXd, FoldedBatchNormXd, frozenset({2, 3, 4, 5}))
 NORM_LAYERS["timm.layers.norm_act.BatchNormAct2d"] = NormLayer(
     EvalBatchNormAct2d, FoldedBatchNormAct2d, _IMAGES, DROP_AND_ACT
 )
@@ -154,4 +163,6 @@ NORM_LAYERS["timm.layers.norm_act.SyncBatchNormAct"] = NormLayer(
 NORM_LAYERS["timm.layers.norm_act.FrozenBatchNormAct2d"] = NormLayer(
     None, FoldedFrozenBatchNormAct2d, _IMAGES, DROP_AND_ACT
 )
+NORM_LAYERS["lightning.pytorch.plugins.layer_sync._BatchNormXd"] = _ANY_DIMENSION
+NORM_LAYERS["pytorch_lightning.plugins.layer_sync._BatchNormXd"] = _ANY_DIMENSION
 NORM_LAYERS[FROZEN] = NormLayer(None, FoldedFrozenBatchNorm2d, _IMAGES)

@@ -1,4 +1,4 @@
-"""What we need of Lightning, from whichever of its two packages is installed: ``lightning`` or ``pytorch_lightning``."""
+"""What we need of Lightning, from whichever of its packages is installed, ``lightning`` or ``pytorch_lightning``."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,29 @@ def images_and_targets(batches: int = BATCHES_PER_EPOCH, shuffle: bool = False) 
     images = torch.randn(2 * batches, 3, 8, 8, generator=generator)
     targets = torch.randn(2 * batches, 4, generator=generator)
     return DataLoader(TensorDataset(images, targets), batch_size=2, shuffle=shuffle)
+
+
+class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
+    """Goes on with the batch at which a checkpoint was written."""
+
+    given = 0
+    skipped = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        """Give the batches that are left of the epoch."""
+        self.given, first, self.skipped = self.skipped, self.skipped, 0
+        for index, batch in enumerate(super().__iter__()):
+            if index >= first:
+                self.given += 1
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Say how many batches of the epoch have been given."""
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Skip those."""
+        self.skipped = state["given"]
 
 
 class BoringSteps:

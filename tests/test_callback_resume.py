@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from boring import (
     LIGHTNING_SAYS,
     TRUSTED,
     BoringModule,
+    ResumableLoader,
     Snapshot,
     differing,
     images_and_targets,
@@ -23,7 +23,6 @@ from boring import (
 )
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 pytestmark = [
     *LIGHTNING_SAYS,
@@ -118,35 +117,12 @@ def test_an_untrained_batchnorm_is_still_known_when_the_run_is_resumed(tmp_path:
     assert differing(state_of(resumed), state_of(straight)) == []
 
 
-class Resumable(DataLoader[tuple[Tensor, ...]]):
-    """Goes on with the batch at which a checkpoint was written."""
-
-    given = 0
-    skipped = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        """Give the batches that are left of the epoch."""
-        self.given, first, self.skipped = self.skipped, self.skipped, 0
-        for index, batch in enumerate(super().__iter__()):
-            if index >= first:
-                self.given += 1
-                yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Say how many batches of the epoch have been given."""
-        return {"given": self.given}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Skip those."""
-        self.skipped = state["given"]
-
-
 class ResumableModule(BoringModule):
     """The tiny module, on a data loader that can be resumed."""
 
-    def train_dataloader(self) -> Resumable:
+    def train_dataloader(self) -> ResumableLoader:
         """Give the same batches."""
-        return Resumable(images_and_targets().dataset, batch_size=2)
+        return ResumableLoader(images_and_targets().dataset, batch_size=2)
 
 
 @pytest.mark.parametrize("callbacks", [[], [quick]], ids=["without", "with"])
