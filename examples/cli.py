@@ -6,19 +6,20 @@
     python examples/cli.py fit --config examples/configs/start_epoch.yaml
     python examples/cli.py test --ckpt_path=PATH/TO/CHECKPOINT
 
-Your own images: `--data.source=imagefolder:PATH`. Without a network: `--model.weights=PATH/TO/mobilenet_v2-b0353104.pth`,
+Your own images: `--data.source=imagefolder:PATH`. Without a network: `--model.weights=PATH` to mobilenet_v2-b0353104.pth,
 or `--model.pretrained=false` for a backbone that starts at random.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data import ImageData
+from data import DataError, ImageData
 from finetune import FineTuner
 from lightning.pytorch.cli import LightningArgumentParser
-from weights import load_pretrained
+from weights import WeightsError, load_pretrained
 
 from lightning_convbn.cli import ConvBNCLI
 
@@ -52,10 +53,8 @@ class FineTuneCLI(ConvBNCLI):
         parser.link_arguments("data.class_weights", "model.class_weights", apply_on="instantiate")
 
 
-def main(args: list[str] | None = None) -> FineTuneCLI:
-    """Read the command line and run."""
-    return FineTuneCLI(fine_tuner, ImageData, seed_everything_default=0, args=args)
-
-
 if __name__ == "__main__":
-    main()
+    try:
+        FineTuneCLI(fine_tuner, ImageData, seed_everything_default=0)
+    except (DataError, WeightsError) as error:
+        sys.exit(f"error: {error}")

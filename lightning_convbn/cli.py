@@ -49,11 +49,12 @@ class ConvBNCLI(LightningCLI):
         ModuleNotFoundError: If jsonargparse is missing.
         ValueError: If an argument of the callback can't be used, or if two callbacks are asked for.
 
-    Example:
-        >>> from lightning.pytorch.demos.boring_classes import BoringModel
-        >>> cli = ConvBNCLI(BoringModel, args=["--convbn=false", "--trainer.logger=false"], run=False)
-        >>> any(isinstance(callback, ConvBNModeCallback) for callback in cli.trainer.callbacks)
-        False
+    Example::
+
+        # train.py
+        ConvBNCLI(MyModule, MyDataModule)
+
+        # python train.py fit --convbn.mode=eval --convbn.eval_mode=eval
     """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
