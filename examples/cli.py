@@ -6,7 +6,7 @@
     python examples/cli.py fit --config examples/configs/start_epoch.yaml
     python examples/cli.py test --ckpt_path=PATH/TO/CHECKPOINT
 
-Your own images: `--data.source=imagefolder:PATH`. Without a network: `--model.weights=PATH` to mobilenet_v2-b0353104.pth,
+Your own images: `--data.source=imagefolder:PATH`. Without a network: `--model.weights=PATH/mobilenet_v2-b0353104.pth`,
 or `--model.pretrained=false` for a backbone that starts at random.
 """
 
@@ -24,14 +24,8 @@ from weights import WeightsError, load_pretrained
 from lightning_convbn.cli import ConvBNCLI
 
 
-def fine_tuner(
-    num_classes: int,
-    class_weights: Sequence[float] | None = None,
-    lr: float = 0.01,
-    pretrained: bool = True,
-    weights: Path | None = None,
-) -> FineTuner:
-    """Make a MobileNetV2 with a new head.
+class PretrainedFineTuner(FineTuner):
+    """MobileNetV2 with a new head.
 
     Args:
         num_classes: Outputs of the head; the data decide.
@@ -40,7 +34,16 @@ def fine_tuner(
         pretrained: Start from ImageNet weights.
         weights: These weights as a .pth file; null downloads them.
     """
-    return FineTuner(num_classes, class_weights, lr, load_pretrained(weights) if pretrained else None)
+
+    def __init__(
+        self,
+        num_classes: int,
+        class_weights: Sequence[float] | None = None,
+        lr: float = 0.01,
+        pretrained: bool = True,
+        weights: Path | None = None,
+    ) -> None:
+        super().__init__(num_classes, class_weights, lr, load_pretrained(weights) if pretrained else None)
 
 
 class FineTuneCLI(ConvBNCLI):
@@ -55,6 +58,6 @@ class FineTuneCLI(ConvBNCLI):
 
 if __name__ == "__main__":
     try:
-        FineTuneCLI(fine_tuner, ImageData, seed_everything_default=0)
+        FineTuneCLI(PretrainedFineTuner, ImageData, seed_everything_default=0)
     except (DataError, WeightsError) as error:
         sys.exit(f"error: {error}")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +21,11 @@ from boring import (
     with_fresh_norm,
 )
 from lightning.pytorch.callbacks import BatchSizeFinder
+from scripts import type_in
 from torch import nn
 
 from lightning_convbn import ConvBNModeCallback
 from lightning_convbn.autoload import MODES, ConvBNFromEnvironment
-
-ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = [*LIGHTNING_SAYS, pytest.mark.usefixtures("installed")]
 
@@ -199,25 +195,8 @@ import sys
 import time
 from importlib.metadata import entry_points
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch import nn
-
-
-class Module(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-
-    def training_step(self, batch, batch_idx):
-        return self.backbone(batch).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def train_dataloader(self):
-        return torch.randn(2, 1, 3, 8, 8)
-
+from lightning.pytorch import Trainer
+from plain_module import Module
 
 (entry_point,) = entry_points(group="lightning.pytorch.callbacks_factory", name="lightning_convbn")
 start = time.perf_counter()
@@ -230,33 +209,16 @@ print("imported", sorted(name for name in sys.modules if "lightning_convbn" in n
 """
 
 
-def train(folder: Path, **environment: str) -> str:
-    """Run a script that does not know of the package, in a process of its own; return what it prints."""
-    (folder / "train.py").write_text(TRAIN)
-    path = os.pathsep.join([str(folder / "site"), str(ROOT)])
-    plain = {name: value for name, value in os.environ.items() if name != "LIGHTNING_CONVBN"}
-    done = subprocess.run(
-        [sys.executable, "train.py"],
-        cwd=folder,
-        env={**plain, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
-def test_without_the_variable_the_package_is_not_imported(tmp_path: Path) -> None:
-    printed = train(tmp_path)
+def test_without_the_variable_the_package_is_not_imported(installed: Path) -> None:
+    printed = type_in(installed, TRAIN)
     assert "imported ['_lightning_convbn_entry_point']\n" in printed
     (seconds,) = re.findall(r"seconds=(\S+)", printed)
     assert float(seconds) < 0.05
     assert "ConvBN" not in printed
 
 
-def test_with_the_variable_a_script_fine_tunes_in_tune_mode(tmp_path: Path) -> None:
-    printed = train(tmp_path, LIGHTNING_CONVBN="tune")
+def test_with_the_variable_a_script_fine_tunes_in_tune_mode(installed: Path) -> None:
+    printed = type_in(installed, TRAIN, LIGHTNING_CONVBN="tune")
     assert "ConvBN: `backbone` trains in Tune mode and is evaluated in Deploy mode" in printed
 
 
