@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ else:
 
 # The tests' tensors are tiny: a second thread costs more than it gives, above all on a busy machine.
 torch.set_num_threads(1)
+
+
+# Lightning calls what newer releases of jsonargparse have deprecated, some of it when it is imported.
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 
 @pytest.fixture(scope="session")

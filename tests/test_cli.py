@@ -52,7 +52,6 @@ class Module(BoringModule):
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs write where the test does, and give them an environment of their own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's own calls of jsonargparse >= 4.49
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # Lightning sets both and warns where there is no seed
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
 
@@ -358,8 +357,7 @@ def test_documented_commands_do_what_is_said(
         if "examples/cli.py" not in line:
             Module.last = Module()
             with monkeypatch.context() as context:
-                printed = type_here(line, context, capsys)
-            assert "convbn" in printed.lower() or line.endswith(("=false", "=off python script.py", "=tune"))
+                type_here(line, context, capsys)
             modes = Module.last.modes
             trained = ", then ".join(dict.fromkeys(modes["fit"]))
             evaluated = {mode for stage in ("sanity", "validate", "test") for mode in modes[stage]}
