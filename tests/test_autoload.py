@@ -222,6 +222,31 @@ def test_with_the_variable_a_script_fine_tunes_in_tune_mode(installed: Path) -> 
     assert "ConvBN: `backbone` trains in Tune mode and is evaluated in Deploy mode" in printed
 
 
+DISTRIBUTED = """\
+import sys
+
+from lightning.pytorch import Trainer
+from plain_module import Module
+
+if __name__ == "__main__":
+    module = Module()
+    trainer = Trainer(
+        strategy=sys.argv[1], devices=2, accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False
+    )
+    trainer.fit(module)
+    print("mean", module.backbone[1].running_mean.tolist(), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "reports"), [("ddp", 2), ("ddp_spawn", 1)])
+def test_processes_that_lightning_starts_inherit_the_variable(strategy: str, reports: int, installed: Path) -> None:
+    """Every rank keeps the statistics: in Train mode they would move. Only `ddp` runs the whole script in each."""
+    printed = type_in(installed, DISTRIBUTED, strategy, LIGHTNING_CONVBN="tune")
+    assert printed.count("`backbone` trains in Tune mode") == 1
+    assert printed.count("[1.0, 1.0, 1.0, 1.0]") == reports
+
+
 def test_what_is_packed_holds_the_modules_of_the_entry_points(project: dict[str, Any]) -> None:
     """The one outside of the package is easily left out."""
     targets = {target for group in project["project"]["entry-points"].values() for target in group.values()}
