@@ -1,6 +1,40 @@
 """What all tests share."""
 
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 # The tests' tensors are tiny: a second thread costs more than it gives, above all on a busy machine.
 torch.set_num_threads(1)
+
+
+# Lightning calls what newer releases of jsonargparse have deprecated, some of it when it is imported.
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
+
+
+@pytest.fixture(scope="session")
+def project() -> dict[str, Any]:
+    """Read pyproject.toml."""
+    return tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())
+
+
+@pytest.fixture
+def installed(project: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Declare the entry points as installing the package does, whether or not it is; return where."""
+    metadata = tmp_path / "site" / "lightning_convbn-0.1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: lightning-convbn\nVersion: 0.1.0\n")
+    groups = project["project"]["entry-points"].items()
+    lines = [line for group, named in groups for line in (f"[{group}]", *(f"{n} = {v}" for n, v in named.items()))]
+    (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    monkeypatch.syspath_prepend(metadata.parent)
+    return metadata.parent

@@ -181,30 +181,28 @@ def test_the_finder_reaches_a_larger_batch_in_tune_mode(tmp_path: Path, search: 
 
 
 class Breaks(BoringModule):
-    """Fails once, when the second epoch starts."""
-
-    broken = True
+    """Fails when the second epoch starts."""
 
     def on_train_epoch_start(self) -> None:
-        if self.broken and self.current_epoch == 1:
+        if self.current_epoch == 1:
             raise RuntimeError("a disk is unplugged")
 
 
 def test_a_checkpoint_after_an_exception_is_plain_and_the_run_goes_on_from_it(tmp_path: Path) -> None:
-    """As if nothing had happened: bit for bit."""
-    straight = Breaks()
-    straight.broken = False
-    make_trainer(quick(), max_epochs=EPOCHS).fit(straight)
-    with pytest.raises(RuntimeError, match="a disk is unplugged"):
-        make_trainer(
-            quick(), callbacks.OnExceptionCheckpoint(tmp_path), max_epochs=EPOCHS, enable_checkpointing=True
-        ).fit(Breaks())
-    resumed = Breaks()
-    resumed.broken = False
-    make_trainer(quick(), max_epochs=EPOCHS).fit(resumed, ckpt_path=tmp_path / "on_exception.ckpt", **TRUSTED)
-    assert resumed.losses["fit"] == straight.losses["fit"][BATCHES_PER_EPOCH:]
-    assert set(resumed.modes["fit"]) == {"tune"}
-    assert differing(state_of(resumed), state_of(straight)) == []
+    """With the weights of that moment, and as it goes on in Eval mode."""
+    losses = []
+    for mode in ("eval", "tune"):
+        broken, resumed = Breaks(), Filtering()
+        saving = callbacks.OnExceptionCheckpoint(tmp_path / mode)
+        options = {"max_epochs": EPOCHS, "precision": "64-true"}
+        with pytest.raises(RuntimeError, match="a disk is unplugged"):
+            make_trainer(quick(mode), saving, enable_checkpointing=True, **options).fit(broken)
+        path = tmp_path / mode / "on_exception.ckpt"
+        assert differing(torch.load(path, weights_only=False)["state_dict"], state_of(broken)) == []
+        make_trainer(quick(mode), **options).fit(resumed, ckpt_path=path, **TRUSTED)
+        assert set(resumed.modes["fit"]) == {mode}
+        losses.append(resumed.losses["fit"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9)
 
 
 # -------------------------------------------------------------------------------------------------- hooks of users

@@ -1,0 +1,21 @@
+"""What Lightning calls whenever a Trainer is made: gives it a callback if LIGHTNING_CONVBN names a mode.
+
+This is a module of its own, outside of the package, so that without the variable a Trainer does not import the package.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+OFF = ("", "off", "0", "false")
+
+
+def callbacks() -> list[Any]:
+    """Return a callback, or none where the variable is unset or off."""
+    mode = os.environ.get("LIGHTNING_CONVBN", "").strip().lower()
+    if mode in OFF:
+        return []
+    from lightning_convbn.autoload import ConvBNFromEnvironment
+
+    return [ConvBNFromEnvironment(mode)]
