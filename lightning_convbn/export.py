@@ -137,6 +137,13 @@ class PlainCopy:
         """Return pairs of the original as they are named in the copy."""
         return _renamed(pairs, self.names)
 
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool) -> None:
+        """Load weights of the original, with the names that they have there."""
+        split = {key: key.rpartition(".") for key in state}
+        parents = {key: self.names.get(parent, parent) for key, (parent, _, _) in split.items()}
+        renamed = {f"{parents[key]}.{split[key][2]}".lstrip("."): value for key, value in state.items()}
+        self.model.load_state_dict(renamed, strict=strict)
+
     def find_pairs(self, example_inputs: Sequence[Any] | None = None) -> ConvBNPairs:
         """Find the pairs of the copy: those proven in its eval state, if the original was converted also in force."""
         pairs = find_conv_bn_pairs(self.model, example_inputs=example_inputs)

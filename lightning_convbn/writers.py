@@ -58,7 +58,7 @@ def write_proven(deploy: nn.Module, plain: nn.Module, path: Path, inputs: Inputs
         The path.
     """
     form = FORMATS[path.suffix]
-    sizes = _batch_sizes(inputs)
+    sizes = batch_sizes(inputs)
     rows = sorted({1, *sizes, max(sizes) + 1}) if dynamic_batch and form.captures else [None]
     with (
         _folder_beside(path) as folder,
@@ -153,7 +153,7 @@ def checked_inputs(example_inputs: Sequence[Any], *, dynamic_batch: bool) -> Inp
     inputs: Inputs = tree_map(
         lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, (*example_inputs,)
     )
-    sizes = _batch_sizes(inputs)
+    sizes = batch_sizes(inputs)
     if not sizes:
         raise ValueError(f"example_inputs must hold a tensor with a batch dimension; got {example_inputs!r}")
     if dynamic_batch and len(sizes) > 1:
@@ -164,7 +164,8 @@ def checked_inputs(example_inputs: Sequence[Any], *, dynamic_batch: bool) -> Inp
     return inputs
 
 
-def _batch_sizes(inputs: Inputs) -> set[int]:
+def batch_sizes(inputs: Inputs) -> set[int]:
+    """Collect the first dimensions of all tensors in the arguments of a forward."""
     return {leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()}
 
 
@@ -242,9 +243,23 @@ def _captured(model: nn.Module, example: Inputs, dynamic_batch: bool) -> torch.e
 
 
 def _write_onnx(model: nn.Module, example: Inputs, dynamic_batch: bool, file: Path) -> None:
+    import onnx
+
     program = torch.onnx.export(_captured(model, example, dynamic_batch), dynamo=True, verbose=False)
     assert program is not None
-    program.save(file, external_data=False)
+    proto = program.model_proto
+    for node in proto.graph.node:
+        kept = [
+            entry for entry in node.metadata_props if not entry.key.endswith("stack_trace")
+        ]  # paths of this machine
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
+    shapes = [value.type.tensor_type.shape for value in (*proto.graph.input, *proto.graph.output)]
+    symbols = {dim.dim_param for shape in shapes for dim in shape.dim[:1]} - {""}
+    for dim in (dim for shape in shapes for dim in shape.dim):
+        if len(symbols) == 1 and dim.dim_param in symbols:
+            dim.dim_param = "batch"
+    onnx.save(proto, str(file))
 
 
 def _read_onnx(file: Path, model: nn.Module) -> Callable[..., Any]:
