@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +27,8 @@ class Format:
     """How files of one suffix are written and read.
 
     Attributes:
-        write: Writes a Deploy copy to a path; the arguments of a forward say by which shapes.
+        write: Returns the file of a Deploy copy; the arguments of a forward say by which shapes. It is built in memory:
+            torch ends the whole process when the disk is full while it writes a file itself.
         read: Returns what computes as the file says. A file of weights alone needs the Deploy copy's modules.
         captures: Whether the file holds the computation, not only the weights.
         extra: The extra of this package that installs ``packages``.
@@ -35,7 +37,7 @@ class Format:
         most_bytes: How much a file can hold.
     """
 
-    write: Callable[[nn.Module, Inputs, bool, Path], None]
+    write: Callable[[nn.Module, Inputs, bool], bytes]
     read: Callable[[Path, nn.Module], Callable[..., Any]]
     captures: bool = False
     extra: str = ""
@@ -78,12 +80,13 @@ def write_proven(deploy: nn.Module, plain: nn.Module, path: Path, inputs: Inputs
             )
         _same(expected, [_floats(deploy(*_cloned(sample))) for sample in samples], plain, "the Deploy copy")
         example = random_like(inputs, max(2, *sizes) if dynamic_batch else None, generator)
-        form.write(deploy, example, dynamic_batch, file)
+        with file.open("xb") as whole:
+            whole.write(form.write(deploy, example, dynamic_batch))
+            whole.flush()
+            os.fsync(whole.fileno())
         written = form.read(file, deploy)
         found = [_floats(written(*_cloned(sample))) for sample in samples]
         _same(expected, found, plain, f"path={str(path)!r}: what was written and read back")
-        with file.open("rb+") as whole:
-            os.fsync(whole.fileno())
         os.replace(file, path.resolve())
     return path
 
@@ -140,7 +143,7 @@ def check_model(model: nn.Module, path: Path) -> None:
 
 
 def checked_inputs(example_inputs: Sequence[Any], *, dynamic_batch: bool) -> Inputs:
-    """Return the positional arguments of a forward without gradients, on the CPU.
+    """Return copies of the positional arguments of a forward, without gradients, on the CPU.
 
     Raises:
         ValueError: If they are no sequence, hold no tensor, or have batches of different sizes.
@@ -151,7 +154,7 @@ def checked_inputs(example_inputs: Sequence[Any], *, dynamic_batch: bool) -> Inp
             f"got {type(example_inputs).__name__}"
         )
     inputs: Inputs = tree_map(
-        lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, (*example_inputs,)
+        lambda leaf: leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf, (*example_inputs,)
     )
     sizes = batch_sizes(inputs)
     if not sizes:
@@ -242,9 +245,8 @@ def _captured(model: nn.Module, example: Inputs, dynamic_batch: bool) -> torch.e
         raise RuntimeError(f"model: torch.export can't capture {type(model).__name__}{fix}: {error}") from error
 
 
-def _write_onnx(model: nn.Module, example: Inputs, dynamic_batch: bool, file: Path) -> None:
-    import onnx
-
+def to_onnx(model: nn.Module, example: Inputs, dynamic_batch: bool) -> bytes:
+    """Return the file of any model by torch's exporter, in one piece, without traces of the machine that made it."""
     program = torch.onnx.export(_captured(model, example, dynamic_batch), dynamo=True, verbose=False)
     assert program is not None
     proto = program.model_proto
@@ -259,7 +261,8 @@ def _write_onnx(model: nn.Module, example: Inputs, dynamic_batch: bool, file: Pa
     for dim in (dim for shape in shapes for dim in shape.dim):
         if len(symbols) == 1 and dim.dim_param in symbols:
             dim.dim_param = "batch"
-    onnx.save(proto, str(file))
+    whole: bytes = proto.SerializeToString()
+    return whole
 
 
 def _read_onnx(file: Path, model: nn.Module) -> Callable[..., Any]:
@@ -277,8 +280,10 @@ def _read_onnx(file: Path, model: nn.Module) -> Callable[..., Any]:
     return run
 
 
-def _write_pt2(model: nn.Module, example: Inputs, dynamic_batch: bool, file: Path) -> None:
+def _to_pt2(model: nn.Module, example: Inputs, dynamic_batch: bool) -> bytes:
+    file = io.BytesIO()
     torch.export.save(_captured(model, example, dynamic_batch), file)
+    return file.getvalue()
 
 
 def _read_pt2(file: Path, model: nn.Module) -> Callable[..., Any]:
@@ -286,40 +291,42 @@ def _read_pt2(file: Path, model: nn.Module) -> Callable[..., Any]:
     return module
 
 
-def _write_pt(model: nn.Module, example: Inputs, dynamic_batch: bool, file: Path) -> None:
+def _to_pt(model: nn.Module, example: Inputs, dynamic_batch: bool) -> bytes:
+    file = io.BytesIO()
     torch.save(model.state_dict(), file)
+    return file.getvalue()
 
 
 def _read_pt(file: Path, model: nn.Module) -> Callable[..., Any]:
-    _forget_weights(model)
-    model.load_state_dict(torch.load(file, weights_only=True))
-    return model
+    return _with_weights(model, torch.load(file, weights_only=True))
 
 
-def _write_safetensors(model: nn.Module, example: Inputs, dynamic_batch: bool, file: Path) -> None:
-    from safetensors.torch import save_model
+def _to_safetensors(model: nn.Module, example: Inputs, dynamic_batch: bool) -> bytes:
+    from safetensors.torch import save
 
-    save_model(model, str(file))
+    # Tied weights are written once for each name: such a file can't share, and a plain state dict is easiest to load.
+    return save(
+        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}
+    )
 
 
 def _read_safetensors(file: Path, model: nn.Module) -> Callable[..., Any]:
-    from safetensors.torch import load_model
+    from safetensors.torch import load_file
 
-    _forget_weights(model)
-    load_model(model, str(file))
-    return model
+    return _with_weights(model, load_file(file))
 
 
-def _forget_weights(model: nn.Module) -> None:
-    """Whatever the file does not bring back must be missed."""
+def _with_weights(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
     for tensor in model.state_dict().values():
         if isinstance(tensor, Tensor):
-            tensor.zero_()
+            tensor.zero_()  # whatever the file does not bring back must be missed
+    model.load_state_dict(state)
+    return model
 
 
 FORMATS = {
     ".onnx": Format(
-        _write_onnx,
+        to_onnx,
         _read_onnx,
         captures=True,
         extra="onnx",
@@ -327,7 +334,7 @@ FORMATS = {
         dtypes=frozenset({torch.float32, torch.float16}),
         most_bytes=2**31,  # a file is one protocol buffer
     ),
-    ".pt2": Format(_write_pt2, _read_pt2, captures=True),
-    ".pt": Format(_write_pt, _read_pt),
-    ".safetensors": Format(_write_safetensors, _read_safetensors, extra="safetensors", packages=("safetensors",)),
+    ".pt2": Format(_to_pt2, _read_pt2, captures=True),
+    ".pt": Format(_to_pt, _read_pt),
+    ".safetensors": Format(_to_safetensors, _read_safetensors, extra="safetensors", packages=("safetensors",)),
 }
