@@ -166,6 +166,16 @@ def test_the_example_may_be_given_in_all_of_lightnings_ways(example: Any, tmp_pa
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*(LeafSpec|distributed|process group|find_unused|TCPStore)")
+def test_under_ddp_the_example_is_what_forward_gets(tmp_path: Path) -> None:
+    """DDP calls the training step in the place of the LightningModule's forward."""
+    module, path = BoringModule(), tmp_path / "model.pt2"
+    fit(module, path, strategy="ddp")
+    torch.distributed.destroy_process_group()  # Lightning keeps it for the next fit
+    outputs = [torch.export.load(path).module()(images(3, 3, 8, 8))]
+    assert_close(outputs, [module.eval()(images(3, 3, 8, 8))], 1e-5)
+
+
 def test_a_compiled_part_is_exported_plain(tmp_path: Path) -> None:
     class Compiled(BoringModule):
         def __init__(self) -> None:
