@@ -118,7 +118,7 @@ class FitExport:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return f"nothing is exported to {self.path} in a fast_dev_run"
         if self._inputs is None:
-            return f"nothing is exported to {self.path}, as not one batch was trained on"
+            raise RuntimeError("not one batch was trained on, so there are no example inputs")
         copied = plain_copy(pl_module)
         best = _best_checkpoint(trainer)
         if best:

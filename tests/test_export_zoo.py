@@ -26,7 +26,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from zoo import floats, norms, randomized
 
 from lightning_convbn import export, find_conv_bn_pairs, fuse_for_deploy
-from lightning_convbn.writers import to_onnx
+from lightning_convbn.formats import to_onnx
 
 # What other libraries deprecate from release to release is no failure of these tests.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -314,6 +314,12 @@ def test_a_fast_dev_run_overwrites_nothing(tmp_path: Path, caplog: pytest.LogCap
     assert path.read_bytes() == b"an older file"
 
 
+def test_a_fit_without_a_batch_says_that_it_exports_nothing(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="nothing was exported.*not one batch was trained on"):
+        fit(BoringModule(), tmp_path / "model.pt", limit_train_batches=0)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_evaluation_alone_exports_nothing(tmp_path: Path) -> None:
     make_trainer(quick(export_path=tmp_path / "model.pt")).test(BoringModule(), verbose=False)
     assert not [*tmp_path.iterdir()]
