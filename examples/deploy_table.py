@@ -9,6 +9,7 @@ process, in CPU time of one thread, which other work on the machine stretches le
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 import warnings
@@ -40,7 +41,7 @@ convolution by itself, so the two are alike. Not measured on a GPU. Written by `
 def main() -> None:
     """Measure, write the JSON, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=21, help="interleaved rounds of one inference per variant")
+    parser.add_argument("--rounds", type=int, default=60, help="interleaved rounds of one inference per variant")
     rounds: int = parser.parse_args().rounds
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -65,9 +66,9 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     variants = {"eval": model, "deploy": fuse_for_deploy(model), "fx": fuse(model)}
     expected = model(image)
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    orders = [*itertools.permutations(variants)]  # what ran before a variant leaves its mark in the caches
     for number in range(rounds + 2):
-        order = [*variants] if number % 2 else [*reversed(variants)]
-        for variant in order:
+        for variant in orders[number % len(orders)]:
             started = time.process_time()
             output = variants[variant](image)
             if number > 1:  # the first two rounds warm up

@@ -122,7 +122,7 @@ class FitExport:
         copied = plain_copy(pl_module)
         best = _best_checkpoint(trainer)
         if best:
-            with fsspec.open(best, "rb") as file:  # written by this run, so trusted
+            with fsspec.open(best, "rb") as file:  # written by this Trainer's own run, so trusted
                 checkpoint = torch.load(file, map_location="cpu", weights_only=False)
             cast(Any, copied.model).on_load_checkpoint(checkpoint)
             copied.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
@@ -142,8 +142,7 @@ class FitExport:
         if bound.kwargs:
             raise ValueError(
                 f"export_path={str(self.path)!r}: the forward of {type(module).__name__} takes "
-                f"{', '.join(bound.kwargs)} by keyword only, which a file can't; let it take them by "
-                "position"
+                f"{', '.join(bound.kwargs)} by keyword only, which a file can't; let it take them by position"
             )
         inputs = bound.args
         if len(batch_sizes(inputs)) == 1:  # two rows are a batch, and held for as long as the fit lasts

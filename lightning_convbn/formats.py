@@ -59,10 +59,8 @@ def to_onnx(model: nn.Module, example: Inputs, dynamic_batch: bool) -> bytes:
     program = torch.onnx.export(_captured(model, example, dynamic_batch), dynamo=True, verbose=False)
     assert program is not None
     proto = program.model_proto
-    for node in proto.graph.node:
-        kept = [
-            entry for entry in node.metadata_props if not entry.key.endswith("stack_trace")
-        ]  # paths of this machine
+    for node in proto.graph.node:  # a stack trace has the paths of this machine
+        kept = [entry for entry in node.metadata_props if not entry.key.endswith("stack_trace")]
         del node.metadata_props[:]
         node.metadata_props.extend(kept)
     shapes = [value.type.tensor_type.shape for value in (*proto.graph.input, *proto.graph.output)]
@@ -114,9 +112,8 @@ def _to_safetensors(model: nn.Module, example: Inputs, dynamic_batch: bool) -> b
     from safetensors.torch import save
 
     # Tied weights are written once for each name: such a file can't share, and a plain state dict is easiest to load.
-    return save(
-        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}
-    )
+    state = model.state_dict()
+    return save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()})
 
 
 def _read_safetensors(file: Path, model: nn.Module) -> Callable[..., Any]:

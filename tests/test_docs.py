@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import coverage_table
+import deploy_table
 import memory_table
 import pytest
 import torch
@@ -86,6 +87,12 @@ def test_memory_tables_come_from_the_committed_counts() -> None:
     readme = (ROOT / "README.md").read_text()
     assert memory_table.with_table(readme, rows) == readme
     assert memory_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "memory.md").read_text()
+
+
+def test_deploy_table_comes_from_the_committed_times() -> None:
+    rows = json.loads((ROOT / "docs" / "benchmarks" / "deploy.json").read_text())["rows"]
+    assert deploy_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "deploy.md").read_text()
+    assert all(row["onnx_nodes"]["deploy"] <= row["onnx_nodes"]["eval"] for row in rows)
 
 
 def test_coverage_table_comes_from_the_committed_counts() -> None:
