@@ -54,6 +54,11 @@ SHORTENED: dict[str, Callable[[], nn.Module]] = {
 }
 ONNX = ("resnet18", "mobilenet_v3_small", "regnet_x_400mf", "shufflenet_v2_x0_5", "mnasnet0_5")
 
+# Of the family of resnet18, and of regnet_y_400mf.
+COUSINS = ("resnet50", "resnext50_32x4d", "wide_resnet50_2", "regnet_x_400mf")
+SMALL = [name for name in FAMILIES if name not in COUSINS]
+
+
 ELSEWHERE = """
 import sys, warnings
 sys.modules["lightning_convbn"] = None
@@ -119,7 +124,7 @@ def assert_ships(model: nn.Module, input: Tensor, runs_elsewhere: RunsElsewhere)
         assert_close(floats(fuse_for_deploy(model, pairs=pairs)(input.double())), expected, 1e-12)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SMALL)
 def test_torchvision(name: str, runs_elsewhere: RunsElsewhere) -> None:
     assert_ships(random_model(name), images(1, 3, FAMILIES[name], FAMILIES[name]), runs_elsewhere)
 
@@ -131,7 +136,7 @@ def test_maxvit(runs_elsewhere: RunsElsewhere) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*models.list_models(models)} - FAMILIES.keys()))
+@pytest.mark.parametrize("name", sorted({*models.list_models(models)} - {*SMALL}))
 def test_all_of_torchvisions_classifiers(name: str, runs_elsewhere: RunsElsewhere) -> None:
     torch.manual_seed(0)
     model = models.get_model(name, weights=None)
