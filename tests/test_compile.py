@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +131,17 @@ def test_a_compiled_module_is_given_back_plain(where: str, compiler: CompileCoun
         before.hooks,
         before.keys,
     )
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_a_compiled_module_is_exported(where: str, compiler: CompileCounterWithBackend, tmp_path: Path) -> None:
+    """As the eager one, uncompiled, and with the weights at the end of the fit."""
+    states = []
+    for place in ("nowhere", where):
+        fit(place, compiler, quick(export_path=tmp_path / f"{place}.pt"))
+        states.append(torch.load(tmp_path / f"{place}.pt", weights_only=True))
+    eager, compiled = states
+    torch.testing.assert_close([*compiled.values()], [*eager.values()], rtol=1e-4, atol=1e-5)
 
 
 def test_an_error_at_the_first_batch_leaves_the_compiler_on(compiler: CompileCounterWithBackend) -> None:
