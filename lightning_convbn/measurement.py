@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -30,6 +31,8 @@ from lightning_convbn.pairs import ConvBNPairs, find_conv_bn_pairs
 Variant = Literal["eval", "tune", "deploy"]
 VARIANTS: tuple[Variant, ...] = ("eval", "tune", "deploy")
 TITLES: dict[Variant, str] = {"eval": "Eval", "tune": "Tune", "deploy": "Deploy copy"}
+
+OWN_FORWARD = "(the model's own forward)"
 
 
 @dataclass(frozen=True)
@@ -336,12 +339,16 @@ def blocks(model: nn.Module, pairs: ConvBNPairs, by_module: Mapping[Variant, Map
             key = next((bn_of[outer] for outer in _from_within(name) if outer in bn_of), name)
             sums.setdefault(key, dict.fromkeys(by_module, 0))[variant] += size
     order = {name: number for number, name in enumerate([INPUT, *modules])}
-    trunk = _trunk(model)
+    first = {key: conv_of.get(key, key) for key in sums}
+    parts = _parts({first[key]: max(sizes.values()) for key, sizes in sums.items()})
     return [
         Block(
-            _label(key, conv_of), _part(conv_of.get(key, key), trunk), _about(key, modules, pairs, conv_of), sums[key]
+            name=_label(key, conv_of),
+            part=parts[first[key]] or OWN_FORWARD,
+            about=_about(key, modules, pairs, conv_of),
+            saved_bytes=sums[key],
         )
-        for key in sorted(sums, key=lambda key: order.get(conv_of.get(key, key), len(order)))
+        for key in sorted(sums, key=lambda key: order[first[key]])
     ]
 
 
@@ -353,7 +360,7 @@ def _from_within(name: str) -> list[str]:
 
 def _label(key: str, conv_of: Mapping[str, str]) -> str:
     if key not in conv_of:
-        return key or "(the model's own forward)"
+        return key or OWN_FORWARD
     conv = conv_of[key]
     (conv_parent, _, _), (bn_parent, _, bn_name) = conv.rpartition("."), key.rpartition(".")
     return f"{conv} + {bn_name if conv_parent == bn_parent else key}"
@@ -370,21 +377,20 @@ def _about(key: str, modules: Mapping[str, nn.Module], pairs: ConvBNPairs, conv_
     return described
 
 
-def _trunk(model: nn.Module) -> str:
-    """Name the module whose children are the parts: the first one from the root with several that have BatchNorms."""
-    path: list[str] = []
+def _parts(sizes: Mapping[str, int]) -> dict[str, str]:
+    """Divide qualified names by their first parts; what holds more than half of the bytes is divided further."""
+    depths = dict.fromkeys(sizes, 1)
     while True:
-        having = [name for name, child in model.named_children() if any(is_norm(module) for module in child.modules())]
-        if len(having) != 1 or is_norm(model.get_submodule(having[0])):
-            return ".".join(path)
-        path.append(having[0])
-        model = model.get_submodule(having[0])
-
-
-def _part(name: str, trunk: str) -> str:
-    within = name.removeprefix(f"{trunk}.") if trunk else name
-    part = within.partition(".")[0] or "(the model's own forward)"
-    return f"{trunk}.{part}" if within != name else part
+        parts = {name: ".".join(name.split(".")[:depth]) for name, depth in depths.items()}
+        shares: Counter[str] = Counter()
+        for name, part in parts.items():
+            shares[part] += sizes[name]
+        large = {part for part, share in shares.items() if 2 * share > sum(sizes.values())}
+        within = [name for name, part in parts.items() if part in large and name != part]
+        if not within:
+            return parts
+        for name in within:
+            depths[name] += 1
 
 
 def _constant_bytes(model: nn.Module) -> int:

@@ -39,6 +39,7 @@ def render_page(
         cards="\n".join(_card(variant, measurement, budget) for variant in variants),
         legend="".join(f'<li class="{variant}">{TITLES[variant]}</li>' for variant in variants),
         columns=_columns(variants),
+        column_count=str(len(variants) + (len(variants) > 1)),
         blocks=_rows(measurement.blocks, variants),
         parts=_rows(_parts(measurement.blocks, variants), variants),
         notes="".join(f"<li>{escape(note)}</li>" for note in notes),
@@ -65,7 +66,7 @@ def _card(variant: Variant, measurement: Measurement, budget: str) -> str:
 
 
 def _columns(variants: Sequence[Variant]) -> str:
-    order = '<th role="columnheader" scope="col" aria-sort="ascending"><button type="button">Order</button></th>'
+    order = '<th role="columnheader" scope="col" aria-sort="ascending"><button type="button">Block</button></th>'
     bars = '<th class="bars" aria-hidden="true"></th>'
     titles = [variant.title() for variant in variants] + (["Saved"] if len(variants) > 1 else [])
     return (
@@ -122,7 +123,8 @@ def _row(number: int, block: Block, variants: Sequence[Variant], longest: int) -
 
 
 def _mib(size: int) -> str:
-    """Two decimals; what rounds to nothing shows that it is something."""
+    """Enough digits to compare by; what rounds to nothing shows that it is something."""
     if size and abs(size) < MIB / 100:
         return "&lt;0.01" if size > 0 else "&gt;−0.01"
-    return f"{size / MIB:,.2f}".replace("-", "−") if size else "0"
+    digits = 1 if round(abs(size) / MIB, 2) >= 1 else 2
+    return f"{size / MIB:,.{digits}f}".replace("-", "−") if size else "0"

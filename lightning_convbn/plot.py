@@ -35,7 +35,7 @@ def write_plot(path: Path, title: str, measurement: Measurement) -> None:
 
     parts = list(dict.fromkeys(block.part for block in measurement.blocks))
     variants = list(measurement.figures)
-    figure = Figure(figsize=(9, 1.6 + 0.22 * (len(variants) + 1) * len(parts)), layout="constrained", dpi=150)
+    figure = Figure(figsize=(9, 1.5 + 0.16 * (len(variants) + 1) * len(parts)), layout="constrained", dpi=150)
     axes = figure.add_subplot()
     height = 0.8 / len(variants)
     for place, variant in enumerate(variants):
@@ -51,11 +51,13 @@ def write_plot(path: Path, title: str, measurement: Measurement) -> None:
             color=COLOURS[variant],
             label=f"{TITLES[variant]}, {total:,.1f} MiB in all",
         )
-        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=7, color="#475569")
+        axes.bar_label(
+            bars, [f"{size:,.{1 if size >= 1 else 2}f}" for size in sizes], padding=3, fontsize=7, color="#475569"
+        )
     axes.set_yticks(range(len(parts)), [part.replace("$", r"\$") for part in parts])  # "$" would begin a formula
     axes.invert_yaxis()
     axes.set_xlabel("MiB kept for the backward pass")
-    axes.margins(x=0.08)
+    axes.margins(x=0.08, y=0.01)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#e2e8f0")
