@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_convbn.errors import CommandError, first_line
 from lightning_convbn.files import check_writable, written_whole
@@ -42,6 +43,10 @@ BUDGET_HOLDS = (
     "keeps for the backward pass. Not in it: the optimizer's state, temporary memory during the passes, workspaces of "
     "cuDNN and the like, the CUDA context, fragmentation."
 )
+OF_DETECTORS = (
+    "torchvision gives its detectors FrozenBatchNorm2d where it loads pretrained weights, and Eval mode keeps less of "
+    "it; built without weights, as here, most have BatchNorm2d."
+)
 
 
 def inspect_model(options: Namespace) -> None:
@@ -60,6 +65,8 @@ def inspect_model(options: Namespace) -> None:
         rows += [("left", bn, reason) for bn, reason in left.items()]
         print_table(("state", "BatchNorm", "how or why"), rows)
         print(f"\n{_folded(pairs)}, {len(pairs.frozen)} frozen, {len(left)} left alone")
+        if _is_detector(model):
+            print(OF_DETECTORS)
     _write_json(
         options,
         batchnorms=count_norms(pairs),
@@ -77,10 +84,11 @@ def measure_model(options: Namespace) -> None:
     if options.plot is not None:
         check_plottable(options.plot)
     _check_outputs(options)
-    subject = Subject(load_model(options.model, options.checkpoint_class), shape, DTYPES[options.dtype], device)
+    model = load_model(options.model, options.checkpoint_class)
+    subject = Subject(model, shape, DTYPES[options.dtype], device)
     with progress_bar(count_stages(options.modes, rounds=options.rounds, budget=budget)) as progress:
         found = subject.measure(options.modes, rounds=options.rounds, budget=budget, progress=progress)
-    notes = _notes(options, found)
+    notes = _notes(options, found) + ([OF_DETECTORS] if _is_detector(model) else [])
     if options.json != "-":
         print(f"{options.model}: {_facts(found)}\n{_folded(found.pairs)}\n")
         _print_figures(options, found)
@@ -173,6 +181,10 @@ def _notes(options: Namespace, found: Measurement) -> list[str]:
     if options.budget:
         notes.append(BUDGET_HOLDS)
     return notes + found.notes
+
+
+def _is_detector(model: nn.Module) -> bool:
+    return type(model).__module__.startswith("torchvision.models.detection.")
 
 
 def _facts(found: Measurement) -> str:
