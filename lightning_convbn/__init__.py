@@ -2,7 +2,7 @@
 
 from lightning_convbn import third_party  # noqa: F401 - fills the table of supported layers
 from lightning_convbn.callback import ConvBNModeCallback
-from lightning_convbn.export import fuse_for_deploy
+from lightning_convbn.export import export, fuse_for_deploy
 from lightning_convbn.layers import Mode
 from lightning_convbn.memory import MemoryUse, measure_memory
 from lightning_convbn.modes import conv_bn_mode, get_mode, set_mode
@@ -15,6 +15,7 @@ __all__ = [
     "MemoryUse",
     "Mode",
     "conv_bn_mode",
+    "export",
     "find_conv_bn_pairs",
     "fuse_for_deploy",
     "get_mode",

@@ -115,7 +115,9 @@ examples:
   lightning-convbn export my_project.models:trained model.onnx --size 224
   lightning-convbn export last.ckpt model.pt2 --class my_project.models:Classifier""",
     )
-    export.add_argument("path", type=Path, metavar="PATH", help=".onnx, .pt2 (torch.export) or .pt (state dict)")
+    export.add_argument(
+        "path", type=Path, metavar="PATH", help=".onnx, .pt2 (torch.export), .pt or .safetensors (weights alone)"
+    )
     _add_input(export, batch=2)
     export.add_argument("--static-batch", action="store_true", help="fix the batch size to --batch-size")
     export.set_defaults(run=export_model)

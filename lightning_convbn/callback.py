@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import permutations
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from lightning_convbn.fit_export import FitExport
 from lightning_convbn.layers import Mode, is_norm
 from lightning_convbn.memory import MIB
 from lightning_convbn.modes import check_mode
@@ -59,7 +61,11 @@ class ConvBNModeCallback(Callback):
         recompute_activations: Not available yet; must be False.
         verify: Compare Tune with Eval at the first batch; pairs that differ go back to Eval mode, with a warning.
         log_memory: Count the memory at the first batch, print and log it.
-        export_path: Not available yet; must be None.
+        export_path: At the end of fit, write what the LightningModule's ``forward`` computes (or, if it has none, the
+            single target) as a Deploy model to this file, as `export` does: ``.onnx``, ``.pt2``, ``.pt`` or
+            ``.safetensors``, with the weights of the best checkpoint if a ModelCheckpoint monitors something, else the
+            last. Example inputs are ``example_input_array``, else taken from the first training batch. What can't be
+            exported is refused before training where that can be known; a failure at the end is a warning.
 
     Raises:
         ValueError: If an argument can't be used; from the Trainer, if a ``target`` does not exist or has no BatchNorm.
@@ -84,7 +90,7 @@ class ConvBNModeCallback(Callback):
         recompute_activations: bool = False,
         verify: bool = True,
         log_memory: bool = True,
-        export_path: str | None = None,
+        export_path: str | PathLike[str] | None = None,
     ) -> None:
         why_not = {"deploy": "Training folded weights is unstable (arXiv 2305.11624): use 'tune'"}
         check_mode("mode", mode, ("train", "eval", "tune"), why_not.get(str(mode), ""))
@@ -93,8 +99,6 @@ class ConvBNModeCallback(Callback):
             raise ValueError(f"start_epoch must be an epoch, 0 or later; got {start_epoch!r}")
         if recompute_activations:
             raise ValueError("recompute_activations=True is not available yet; leave it at False")
-        if export_path is not None:
-            raise ValueError(f"export_path={export_path!r} is not available yet; call fuse_for_deploy after the run")
         paths = [target] if isinstance(target, str) else target
         if paths is not None and not (
             isinstance(paths, Sequence) and paths and all(isinstance(path, str) and path for path in paths)
@@ -107,6 +111,8 @@ class ConvBNModeCallback(Callback):
         self.freeze_untrained = freeze_untrained
         self.verify = verify
         self.log_memory = log_memory
+        self.export_path = export_path
+        self._export = None if export_path is None else FitExport(export_path)
         self._targets: list[Target] = []
         self._untrained: dict[str, list[str]] = {}  # by the path of the target, once it is decided
         self._found_flags: dict[nn.Module, bool] = {}
@@ -165,6 +171,8 @@ class ConvBNModeCallback(Callback):
                     "freezes; use WeightAveraging, or leave one of the two out"
                 )
         self._find_targets(pl_module)
+        if self._export is not None:
+            self._export.prepare(trainer, pl_module, [target.path for target in self._targets])
         self._enter_training(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -184,6 +192,8 @@ class ConvBNModeCallback(Callback):
         if not self._reported and self._training_mode(trainer) == self.mode:
             for target in self._targets:
                 target.watch(partial(self._inspect, trainer, target))
+        if self._export is not None:
+            self._export.watch(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -191,6 +201,8 @@ class ConvBNModeCallback(Callback):
         """Report without a measurement if the first batch did not pass through every target."""
         for target in self._targets:
             target.unwatch()
+        if self._export is not None:
+            self._export.check_recorded(pl_module)
         if not self._reported and self._training_mode(trainer) == self.mode:
             self._report(trainer)
 
@@ -206,6 +218,18 @@ class ConvBNModeCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give back plain modules before the strategy takes its own changes back."""
         self._restore()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export, now that weights and checkpoints are final; what was trained is worth more than this file."""
+        if self._export is None or not trainer.is_global_zero:
+            return
+        try:
+            rank_zero_info(f"ConvBN: {self._export.write(trainer, pl_module)}")
+        except Exception as error:
+            rank_zero_warn(
+                f"ConvBN: export_path={str(self._export.path)!r}: nothing was exported. Weights and checkpoints are as "
+                f"trained: repair the cause and call lightning_convbn.export. {type(error).__name__}: {error}"
+            )
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
@@ -259,6 +283,8 @@ class ConvBNModeCallback(Callback):
         for target in self._targets:
             target.restore()
         self._targets = []
+        if self._export is not None:
+            self._export.unwatch()
 
     def _find_targets(self, pl_module: LightningModule) -> None:
         paths = self.target or _default_targets(pl_module)
@@ -293,6 +319,8 @@ class ConvBNModeCallback(Callback):
         for target in self._targets:
             for name, reason in target.wrong.items():
                 rank_zero_warn(f"ConvBN: `{target.full_name(name)}` goes back to Eval mode: {reason}")
+                if self._export is not None:
+                    self._export.wrong[target.full_name(name)] = reason
             if target.untrained:
                 rank_zero_warn(
                     f"ConvBN: {len(target.untrained)} BatchNorm(s) of `{target.path or 'the module'}` stay in Train "

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lightning_convbn.errors import CommandError, first_line
+from lightning_convbn.export import export
 from lightning_convbn.files import check_writable, written_whole
 from lightning_convbn.measurement import (
     TITLES,
@@ -35,6 +36,7 @@ from lightning_convbn.page import render_page
 from lightning_convbn.pairs import ConvBNPairs, find_conv_bn_pairs
 from lightning_convbn.plot import check_plottable, write_plot
 from lightning_convbn.terminal import print_table, progress_bar
+from lightning_convbn.writers import check_path
 
 DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -112,21 +114,18 @@ def measure_model(options: Namespace) -> None:
 
 
 def export_model(options: Namespace) -> None:
-    """Write the Deploy copy."""
-    from lightning_convbn.export import export
-
+    """Write the Deploy copy, proven equal to Eval mode."""
     example = torch.randn(options.batch_size, *_sample(options.size))
-    check_writable("PATH", options.path)
+    with _refused_in_one_line():
+        check_path("PATH", options.path)
     model = load_model(options.model, options.checkpoint_class)
     check_has_norms(model)
     check_takes(model, example)
     if options.model.startswith(("torchvision:", "timm:")):
         _say(f"{options.model} has random weights; a factory of your own or a checkpoint has trained ones")
-    try:
-        written = export(model, options.path, (example,), dynamic_batch=not options.static_batch)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        raise CommandError(f"{options.path} was not written: {first_line(error)}") from error
-    print(f"wrote {written}")
+    with _refused_in_one_line():
+        export(model, options.path, (example,), dynamic_batch=not options.static_batch)
+    print(f"wrote {options.path}: read back, it computes what {options.model} computes in Eval mode")
 
 
 def installed(package: str) -> str:
@@ -223,11 +222,20 @@ def _device(name: str | None) -> torch.device:
         raise CommandError(f"--device {name!r} can't be used: {first_line(error)}") from error
 
 
+@contextmanager
+def _refused_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise CommandError(first_line(error)) from error
+
+
 def _check_outputs(options: Namespace) -> None:
     for name in ("json", "plot", "html"):
         path = getattr(options, name, None)
         if path is not None and path != "-":
-            check_writable(f"--{name}", Path(path))
+            with _refused_in_one_line():
+                check_writable(f"--{name} {path}", Path(path))
 
 
 def _write_json(options: Namespace, **content: Any) -> None:

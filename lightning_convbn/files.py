@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from lightning_convbn.errors import CommandError
 
-
-def check_writable(option: str, path: Path) -> None:
-    """Raise a `CommandError` that names the option, unless a file can be written there."""
+def check_writable(where: str, path: Path) -> None:
+    """Raise a ValueError that begins with ``where`` unless a file can be written to ``path``; it is tried."""
     if path.is_dir():
-        raise CommandError(f"{option} {path} is a folder; name a file")
+        raise ValueError(f"{where} is a folder; name a file in it")
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"{where}: there is no folder {str(path.resolve().parent)!r}; make it first")
     try:
-        # Tried and not asked for: permissions tell nothing of a read-only or full disk.
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        _folder_beside(path).cleanup()
     except OSError as error:
-        raise CommandError(f"{option} {path} can't be written: {error.strerror} ({path.parent})") from error
+        raise ValueError(f"{where}: nothing can be written to its folder ({error}); name another one") from error
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` to write to, and move it there if the block ends without an exception."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # as any new file, where mkstemp gives it to its owner alone
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Give a path to write to, of the same name in a folder of its own, and move the file if the block succeeds."""
+    with _folder_beside(path) as folder:
+        file = Path(folder, path.name)
+        yield file
+        with file.open("rb+") as whole:
+            os.fsync(whole.fileno())
+        os.replace(file, path.resolve())
+
+
+def _folder_beside(path: Path) -> TemporaryDirectory[str]:
+    """A folder on the same file system, so that a file can be moved in one step and its traces go with the folder."""
+    path = path.resolve()
+    return TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)

@@ -53,10 +53,10 @@ def verify_pairs(
         What was found, or None if the output holds no floating-point tensor to compare.
     """
     expected = _outputs(model, "eval", pairs, inputs, kwargs)
-    tolerance = _tolerance(model, expected)
+    tolerance = tolerance_of(model, expected)
 
     def deviation(folded: ConvBNPairs) -> float:
-        return _deviation(_outputs(model, "tune", folded, inputs, kwargs), expected)
+        return deviation_of(_outputs(model, "tune", folded, inputs, kwargs), expected)
 
     if not expected:
         return None
@@ -77,11 +77,16 @@ def _outputs(
     model: nn.Module, mode: Mode, pairs: ConvBNPairs, inputs: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[Tensor]:
     with conv_bn_mode(model, mode, pairs=pairs), state_kept(model, inputs, kwargs), torch.no_grad():
-        leaves = leaves_of(model.forward(*inputs, **kwargs))
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        return float_tensors(model.forward(*inputs, **kwargs))
 
 
-def _tolerance(model: nn.Module, outputs: Sequence[Tensor]) -> float:
+def float_tensors(output: Any) -> list[Tensor]:
+    """List the floating-point tensors of an output, the numbers that can be compared."""
+    return [leaf for leaf in leaves_of(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def tolerance_of(model: nn.Module, outputs: Sequence[Tensor]) -> float:
+    """Say what relative deviation rounding may cause in the precision of a model and the surrounding context."""
     tensors = [*outputs, *(parameter for parameter in model.parameters() if parameter.is_floating_point())]
     dtypes = {tensor.dtype for tensor in tensors}
     dtypes |= {
@@ -95,7 +100,8 @@ def _tolerance(model: nn.Module, outputs: Sequence[Tensor]) -> float:
     return tolerance
 
 
-def _deviation(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def deviation_of(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest relative deviation of a tensor from what is expected; infinity if shapes differ."""
     if [output.shape for output in outputs] != [output.shape for output in expected]:
         return float("inf")
     return max((_relative(output, other) for output, other in zip(outputs, expected, strict=True)), default=0.0)

@@ -433,7 +433,10 @@ def test_a_module_without_a_batchnorm_is_refused() -> None:
         ({"start_epoch": 1.0}, r"start_epoch must be an epoch, 0 or later; got 1\.0"),
         ({"start_epoch": True}, r"start_epoch must be an epoch, 0 or later; got True"),
         ({"recompute_activations": True}, r"recompute_activations=True is not available yet"),
-        ({"export_path": "x.onnx"}, r"export_path='x\.onnx' is not available yet; call fuse_for_deploy after the run"),
+        (
+            {"export_path": "x.tflite"},
+            r"export_path='x\.tflite': the suffix must be one of \.onnx, \.pt2, \.pt, \.safet",
+        ),
         ({"target": ""}, r"target must be one or more attribute paths such as 'backbone'; got ''"),
         ({"target": []}, r"target must be one or more attribute paths such as 'backbone'; got \[\]"),
         ({"target": ["backbone", ""]}, r"target must be one or more attribute paths .*; got \['backbone', ''\]"),

@@ -12,11 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from boring import BoringModule
-from helpers import images, small_net
+from helpers import assert_close, images, small_net
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -301,9 +302,9 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "class of no checkpoint": (["helpers:small_net", "--class", "boring:BoringModule"], "--class is for a Lightning"),
     "unwritable JSON": (
         ["helpers:small_net", "--json", "no/such.json"],
-        "--json no/such.json can't be written: No such",
+        "--json no/such.json: there is no folder",
     ),
-    "folder for a file": (["helpers:small_net", "--json", "."], "--json . is a folder; name a file"),
+    "folder for a file": (["helpers:small_net", "--json", "."], "--json . is a folder; name a file in it"),
     "bad size": (["helpers:small_net", "--size", "8x"], "--size '8x' is neither a number of pixels"),
     "channels that don't fit": (
         ["helpers:small_net", "--size", "1x8x8"],
@@ -338,8 +339,8 @@ def test_inspect_refuses_in_one_line(
         (["--budget", "0GiB"], "--budget '0GiB' is no amount of memory"),
         (["--device", "cuda:99"], "--device 'cuda:99' can't be used"),
         (["--plot", "a.docx"], "--plot a.docx: the suffix must be one of "),
-        (["--plot", "no/a.png"], "--plot no/a.png can't be written: No such file or directory (no)"),
-        (["--html", "no/a.html"], "--html no/a.html can't be written"),
+        (["--plot", "no/a.png"], "--plot no/a.png: there is no folder "),
+        (["--html", "no/a.html"], "--html no/a.html: there is no folder"),
     ],
 )
 def test_measure_refuses_in_one_line(
@@ -348,6 +349,56 @@ def test_measure_refuses_in_one_line(
     monkeypatch.setattr(Subject, "measure", None)  # refused before the work
     assert message in refusal(capsys, "measure", "helpers:small_net", *arguments)
     assert list(Path().iterdir()) == []
+
+
+class TestExport:
+    def test_the_file_computes_what_eval_computes(self, capsys: pytest.CaptureFixture[str]) -> None:
+        torch.save(small_net(seed=3).state_dict(), "trained.pt")
+        write_module(
+            "trained",
+            "from helpers import small_net\n"
+            "def net():\n    model = small_net()\n    model.load_state_dict(torch.load('trained.pt'))\n    return model",
+        )
+        assert main(["export", "trained:net", "net.pt2", "--size", "8"]) == 0
+        assert capsys.readouterr().out.startswith("wrote net.pt2: read back")
+        batch = images(5, 3, 8, 8)
+        expected = small_net(seed=3).eval()(batch)
+        assert_close([torch.export.load("net.pt2").module()(batch)], [expected], 1e-5)
+
+    def test_a_static_batch_is_fixed(self) -> None:
+        assert main(["export", *SMALL, "net.pt2", "--static-batch", "--batch-size", "3"]) == 0
+        with pytest.raises((AssertionError, RuntimeError)):
+            torch.export.load("net.pt2").module()(images(5, 3, 8, 8))
+
+    def test_random_weights_are_pointed_out(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["export", "torchvision:mobilenet_v3_small", "net.pt", "--size", "32"]) == 0
+        assert "torchvision:mobilenet_v3_small has random weights" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("path", "message"),
+        [
+            ("net.onx", "PATH='net.onx': the suffix must be one of "),
+            ("no/net.onnx", "PATH='no/net.onnx': there is no folder "),
+            (
+                "net.onnx",
+                "net.onnx': .onnx files need onnx and onnxruntime and onnxscript: pip install lightning-convbn[onnx]",
+            ),
+        ],
+    )
+    def test_a_path_that_can_not_be_written_is_refused_first(
+        self, path: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("lightning_convbn.writers.find_spec", lambda name: None)
+        monkeypatch.setattr(commands, "load_model", None)
+        assert message in refusal(capsys, "export", "helpers:small_net", path)
+
+    def test_what_fails_leaves_no_file(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(commands, "export", failing := Mock(side_effect=RuntimeError("it deviates\nby much")))
+        assert "it deviates\n" in refusal(capsys, "export", *SMALL, "net.pt")
+        failing.assert_called_once()
+        assert os.listdir() == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,315 @@
+"""Files of a Deploy copy: a format for each suffix, the comparison with Eval mode, and writing whole or not at all."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_convbn.files import check_writable, written_whole
+from lightning_convbn.state import state_kept
+from lightning_convbn.verify import deviation_of, float_tensors, tolerance_of
+
+Inputs = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How files of one suffix are written and read.
+
+    Attributes:
+        write: Writes a Deploy copy to a path; the arguments of a forward say by which shapes.
+        read: Returns what computes as the file says. A file of weights alone needs the Deploy copy's modules.
+        captures: Whether the file holds the computation, not only the weights.
+        extra: The extra of this package that installs ``packages``.
+        packages: What must be importable.
+        dtypes: Data types of parameters that the file can be checked with; empty for all.
+        most_bytes: How much a file can hold.
+    """
+
+    write: Callable[[nn.Module, Inputs, bool, Path], None]
+    read: Callable[[Path, nn.Module], Callable[..., Any]]
+    captures: bool = False
+    extra: str = ""
+    packages: tuple[str, ...] = ()
+    dtypes: frozenset[torch.dtype] = frozenset()
+    most_bytes: float = float("inf")
+
+
+def write_proven(deploy: nn.Module, plain: nn.Module, path: Path, inputs: Inputs, *, dynamic_batch: bool) -> Path:
+    """Write a Deploy copy, read it back, compare it with the plain model, and only then give the file its name.
+
+    Args:
+        deploy: What to write.
+        plain: What it is to be equal to, in eval state.
+        path: The file; `check_path` has nothing against it.
+        inputs: Positional arguments of a forward, by `checked_inputs`.
+        dynamic_batch: Whether the file takes any batch size.
+
+    Returns:
+        The path.
+    """
+    form = FORMATS[path.suffix]
+    sizes = batch_sizes(inputs)
+    rows = sorted({1, *sizes, max(sizes) + 1}) if dynamic_batch and form.captures else [None]
+    with (
+        written_whole(path) as file,
+        state_kept(plain, inputs, {}),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        samples = [random_like(inputs, size, generator) for size in rows]
+        expected = [_floats(plain(*_cloned(sample))) for sample in samples]
+        if not any(tensor.isfinite().any() for tensor in expected[0]):
+            raise RuntimeError(
+                f"model: the output of {type(plain).__name__} in Eval mode holds no finite number, so there is nothing "
+                "to compare a file with"
+            )
+        _same(expected, [_floats(deploy(*_cloned(sample))) for sample in samples], plain, "the Deploy copy")
+        example = random_like(inputs, max(2, *sizes) if dynamic_batch else None, generator)
+        form.write(deploy, example, dynamic_batch, file)
+        written = form.read(file, deploy)
+        found = [_floats(written(*_cloned(sample))) for sample in samples]
+        _same(expected, found, plain, f"path={str(path)!r}: what was written and read back")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------- before any work
+
+
+def check_suffix(argument: str, path: Path) -> Format:
+    """Return the format of a path, or raise a ValueError that names the argument and the suffixes there are."""
+    if path.suffix not in FORMATS:
+        raise ValueError(f"{argument}={str(path)!r}: the suffix must be one of {', '.join(FORMATS)}")
+    return FORMATS[path.suffix]
+
+
+def check_path(argument: str, path: Path) -> None:
+    """Raise if a file can't be written there: suffix, packages, folder.
+
+    Raises:
+        ValueError: If the path can't be used.
+        ImportError: If a package is missing.
+    """
+    form, where = check_suffix(argument, path), f"{argument}={str(path)!r}"
+    missing = [package for package in form.packages if find_spec(package) is None]
+    if missing:
+        raise ImportError(
+            f"{where}: {path.suffix} files need {' and '.join(missing)}: pip install lightning-convbn[{form.extra}]"
+        )
+    check_writable(where, path)
+
+
+def check_model(model: nn.Module, path: Path) -> None:
+    """Raise a ValueError if a model's weights don't fit into a file of this format, or it could not be checked."""
+    form = FORMATS[path.suffix]
+    tensors = [*model.parameters(), *model.buffers()]
+    size = sum(tensor.nbytes for tensor in tensors)
+    if size > form.most_bytes:
+        raise ValueError(
+            f"model: {type(model).__name__} has {size / 2**30:.1f} GiB, more than the {form.most_bytes / 2**30:.0f} "
+            f"GiB that one {path.suffix} file can hold; write .pt2, .pt or .safetensors"
+        )
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    for dtype in dtypes - form.dtypes if form.dtypes else ():
+        raise ValueError(
+            f"model: {type(model).__name__} has {dtype} tensors, and a {path.suffix} file of them can't be checked: "
+            "onnxruntime does not run them on a CPU. Give a copy by .float(), or write .pt2"
+        )
+
+
+def checked_inputs(example_inputs: Sequence[Any], *, dynamic_batch: bool) -> Inputs:
+    """Return the positional arguments of a forward without gradients, on the CPU.
+
+    Raises:
+        ValueError: If they are no sequence, hold no tensor, or have batches of different sizes.
+    """
+    if not isinstance(example_inputs, (tuple, list)):
+        raise ValueError(
+            "example_inputs must be a tuple of the positional arguments of forward, as (images,); "
+            f"got {type(example_inputs).__name__}"
+        )
+    inputs: Inputs = tree_map(
+        lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, (*example_inputs,)
+    )
+    sizes = batch_sizes(inputs)
+    if not sizes:
+        raise ValueError(f"example_inputs must hold a tensor with a batch dimension; got {example_inputs!r}")
+    if dynamic_batch and len(sizes) > 1:
+        raise ValueError(
+            f"example_inputs: with dynamic_batch=True the first dimension of every tensor is the batch, but they are "
+            f"{', '.join(map(str, sorted(sizes)))}; give batches of one size, or dynamic_batch=False"
+        )
+    return inputs
+
+
+def batch_sizes(inputs: Inputs) -> set[int]:
+    """Collect the first dimensions of all tensors in the arguments of a forward."""
+    return {leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()}
+
+
+# ---------------------------------------------------------------------------------------------------- comparing
+
+
+def random_like(inputs: Inputs, rows: int | None, generator: torch.Generator) -> Inputs:
+    """Draw arguments that resemble others: numbers of the same mean and spread, and rows of whatever is no number.
+
+    Args:
+        inputs: The others, without gradients, on the CPU.
+        rows: The size of the first dimension; None for what it is.
+        generator: Where randomness comes from.
+    """
+
+    def draw(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim():
+            return leaf
+        size = leaf.shape[0] if rows is None else rows
+        if not leaf.is_floating_point():
+            return leaf[torch.randint(leaf.shape[0], (size,), generator=generator)]
+        numbers = leaf.double().nan_to_num(posinf=0, neginf=0)
+        noise = torch.randn(size, *leaf.shape[1:], generator=generator, dtype=torch.float64)
+        spread = float(numbers.std(correction=0)) or 1.0
+        return (noise * spread + numbers.mean()).to(leaf.dtype)
+
+    drawn: Inputs = tree_map(draw, inputs)
+    return drawn
+
+
+def _cloned(inputs: Inputs) -> Inputs:
+    """A forward may write into its arguments."""
+    clones: Inputs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+    return clones
+
+
+def _floats(output: Any) -> list[Tensor]:
+    """The numbers to compare, in the order in which files give them; what only Python knows is searched through."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()] or (
+        float_tensors(output)
+    )
+
+
+def _same(expected: list[list[Tensor]], found: list[list[Tensor]], plain: nn.Module, what: str) -> None:
+    for one, other in zip(expected, found, strict=True):
+        deviation, tolerance = deviation_of(other, one), tolerance_of(plain, one)
+        if not deviation <= tolerance:
+            raise RuntimeError(
+                f"{what} deviates from {type(plain).__name__} in Eval mode by {deviation:.1e}, more than the "
+                f"{tolerance:.0e} that rounding may cause; nothing was written"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------- formats
+
+
+def _captured(model: nn.Module, example: Inputs, dynamic_batch: bool) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch")
+
+    def shape(leaf: Any) -> dict[int, Any] | None:
+        return {0: batch} if dynamic_batch and isinstance(leaf, Tensor) and leaf.dim() else None
+
+    arguments = inspect.signature(model.forward).bind(*example).arguments
+    try:
+        return torch.export.export(model, example, dynamic_shapes=tree_map(shape, dict(arguments)), strict=False)
+    except Exception as error:  # whatever the model's forward raises, or the tracer of torch
+        fix = "; try dynamic_batch=False" if dynamic_batch else ""
+        raise RuntimeError(f"model: torch.export can't capture {type(model).__name__}{fix}: {error}") from error
+
+
+def _write_onnx(model: nn.Module, example: Inputs, dynamic_batch: bool, file: Path) -> None:
+    import onnx
+
+    program = torch.onnx.export(_captured(model, example, dynamic_batch), dynamo=True, verbose=False)
+    assert program is not None
+    proto = program.model_proto
+    for node in proto.graph.node:
+        kept = [
+            entry for entry in node.metadata_props if not entry.key.endswith("stack_trace")
+        ]  # paths of this machine
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
+    shapes = [value.type.tensor_type.shape for value in (*proto.graph.input, *proto.graph.output)]
+    symbols = {dim.dim_param for shape in shapes for dim in shape.dim[:1]} - {""}
+    for dim in (dim for shape in shapes for dim in shape.dim):
+        if len(symbols) == 1 and dim.dim_param in symbols:
+            dim.dim_param = "batch"
+    onnx.save(proto, str(file))
+
+
+def _read_onnx(file: Path, model: nn.Module) -> Callable[..., Any]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # its warnings are about speed
+    session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
+
+    def run(*inputs: Any) -> list[Tensor]:
+        tensors = [leaf.numpy() for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        named = {argument.name: tensor for argument, tensor in zip(session.get_inputs(), tensors, strict=True)}
+        return [torch.from_numpy(output) for output in session.run(None, named)]
+
+    return run
+
+
+def _write_pt2(model: nn.Module, example: Inputs, dynamic_batch: bool, file: Path) -> None:
+    torch.export.save(_captured(model, example, dynamic_batch), file)
+
+
+def _read_pt2(file: Path, model: nn.Module) -> Callable[..., Any]:
+    module: nn.Module = torch.export.load(file).module()
+    return module
+
+
+def _write_pt(model: nn.Module, example: Inputs, dynamic_batch: bool, file: Path) -> None:
+    torch.save(model.state_dict(), file)
+
+
+def _read_pt(file: Path, model: nn.Module) -> Callable[..., Any]:
+    _forget_weights(model)
+    model.load_state_dict(torch.load(file, weights_only=True))
+    return model
+
+
+def _write_safetensors(model: nn.Module, example: Inputs, dynamic_batch: bool, file: Path) -> None:
+    from safetensors.torch import save_model
+
+    save_model(model, str(file))
+
+
+def _read_safetensors(file: Path, model: nn.Module) -> Callable[..., Any]:
+    from safetensors.torch import load_model
+
+    _forget_weights(model)
+    load_model(model, str(file))
+    return model
+
+
+def _forget_weights(model: nn.Module) -> None:
+    """Whatever the file does not bring back must be missed."""
+    for tensor in model.state_dict().values():
+        if isinstance(tensor, Tensor):
+            tensor.zero_()
+
+
+FORMATS = {
+    ".onnx": Format(
+        _write_onnx,
+        _read_onnx,
+        captures=True,
+        extra="onnx",
+        packages=("onnx", "onnxscript", "onnxruntime"),
+        dtypes=frozenset({torch.float32, torch.float16}),
+        most_bytes=2**31,  # a file is one protocol buffer
+    ),
+    ".pt2": Format(_write_pt2, _read_pt2, captures=True),
+    ".pt": Format(_write_pt, _read_pt),
+    ".safetensors": Format(_write_safetensors, _read_safetensors, extra="safetensors", packages=("safetensors",)),
+}
