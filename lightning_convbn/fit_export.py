@@ -142,12 +142,13 @@ class FitExport:
         if bound.kwargs:
             raise ValueError(
                 f"export_path={str(self.path)!r}: the forward of {type(module).__name__} takes "
-                f"{', '.join(bound.kwargs)} by keyword only, and files know positional arguments only; let it take them by position"
+                f"{', '.join(bound.kwargs)} by keyword only, which a file can't; let it take them by "
+                "position"
             )
-        inputs = checked_inputs(bound.args, dynamic_batch=False)
+        inputs = bound.args
         if len(batch_sizes(inputs)) == 1:  # two rows are a batch, and held for as long as the fit lasts
             inputs = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() else leaf, inputs)
-        self._inputs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+        self._inputs = checked_inputs(inputs, dynamic_batch=False)
 
 
 def _described(module: str, pl_module: nn.Module) -> str:

@@ -356,8 +356,7 @@ class TestExport:
         torch.save(small_net(seed=3).state_dict(), "trained.pt")
         write_module(
             "trained",
-            "from helpers import small_net\n"
-            "def net():\n    model = small_net()\n    model.load_state_dict(torch.load('trained.pt'))\n    return model",
+            "from helpers import small_net\nnet = small_net()\nnet.load_state_dict(torch.load('trained.pt'))",
         )
         assert main(["export", "trained:net", "net.pt2", "--size", "8"]) == 0
         assert capsys.readouterr().out.startswith("wrote net.pt2: read back")
@@ -378,10 +377,10 @@ class TestExport:
         ("path", "message"),
         [
             ("net.onx", "PATH='net.onx': the suffix must be one of "),
-            ("no/net.onnx", "PATH='no/net.onnx': there is no folder "),
+            ("no/net.pt", "PATH='no/net.pt': there is no folder "),
             (
                 "net.onnx",
-                "net.onnx': .onnx files need onnx and onnxruntime and onnxscript: pip install lightning-convbn[onnx]",
+                "net.onnx': .onnx files need onnx and onnxscript and onnxruntime: pip install lightning-convbn[onnx]",
             ),
         ],
     )
