@@ -8,9 +8,18 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
-from lightning_convbn.commands import BUDGET_HOLDS, DTYPES, export_model, inspect_model, installed, measure_model
+from lightning_convbn.commands import (
+    BUDGET_HOLDS,
+    DTYPES,
+    WHAT_IS_COMPARED,
+    export_model,
+    inspect_model,
+    installed,
+    measure_model,
+)
 from lightning_convbn.errors import CommandError
 from lightning_convbn.measurement import VARIANTS
 
@@ -79,14 +88,14 @@ examples:
         commands,
         "measure",
         "measure memory and time in Eval and Tune mode, and of a Deploy copy",
-        f"""\
+        """\
 examples:
   lightning-convbn measure torchvision:resnet50 --batch-size 32
   lightning-convbn measure torchvision:resnet50 --rounds 0 --budget 8GiB      (counts only: no data, no waiting)
   lightning-convbn measure timm:efficientnet_b0 --html report.html --plot report.png
 
-Eval and Tune are the modes. The Deploy copy is what fuse_for_deploy makes, trained as it is: the least memory that one
-can hope for, but training it is unstable. {BUDGET_HOLDS}""",
+"""
+        + "\n".join(fill(note, 110) for note in (WHAT_IS_COMPARED, BUDGET_HOLDS)),
     )
     _add_input(measure, batch=8)
     measure.add_argument(

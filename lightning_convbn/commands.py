@@ -35,11 +35,15 @@ from lightning_convbn.model_spec import load_model
 from lightning_convbn.page import render_page
 from lightning_convbn.pairs import ConvBNPairs, find_conv_bn_pairs
 from lightning_convbn.plot import check_plottable, write_plot
-from lightning_convbn.terminal import print_table, progress_bar
+from lightning_convbn.terminal import print_notes, print_table, progress_bar
 from lightning_convbn.writers import check_path
 
 DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+WHAT_IS_COMPARED = (
+    "Eval and Tune are modes of the model. The Deploy copy is the plain copy that fuse_for_deploy makes, trained as it "
+    "is: there to compare with, as training it is unstable."
+)
 BUDGET_HOLDS = (
     "The budget holds the parameters, one gradient for each that wants one, the buffers, and what one forward pass "
     "keeps for the backward pass. Not in it: the optimizer's state, temporary memory during the passes, workspaces of "
@@ -68,7 +72,7 @@ def inspect_model(options: Namespace) -> None:
         print_table(("state", "BatchNorm", "how or why"), rows)
         print(f"\n{_folded(pairs)}, {len(pairs.frozen)} frozen, {len(left)} left alone")
         if _is_detector(model):
-            print(OF_DETECTORS)
+            print_notes([OF_DETECTORS])
     _write_json(
         options,
         batchnorms=count_norms(pairs),
@@ -94,7 +98,8 @@ def measure_model(options: Namespace) -> None:
     if options.json != "-":
         print(f"{options.model}: {_facts(found)}\n{_folded(found.pairs)}\n")
         _print_figures(options, found)
-        print("\n".join(["", *notes]))
+        print()
+        print_notes(notes)
     _write_json(options, rounds=options.rounds, budget_bytes=budget, **found.as_dict())
     if options.plot is not None:
         with _written(options.plot) as path:
@@ -166,8 +171,7 @@ def _notes(options: Namespace, found: Measurement) -> list[str]:
     """What the figures mean, for those figures that there are."""
     notes = [
         "Kept for backward: counted, of one forward pass in the model's eval state, parameters and buffers excluded.",
-        "Eval and Tune are modes; the Deploy copy is the plain copy of fuse_for_deploy, trained as it is: the least "
-        "memory to hope for, but training it is unstable.",
+        WHAT_IS_COMPARED,
     ]
     if options.rounds:
         noisy = "" if found.device.type == "cuda" else f", on {torch.get_num_threads()} CPU thread(s), which is noisy"

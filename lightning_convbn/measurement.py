@@ -60,7 +60,7 @@ class Figures:
         saved_bytes: Bytes that one forward pass keeps for the backward pass.
         constant_bytes: Bytes of the parameters, of one gradient each where wanted, and of the buffers.
         peak_allocated_bytes: On CUDA, the most bytes allocated at once in forward and backward, beyond those allocated
-            before; None elsewhere, and where the memory of the device did not suffice.
+            before; None elsewhere, without rounds, and where the memory of the device did not suffice.
         step_seconds: Duration of a forward and backward pass, round by round; empty where none was timed.
         largest_batch: The largest batch that fits the budget; None if no budget was given or the search is impossible.
     """
@@ -175,7 +175,7 @@ class Subject:
             use = measure_memory_abstractly(model, (self._input(self.batch),), {}, mode=mode, pairs=pairs)
             by_module[variant] = use.saved_by_module
             result.figures[variant] = Figures(use.saved_bytes, _constant_bytes(model))
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and rounds:
                 result.figures[variant].peak_allocated_bytes = self._peak(variant, result)
         result.blocks = blocks(self.model, self.pairs, by_module)
         if budget is not None:

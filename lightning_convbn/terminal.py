@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from textwrap import fill
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
@@ -30,6 +31,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, number
             for column, cell, width in zip(columns, row, widths, strict=True)
         )
         print("  ".join(cells).rstrip())
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """Print sentences as a list, in lines that are short enough to read."""
+    for note in notes:
+        print(fill(note, 100, initial_indent="- ", subsequent_indent="  "))
 
 
 @contextmanager
