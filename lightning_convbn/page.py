@@ -56,6 +56,8 @@ def _card(variant: Variant, measurement: Measurement, budget: str) -> str:
     if figures.peak_allocated_bytes is not None:
         details.append(("Peak, forward and backward", f"{figures.peak_allocated_bytes / MIB:,.1f} MiB"))
     ratio = measurement.step_time_ratio(variant)
+    if figures.median_seconds is not None and variant == "eval":
+        details.append(("Step time", f"{1000 * figures.median_seconds:,.1f} ms"))
     if ratio is not None and variant != "eval":
         details.append(("Step time / Eval’s", f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"))
     if figures.largest_batch is not None:

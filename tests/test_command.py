@@ -32,7 +32,7 @@ from lightning_convbn import (
     measurement,
     terminal,
 )
-from lightning_convbn.__main__ import main
+from lightning_convbn.__main__ import _parser, main
 from lightning_convbn.files import written_whole
 from lightning_convbn.measurement import Subject, largest_batch
 from lightning_convbn.memory import MIB, count_saved_bytes
@@ -518,13 +518,21 @@ def test_the_console_script_is_this_command() -> None:
 
 
 class TestHelp:
+    def test_examples_of_the_readme_parse_and_its_batches_are_those_of_the_page(self) -> None:
+        readme = (ROOT / "README.md").read_text()
+        examples = re.findall(r"^lightning-convbn (.*)$", readme, re.MULTILINE)
+        assert len(examples) == 4
+        for example in examples:
+            assert _parser().parse_args(shlex.split(example, comments=True)).model
+        batches = re.search(r"batch (\d+) in Eval mode, (\d+) in Tune mode", readme)
+        assert batches is not None
+        assert re.findall(r"^(?:Eval|Tune) .* (\d+)$", TestDocs.PAGE, re.MULTILINE) == list(batches.groups())
+
     def commands_in(self, text: str) -> list[str]:
         return re.findall(r"^ +lightning-convbn (.*?)(?:  |$)", text, re.MULTILINE)
 
     @pytest.mark.parametrize("command", ["inspect", "measure", "export"])
     def test_examples_parse(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
-        from lightning_convbn.__main__ import _parser
-
         with pytest.raises(SystemExit):
             main([command, "--help"])
         out = capsys.readouterr().out
