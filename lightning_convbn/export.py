@@ -89,7 +89,7 @@ def export(
         example_inputs: Positional arguments of the model's forward. They give the shapes, and pairs are proven by
             running them, too; their values are not written.
         dynamic_batch: Let ``.onnx`` and ``.pt2`` files take any batch size: any first dimension of the tensors in
-            ``example_inputs``. The files are compared on three sizes, one of them 1.
+            ``example_inputs``. The files are compared on several sizes, one of them 1.
 
     Returns:
         The path.
@@ -112,6 +112,7 @@ def export(
     path = Path(path)
     check_path("path", path)
     inputs = checked_inputs(example_inputs, dynamic_batch=dynamic_batch)
+    _check_whole(model)
     check_model(model, path)
     copied = plain_copy(model)
     copied.model.cpu()

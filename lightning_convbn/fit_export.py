@@ -118,11 +118,11 @@ class FitExport:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return f"nothing is exported to {self.path} in a fast_dev_run"
         if self._inputs is None:
-            return f"nothing is exported to {self.path}, as not one batch was trained on"
+            raise RuntimeError("not one batch was trained on, so there are no example inputs")
         copied = plain_copy(pl_module)
         best = _best_checkpoint(trainer)
         if best:
-            with fsspec.open(best, "rb") as file:  # written by this run, so trusted
+            with fsspec.open(best, "rb") as file:  # written by this Trainer's own run, so trusted
                 checkpoint = torch.load(file, map_location="cpu", weights_only=False)
             cast(Any, copied.model).on_load_checkpoint(checkpoint)
             copied.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
@@ -142,8 +142,7 @@ class FitExport:
         if bound.kwargs:
             raise ValueError(
                 f"export_path={str(self.path)!r}: the forward of {type(module).__name__} takes "
-                f"{', '.join(bound.kwargs)} by keyword only, which a file can't; let it take them by "
-                "position"
+                f"{', '.join(bound.kwargs)} by keyword only, which a file can't; let it take them by position"
             )
         inputs = bound.args
         if len(batch_sizes(inputs)) == 1:  # two rows are a batch, and held for as long as the fit lasts

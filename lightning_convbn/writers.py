@@ -1,10 +1,8 @@
-"""Files of a Deploy copy: a format for each suffix, the comparison with Eval mode, and writing whole or not at all."""
+"""Files of a Deploy copy: what is refused before any work, the comparison with Eval mode, whole or not at all."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,33 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_convbn.files import check_writable, written_whole
+from lightning_convbn.formats import FORMATS, Format, Inputs
 from lightning_convbn.state import state_kept
 from lightning_convbn.verify import deviation_of, float_tensors, tolerance_of
-
-Inputs = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Format:
-    """How files of one suffix are written and read.
-
-    Attributes:
-        write: Writes a Deploy copy to a path; the arguments of a forward say by which shapes.
-        read: Returns what computes as the file says. A file of weights alone needs the Deploy copy's modules.
-        captures: Whether the file holds the computation, not only the weights.
-        extra: The extra of this package that installs ``packages``.
-        packages: What must be importable.
-        dtypes: Data types of parameters that the file can be checked with; empty for all.
-        most_bytes: How much a file can hold.
-    """
-
-    write: Callable[[nn.Module, Inputs, bool, Path], None]
-    read: Callable[[Path, nn.Module], Callable[..., Any]]
-    captures: bool = False
-    extra: str = ""
-    packages: tuple[str, ...] = ()
-    dtypes: frozenset[torch.dtype] = frozenset()
-    most_bytes: float = float("inf")
 
 
 def write_proven(deploy: nn.Module, plain: nn.Module, path: Path, inputs: Inputs, *, dynamic_batch: bool) -> Path:
@@ -58,7 +32,7 @@ def write_proven(deploy: nn.Module, plain: nn.Module, path: Path, inputs: Inputs
     """
     form = FORMATS[path.suffix]
     sizes = batch_sizes(inputs)
-    rows = sorted({1, *sizes, max(sizes) + 1}) if dynamic_batch and form.captures else [None]
+    rows = sorted({1, *sizes, max(2, *sizes) + 1}) if dynamic_batch and form.captures else [None]
     with (
         written_whole(path) as file,
         state_kept(plain, inputs, {}),
@@ -76,7 +50,7 @@ def write_proven(deploy: nn.Module, plain: nn.Module, path: Path, inputs: Inputs
             )
         _same(expected, [_floats(deploy(*_cloned(sample))) for sample in samples], plain, "the Deploy copy")
         example = random_like(inputs, max(2, *sizes) if dynamic_batch else None, generator)
-        form.write(deploy, example, dynamic_batch, file)
+        file.write_bytes(form.write(deploy, example, dynamic_batch))
         written = form.read(file, deploy)
         found = [_floats(written(*_cloned(sample))) for sample in samples]
         _same(expected, found, plain, f"path={str(path)!r}: what was written and read back")
@@ -128,7 +102,7 @@ def check_model(model: nn.Module, path: Path) -> None:
 
 
 def checked_inputs(example_inputs: Sequence[Any], *, dynamic_batch: bool) -> Inputs:
-    """Return the positional arguments of a forward without gradients, on the CPU.
+    """Return copies of the positional arguments of a forward, without gradients, on the CPU.
 
     Raises:
         ValueError: If they are no sequence, hold no tensor, or have batches of different sizes.
@@ -139,7 +113,7 @@ def checked_inputs(example_inputs: Sequence[Any], *, dynamic_batch: bool) -> Inp
             f"got {type(example_inputs).__name__}"
         )
     inputs: Inputs = tree_map(
-        lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, (*example_inputs,)
+        lambda leaf: leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf, (*example_inputs,)
     )
     sizes = batch_sizes(inputs)
     if not sizes:
@@ -205,111 +179,3 @@ def _same(expected: list[list[Tensor]], found: list[list[Tensor]], plain: nn.Mod
                 f"{what} deviates from {type(plain).__name__} in Eval mode by {deviation:.1e}, more than the "
                 f"{tolerance:.0e} that rounding may cause; nothing was written"
             )
-
-
-# ------------------------------------------------------------------------------------------------------- formats
-
-
-def _captured(model: nn.Module, example: Inputs, dynamic_batch: bool) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("batch")
-
-    def shape(leaf: Any) -> dict[int, Any] | None:
-        return {0: batch} if dynamic_batch and isinstance(leaf, Tensor) and leaf.dim() else None
-
-    arguments = inspect.signature(model.forward).bind(*example).arguments
-    try:
-        return torch.export.export(model, example, dynamic_shapes=tree_map(shape, dict(arguments)), strict=False)
-    except Exception as error:  # whatever the model's forward raises, or the tracer of torch
-        fix = "; try dynamic_batch=False" if dynamic_batch else ""
-        raise RuntimeError(f"model: torch.export can't capture {type(model).__name__}{fix}: {error}") from error
-
-
-def _write_onnx(model: nn.Module, example: Inputs, dynamic_batch: bool, file: Path) -> None:
-    import onnx
-
-    program = torch.onnx.export(_captured(model, example, dynamic_batch), dynamo=True, verbose=False)
-    assert program is not None
-    proto = program.model_proto
-    for node in proto.graph.node:
-        kept = [
-            entry for entry in node.metadata_props if not entry.key.endswith("stack_trace")
-        ]  # paths of this machine
-        del node.metadata_props[:]
-        node.metadata_props.extend(kept)
-    shapes = [value.type.tensor_type.shape for value in (*proto.graph.input, *proto.graph.output)]
-    symbols = {dim.dim_param for shape in shapes for dim in shape.dim[:1]} - {""}
-    for dim in (dim for shape in shapes for dim in shape.dim):
-        if len(symbols) == 1 and dim.dim_param in symbols:
-            dim.dim_param = "batch"
-    onnx.save(proto, str(file))
-
-
-def _read_onnx(file: Path, model: nn.Module) -> Callable[..., Any]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # its warnings are about speed
-    session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
-
-    def run(*inputs: Any) -> list[Tensor]:
-        tensors = [leaf.numpy() for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        named = {argument.name: tensor for argument, tensor in zip(session.get_inputs(), tensors, strict=True)}
-        return [torch.from_numpy(output) for output in session.run(None, named)]
-
-    return run
-
-
-def _write_pt2(model: nn.Module, example: Inputs, dynamic_batch: bool, file: Path) -> None:
-    torch.export.save(_captured(model, example, dynamic_batch), file)
-
-
-def _read_pt2(file: Path, model: nn.Module) -> Callable[..., Any]:
-    module: nn.Module = torch.export.load(file).module()
-    return module
-
-
-def _write_pt(model: nn.Module, example: Inputs, dynamic_batch: bool, file: Path) -> None:
-    torch.save(model.state_dict(), file)
-
-
-def _read_pt(file: Path, model: nn.Module) -> Callable[..., Any]:
-    _forget_weights(model)
-    model.load_state_dict(torch.load(file, weights_only=True))
-    return model
-
-
-def _write_safetensors(model: nn.Module, example: Inputs, dynamic_batch: bool, file: Path) -> None:
-    from safetensors.torch import save_model
-
-    save_model(model, str(file))
-
-
-def _read_safetensors(file: Path, model: nn.Module) -> Callable[..., Any]:
-    from safetensors.torch import load_model
-
-    _forget_weights(model)
-    load_model(model, str(file))
-    return model
-
-
-def _forget_weights(model: nn.Module) -> None:
-    """Whatever the file does not bring back must be missed."""
-    for tensor in model.state_dict().values():
-        if isinstance(tensor, Tensor):
-            tensor.zero_()
-
-
-FORMATS = {
-    ".onnx": Format(
-        _write_onnx,
-        _read_onnx,
-        captures=True,
-        extra="onnx",
-        packages=("onnx", "onnxscript", "onnxruntime"),
-        dtypes=frozenset({torch.float32, torch.float16}),
-        most_bytes=2**31,  # a file is one protocol buffer
-    ),
-    ".pt2": Format(_write_pt2, _read_pt2, captures=True),
-    ".pt": Format(_write_pt, _read_pt),
-    ".safetensors": Format(_write_safetensors, _read_safetensors, extra="safetensors", packages=("safetensors",)),
-}

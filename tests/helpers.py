@@ -56,6 +56,18 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def random_model(name: str) -> nn.Module:
+    """Build a classifier with weights as small as torchvision's: larger ones make so deep a model amplify rounding."""
+    model = torchvision_model(name).to_empty(device="cpu")
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            if module.bias is not None:
+                nn.init.normal_(module.bias, 0, 0.1)
+    return randomized(model)
+
+
 def small_net(seed: int = 0) -> nn.Module:
     """Three folded pairs, one BatchNorm behind an activation, and a linear classifier; takes ``(N, 3, 8, 8)``."""
     torch.manual_seed(seed)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import types
 from pathlib import Path
 from unittest import mock
 
 import coverage_table
+import deploy_table
 import memory_table
 import pytest
+import torch
 
 from lightning_convbn import layers, reasons
 
@@ -28,6 +32,34 @@ def test_code_block_runs(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.chdir(tmp_path)
     with mock.patch.dict(layers.CONV_LAYERS), mock.patch.dict(layers.NORM_LAYERS):
         exec(compile(block, "docs", "exec"), types.ModuleType("docs").__dict__)
+
+
+def test_exported_files_load_as_the_docs_say_where_the_package_can_not_be_imported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page = (ROOT / "docs" / "export.md").read_text()
+    exports = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    loads = re.findall(r"```python title=.*?\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(exports, "docs", "exec"), namespace := {})
+    with torch.no_grad():
+        expected = namespace["model"].eval()(torch.ones(5, 3, 64, 64))
+    torch.save(expected, "expected")
+    checks = [
+        "images[:] = 1; (output,) = session.run(None, {session.get_inputs()[0].name: images})",
+        "output = model(torch.ones(5, 3, 64, 64))",
+        "output = model(torch.ones(5, 3, 64, 64))",
+    ]
+    compared = (
+        "import torch\n"
+        "found, expected = torch.as_tensor(output).detach(), torch.load('expected')\n"
+        "torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)"
+    )
+    blocked = "import sys; sys.modules['lightning_convbn'] = None"
+    script = [line for load, check in zip(loads, checks, strict=True) for line in (load, check, compared)]
+    command = [sys.executable, "-c", "\n".join([blocked, *script])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_links_lead_somewhere() -> None:
@@ -55,6 +87,12 @@ def test_memory_tables_come_from_the_committed_counts() -> None:
     readme = (ROOT / "README.md").read_text()
     assert memory_table.with_table(readme, rows) == readme
     assert memory_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "memory.md").read_text()
+
+
+def test_deploy_table_comes_from_the_committed_times() -> None:
+    rows = json.loads((ROOT / "docs" / "benchmarks" / "deploy.json").read_text())["rows"]
+    assert deploy_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "deploy.md").read_text()
+    assert all(row["onnx_nodes"]["deploy"] <= row["onnx_nodes"]["eval"] for row in rows)
 
 
 def test_coverage_table_comes_from_the_committed_counts() -> None:

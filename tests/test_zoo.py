@@ -4,22 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import FAMILIES, gradients, images, randomized, relative, torchvision_model
-from torch import nn
+from helpers import FAMILIES, gradients, images, random_model, relative
 
 from lightning_convbn import Mode, set_mode
-
-
-def random_model(name: str) -> nn.Module:
-    """Small weights, as torchvision's own: larger ones make so deep a random model amplify rounding errors."""
-    model = torchvision_model(name).to_empty(device="cpu")
-    torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out")
-            if module.bias is not None:
-                nn.init.normal_(module.bias, 0, 0.1)
-    return randomized(model)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
