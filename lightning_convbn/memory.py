@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -20,6 +23,17 @@ from lightning_convbn.pairs import ConvBNPairs
 from lightning_convbn.state import state_kept
 
 MIB = 2**20
+INPUT = "(input)"
+
+
+def as_mib(size: int) -> str:
+    """Write a number of bytes in MiB, with more digits where there is little.
+
+    Example:
+        >>> as_mib(3 * 2**20), as_mib(2**10)
+        ('3.0 MiB', '0.001 MiB')
+    """
+    return f"{size / MIB:.1f} MiB" if size >= MIB else f"{size / MIB:.3f} MiB"
 
 
 @dataclass(frozen=True)
@@ -30,10 +44,13 @@ class MemoryUse:
         saved_bytes: Bytes that one forward pass keeps for the backward pass.
         peak_allocated_bytes: On CUDA, the most bytes allocated at once in forward and backward, beyond those that were
             allocated before; None elsewhere.
+        saved_by_module: Qualified name of a module -> those of ``saved_bytes`` that were allocated while it was the
+            innermost module that ran; ``""`` for the model's own forward, ``"(input)"`` for the inputs.
     """
 
     saved_bytes: int
     peak_allocated_bytes: int | None = None
+    saved_by_module: Mapping[str, int] = field(default_factory=dict, repr=False, hash=False)
 
     @property
     def saved_mib(self) -> float:
@@ -80,8 +97,8 @@ def measure_memory(
         if mode == "deploy":
             with torch.no_grad():  # the folds that Deploy mode keeps are not kept for a backward pass
                 model(*inputs, **kwargs)
-        saved = count_saved_bytes(model, *inputs, **kwargs)
-        return MemoryUse(saved, _peak_allocated_bytes(model, inputs, kwargs))
+        saved = saved_bytes_by_module(model, *inputs, **kwargs)
+        return MemoryUse(sum(saved.values()), _peak_allocated_bytes(model, inputs, kwargs), saved)
 
 
 def measure_memory_abstractly(
@@ -93,17 +110,33 @@ def measure_memory_abstractly(
     non-maximum suppression, say) is run for real.
     """
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            args, named = tree_map_only(Tensor, fake.from_tensor, (tuple(inputs), dict(kwargs)))
-            with conv_bn_mode(model, mode, pairs=pairs), state_kept(model, args, named):
-                return MemoryUse(count_saved_bytes(model, *args, **named))
+        return measure_memory_without_data(model, inputs, kwargs, mode=mode, pairs=pairs)
     except Exception:  # whatever a user's forward raises when there are no values to read
         return measure_memory(model, *inputs, mode=mode, pairs=pairs, **kwargs)
 
 
+def measure_memory_without_data(
+    model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any], *, mode: Mode, pairs: ConvBNPairs | None = None
+) -> MemoryUse:
+    """Count as `measure_memory` does, on tensors without data; raise what the model raises if it looks at values."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        args, named = tree_map_only(Tensor, fake.from_tensor, (tuple(inputs), dict(kwargs)))
+        with conv_bn_mode(model, mode, pairs=pairs), state_kept(model, args, named):
+            saved = saved_bytes_by_module(model, *args, **named)
+            return MemoryUse(sum(saved.values()), saved_by_module=saved)
+
+
 def count_saved_bytes(function: Callable[..., Any], *inputs: Any, **kwargs: Any) -> int:
     """Count the bytes that one call of a function keeps for the backward pass; see `measure_memory`."""
-    ledger = _StorageLedger()
+    return sum(saved_bytes_by_module(function, *inputs, **kwargs).values())
+
+
+def saved_bytes_by_module(function: Callable[..., Any], *inputs: Any, **kwargs: Any) -> dict[str, int]:
+    """Count the bytes that one call of a function keeps, by the module that allocated them; see `MemoryUse`.
+
+    The modules are those of the function, if it is one itself. Only what keeps something is named.
+    """
+    ledger = _StorageLedger(function)
     with torch.enable_grad(), ledger:
         # Copies, so that an input counts if and only if the graph keeps it, and not because the caller holds it.
         args, named = tree_map_only(Tensor, _copied, (inputs, kwargs))
@@ -124,11 +157,34 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 class _StorageLedger(TorchDispatchMode):
-    """Takes down every storage that is allocated while it is active, without keeping it alive."""
+    """Takes down every storage that is allocated while it is active, and by which module, without keeping it alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
-        self._allocated: dict[int, tuple[StorageWeakRef, int]] = {}
+        modules = function.named_modules() if isinstance(function, nn.Module) else ()
+        self._names = {module: name for name, module in modules}
+        self._running = [INPUT]
+        self._hooks = ExitStack()
+        self._allocated: dict[int, tuple[StorageWeakRef, int, str]] = {}
+
+    def __enter__(self) -> _StorageLedger:
+        # Hooks for all modules at once, because hooks of their own would change what the modules look like.
+        self._hooks.callback(register_module_forward_pre_hook(self._enter_module).remove)
+        self._hooks.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._hooks.close()
+        super().__exit__(*exception)
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        if module in self._names:
+            self._running.append(self._names[module])
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module in self._names:
+            self._running.pop()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -142,24 +198,33 @@ class _StorageLedger(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
                 if storage._cdata not in given and storage._cdata not in self._allocated:
-                    self._allocated[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                    self._allocated[storage._cdata] = StorageWeakRef(storage), storage.nbytes(), self._running[-1]
         return output
 
-    def bytes_alive(self) -> int:
-        return sum((size for reference, size in self._allocated.values() if not reference.expired()), 0)
+    def bytes_alive(self) -> dict[str, int]:
+        alive: Counter[str] = Counter()
+        for reference, size, module in self._allocated.values():
+            if not reference.expired():
+                alive[module] += size
+        return dict(alive)
 
 
 def _peak_allocated_bytes(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if device.type != "cuda" or not parameters:
+    if device.type != "cuda" or not any(parameter.requires_grad for parameter in model.parameters()):
         return None
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
+    forward_and_backward(model, inputs, kwargs)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def forward_and_backward(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Run a forward pass and the backward pass of the sum of its outputs; the gradients are thrown away."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.enable_grad():
         leaves = tree_leaves(model(*inputs, **kwargs))
         loss = sum(leaf.float().sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)
-        assert isinstance(loss, Tensor)
         del leaves
-        torch.autograd.grad(loss, parameters, allow_unused=True)
-    return torch.cuda.max_memory_allocated(device) - before
+        if isinstance(loss, Tensor):
+            torch.autograd.grad(loss, parameters, allow_unused=True)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_convbn.distributed import is_fsdp_unit, merged_over_processes
 from lightning_convbn.layers import Mode
-from lightning_convbn.memory import MIB, measure_memory_abstractly
+from lightning_convbn.memory import as_mib, measure_memory_abstractly
 from lightning_convbn.modes import get_mode, set_mode
 from lightning_convbn.pairs import ConvBNPairs, find_conv_bn_pairs, find_hooked, find_recorded_pairs, find_untrained
 from lightning_convbn.reasons import UNTRAINED
@@ -163,17 +163,13 @@ class Target:
             before, after = self.kept["eval"], self.kept["tune"]
             saved = f"{100 * (before - after) / before:.1f} % saved" if before else "no parameter wants a gradient"
             tune = "Tune" if mode == "tune" else "Tune would keep"
-            body.append(f"kept for backward: Eval {_mib(before)}, {tune} {_mib(after)}, {saved}")
+            body.append(f"kept for backward: Eval {as_mib(before)}, {tune} {as_mib(after)}, {saved}")
         if self.verification is not None:
             word = "differs from" if self.verification.wrong else "equals"
             body.append(f"verified: Tune {word} Eval, relative deviation {self.verification.deviation:.1e}")
         elif not self.inspected:
             body.append("neither verified nor counted: the first batch did not pass through its forward")
         return [*lines, *(f"  {line}" for line in (*body, *self._notes))]
-
-
-def _mib(size: int) -> str:
-    return f"{size / MIB:.1f} MiB" if size >= MIB else f"{size / MIB:.3f} MiB"
 
 
 def _nothing() -> None:

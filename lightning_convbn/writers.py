@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_convbn.files import check_writable, written_whole
 from lightning_convbn.formats import FORMATS, Format, Inputs
 from lightning_convbn.state import state_kept
 from lightning_convbn.verify import deviation_of, float_tensors, tolerance_of
@@ -35,13 +34,12 @@ def write_proven(deploy: nn.Module, plain: nn.Module, path: Path, inputs: Inputs
     sizes = batch_sizes(inputs)
     rows = sorted({1, *sizes, max(2, *sizes) + 1}) if dynamic_batch and form.captures else [None]
     with (
-        _folder_beside(path) as folder,
+        written_whole(path) as file,
         state_kept(plain, inputs, {}),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
     ):
-        file = Path(folder, path.name)
         generator = torch.Generator().manual_seed(0)
         samples = [random_like(inputs, size, generator) for size in rows]
         expected = [_floats(plain(*_cloned(sample))) for sample in samples]
@@ -52,14 +50,10 @@ def write_proven(deploy: nn.Module, plain: nn.Module, path: Path, inputs: Inputs
             )
         _same(expected, [_floats(deploy(*_cloned(sample))) for sample in samples], plain, "the Deploy copy")
         example = random_like(inputs, max(2, *sizes) if dynamic_batch else None, generator)
-        with file.open("xb") as whole:
-            whole.write(form.write(deploy, example, dynamic_batch))
-            whole.flush()
-            os.fsync(whole.fileno())
+        file.write_bytes(form.write(deploy, example, dynamic_batch))
         written = form.read(file, deploy)
         found = [_floats(written(*_cloned(sample))) for sample in samples]
         _same(expected, found, plain, f"path={str(path)!r}: what was written and read back")
-        os.replace(file, path.resolve())
     return path
 
 
@@ -86,14 +80,7 @@ def check_path(argument: str, path: Path) -> None:
         raise ImportError(
             f"{where}: {path.suffix} files need {' and '.join(missing)}: pip install lightning-convbn[{form.extra}]"
         )
-    if path.is_dir():
-        raise ValueError(f"{where} is a folder; name a file in it")
-    if not path.resolve().parent.is_dir():
-        raise ValueError(f"{where}: there is no folder {str(path.resolve().parent)!r}; make it first")
-    try:
-        _folder_beside(path).cleanup()
-    except OSError as error:
-        raise ValueError(f"{where}: nothing can be written to its folder ({error}); name another one") from error
+    check_writable(where, path)
 
 
 def check_model(model: nn.Module, path: Path) -> None:
@@ -192,9 +179,3 @@ def _same(expected: list[list[Tensor]], found: list[list[Tensor]], plain: nn.Mod
                 f"{what} deviates from {type(plain).__name__} in Eval mode by {deviation:.1e}, more than the "
                 f"{tolerance:.0e} that rounding may cause; nothing was written"
             )
-
-
-def _folder_beside(path: Path) -> TemporaryDirectory[str]:
-    """A folder on the same file system, so that a file can be moved in one step and its traces go with the folder."""
-    path = path.resolve()
-    return TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from lightning_convbn import Mode, find_conv_bn_pairs, fuse_for_deploy, get_mode, measure_memory, set_mode
-from lightning_convbn.memory import MIB, count_saved_bytes, measure_memory_abstractly
+from lightning_convbn.memory import INPUT, MIB, count_saved_bytes, measure_memory_abstractly
 
 FLOAT = 4
 
@@ -113,6 +114,59 @@ class TestBytesComputedByHand:
 
         # The input, the weight, and the output of exp, packed into 8 bytes each.
         assert count_saved_bytes(packed, images(64)) in (2 * 64 * 8, 3 * 64 * 8)
+
+
+class TestByModule:
+    @pytest.mark.parametrize("mode", ["train", "eval", "tune", "deploy"])
+    @pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v3_small"])
+    def test_modules_add_up_to_the_total(self, name: str, mode: Mode) -> None:
+        model, batch = constant_model(name), torch.zeros(2, 3, 64, 64)
+        use = measure_memory_abstractly(model, (batch,), {}, mode=mode)
+        assert sum(use.saved_by_module.values()) == use.saved_bytes
+        assert set(use.saved_by_module) <= {INPUT, *(name for name, _ in model.named_modules())}
+
+    def test_the_innermost_module_owns_what_it_allocates(self) -> None:
+        class Adds(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = nn.Sequential(nn.Sigmoid())
+
+            def forward(self, input: Tensor) -> Tensor:
+                return (self.inner(input) * 2).exp()
+
+        batch = images(5).requires_grad_()
+        use = measure_memory(nn.Sequential(Adds()), batch, mode="train")
+        assert use.saved_by_module == {"0.inner.0": 5 * FLOAT, "0": 5 * FLOAT}
+        use = measure_memory(Adds(), batch, mode="train")
+        assert use.saved_by_module == {"inner.0": 5 * FLOAT, "": 5 * FLOAT}
+
+    def test_what_the_input_keeps_is_its_own(self) -> None:
+        use = measure_memory(nn.Linear(3, 2), images(4, 3), mode="train")
+        assert use.saved_by_module == {INPUT: 4 * 3 * FLOAT}
+
+    def test_a_module_that_fails_and_is_caught_owns_nothing_after_it(self) -> None:
+        class Fails(nn.Module):
+            def forward(self, input: Tensor) -> Tensor:
+                raise ValueError("always")
+
+        class Catches(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fails = Fails()
+
+            def forward(self, input: Tensor) -> Tensor:
+                with contextlib.suppress(ValueError):
+                    self.fails(input)
+                return input.exp()
+
+        use = measure_memory(Catches(), images(5).requires_grad_(), mode="train")
+        assert use.saved_by_module == {"": 5 * FLOAT}
+
+    def test_no_hook_stays_behind(self) -> None:
+        with pytest.raises(RuntimeError):
+            measure_memory(nn.Linear(3, 2), images(4, 4), mode="train")
+        hooks = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
+        assert hooks == ({}, {})
 
 
 def test_resnet50_at_batch_1_keeps_half_of_eval() -> None:
