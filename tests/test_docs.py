@@ -14,6 +14,10 @@ import coverage_table
 import deploy_table
 import memory_table
 import pytest
+import several_processes
+import test_loggers
+import test_other_callbacks
+import test_precision
 import torch
 
 from lightning_convbn import layers, reasons
@@ -104,3 +108,30 @@ def test_coverage_table_comes_from_the_committed_counts() -> None:
 def test_committed_coverage_is_still_so(name: str) -> None:
     rows = json.loads((ROOT / "docs" / "benchmarks" / "coverage.json").read_text())["rows"]
     assert coverage_table.count(name) == next(row for row in rows if row["model"] == name)
+
+
+def test_lightning_matrix_and_tests_are_in_step() -> None:
+    """Every row that works names a test that exists; whatever those tests run over has a row; refusals are quoted."""
+    page = (ROOT / "docs" / "lightning.md").read_text()
+    rows = [row.strip("| ").split(" | ") for row in re.findall(r"^\| .* \|$", page, re.MULTILINE)]
+    rows = [row for row in rows if row[1] != "state"]
+    sources = "".join(path.read_text() for path in (ROOT / "lightning_convbn").glob("*.py"))
+    said = re.sub(r'"\s*\n\s*f?"', "", sources)
+    named = set()
+    for feature, state, test in rows:
+        assert state.startswith(("works", "refused: `", "not tested here", "that pair is frozen")), feature
+        if state.startswith("refused"):
+            assert state.split("`")[1] in said, feature
+        if not state.startswith("not tested"):
+            file, _, rest = test.strip("`").partition("::")
+            function, _, parameter = rest.partition("[")
+            assert (ROOT / "tests" / file).exists(), test
+            assert not function or f"def {function}(" in (ROOT / "tests" / file).read_text(), test
+            named.add((function, parameter.rstrip("]")))
+    for function, parameters in (
+        ("test_the_loss_curve_in_several_processes_is_evals", {*several_processes.RUNS} - {"ddp", "deceptive"}),
+        ("test_the_error_of_tune_is_evals", {getattr(one, "values", [one])[0] for one in test_precision.PRECISIONS}),
+        ("test_a_run_with_another_callback_is_evals", {*test_other_callbacks.OTHERS}),
+        ("test_every_key_arrives_once", {*test_loggers.LOGGERS, "+".join(test_loggers.LOGGERS)}),
+    ):
+        assert {parameter for name, parameter in named if name == function} == parameters
