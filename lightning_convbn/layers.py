@@ -111,7 +111,7 @@ class Deploy(ConvBNLayer):
     def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
         """Convolve with the kept fold."""
         conv, affine = cast(nn.Conv2d, self), affine_of(self._bn[0])
-        sources = (conv.weight, conv.bias, *affine[:4])
+        sources = (conv.weight, conv.bias, affine.weight, affine.bias, affine.running_mean, affine.running_var)
         tensors = (input, *sources)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
             return conv_bn(input, conv.weight, conv.bias, *affine, spec)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_convbn.files import check_writable, written_whole
@@ -79,6 +80,11 @@ def check_path(argument: str, path: Path) -> None:
     if missing:
         raise ImportError(
             f"{where}: {path.suffix} files need {' and '.join(missing)}: pip install lightning-convbn[{form.extra}]"
+        )
+    if TorchVersion(torch.__version__) < form.torch:
+        raise ValueError(
+            f"{where}: {path.suffix} files need PyTorch {form.torch} or later; this is {torch.__version__}. Write .pt2 or "
+            ".pt, or upgrade"
         )
     check_writable(where, path)
 

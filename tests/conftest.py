@@ -2,11 +2,14 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -16,9 +19,15 @@ else:
 # The tests' tensors are tiny: a second thread costs more than it gives, above all on a busy machine.
 torch.set_num_threads(1)
 
-
 # Lightning calls what newer releases of jsonargparse have deprecated, some of it when it is imported.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
+
+
+@pytest.fixture(autouse=True)
+def _same_environment() -> Iterator[None]:
+    """Put the environment back: a Trainer with a distributed strategy says there which process it is."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +47,11 @@ def installed(project: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monke
     (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
     monkeypatch.syspath_prepend(metadata.parent)
     return metadata.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what PyTorch 2.6 can't write; that it is refused there is a test of its own."""
+    if TorchVersion(torch.__version__) < "2.7":
+        for item in items:
+            if "onnx" in item.name or "export.md" in item.name:
+                item.add_marker(pytest.mark.skip(reason="PyTorch 2.6 does not write ONNX well"))

@@ -174,7 +174,7 @@ def test_the_finder_reaches_a_larger_batch_in_tune_mode(tmp_path: Path, search: 
         kept = measure_memory(module.backbone, torch.zeros(found[mode], 3, 8, 8), mode=mode).saved_bytes
         assert kept <= limit
     assert found["tune"] > found["eval"]
-    assert found["eval"] == {"power": 8, "binsearch": 11}[search]  # Lightning's binary search stops one short
+    assert found["eval"] in {"power": [8], "binsearch": [11, 12]}[search]  # the search of Lightning 2.6 stops one short
 
 
 # --------------------------------------------------------------------------------------------- after an exception

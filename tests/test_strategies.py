@@ -13,7 +13,7 @@ import torch
 from boring import LIGHTNING_SAYS, BoringModule, Snapshot, differing, make_trainer, quick, state_of
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from several_processes import BATCHES_PER_PROCESS, EPOCHS, RUNS, Shared
+from several_processes import BATCHES_PER_PROCESS, EPOCHS, FSDP2_ON_CPU, RUNS, Shared, runnable
 from torch import nn
 
 from lightning_convbn import find_conv_bn_pairs, reasons, set_mode
@@ -25,6 +25,16 @@ pytestmark = [
 
 HERE = Path(__file__).parent
 STEPS = BATCHES_PER_PROCESS * EPOCHS
+WITHOUT_FSDP2 = pytest.mark.skipif(not FSDP2_ON_CPU, reason="this PyTorch can't run FSDP2 on a CPU")
+
+
+def all_runs(*without: str) -> list[Any]:
+    """The runs as parameters of a test."""
+    return [
+        pytest.param(name, marks=[WITHOUT_FSDP2] if name.startswith("fsdp2") else [])
+        for name in RUNS
+        if name not in without
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +52,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     return [{**torch.load(folder / f"{rank}.pt"), "folder": folder} for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", all_runs())
 def test_processes_end_with_the_same_bits_and_plain_modules(ranks: list[dict[Any, Any]], name: str) -> None:
     """In Tune mode; and what they were trained on differed."""
     one, other = (rank[name, "tune"] for rank in ranks)
@@ -55,7 +65,7 @@ def test_processes_end_with_the_same_bits_and_plain_modules(ranks: list[dict[Any
         assert not [cls for cls in seen["classes"].values() if cls.startswith(("Tune", "Deploy", "Folded", "Eval"))]
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "deceptive"])
+@pytest.mark.parametrize("name", all_runs("deceptive"))
 def test_the_loss_curve_in_several_processes_is_evals(ranks: list[dict[Any, Any]], name: str) -> None:
     """Every loss of every process, and the weights, within the rounding of the precision."""
     tolerance = 2e-2 if name == "bf16" else 2e-5
@@ -85,9 +95,10 @@ def test_rank_zero_alone_reports_and_logs(ranks: list[dict[Any, Any]]) -> None:
     column = header.split(",").index("convbn/activations_tune_mib")
     assert len([row for row in rows if row.split(",")[column]]) == 1
     printed = (folder / "printed").read_text()
-    assert printed.count("trains in Tune mode") == len(RUNS) + 2  # and the two of the run that is resumed
+    assert printed.count("trains in Tune mode") == len(runnable()) + 2  # and the two of the run that is resumed
 
 
+@WITHOUT_FSDP2
 @pytest.mark.parametrize(
     ("name", "folded"), [("fsdp2_whole", 3), ("fsdp2_blocks", 3), ("fsdp2_backbone", 3), ("fsdp2_apart", 2)]
 )

@@ -115,6 +115,7 @@ def test_what_is_no_module_is_refused() -> None:
         fuse_for_deploy({})
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support")
 @pytest.mark.usefixtures("process_group")
 def test_sharded_weights_are_refused() -> None:
     from torch.distributed.device_mesh import init_device_mesh

@@ -22,6 +22,7 @@ import torch
 from helpers import Snapshot, assert_close, images, randomized, small_net
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from lightning_convbn import Mode, export, fuse_for_deploy, set_mode, writers
 
@@ -96,6 +97,16 @@ class Nested(nn.Module):
         return {"twice": (features, features), "label": features.argmax(1), "picked": features + rows[:, None]}
 
 
+def test_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
+    with pytest.raises(ValueError, match=r"\.onnx files need PyTorch 2\.7 or later; this is 2\.6\.0\+cu124"):
+        export(small_net(), tmp_path / "model.onnx", (images(2, 3, 8, 8),))
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.7", reason="torch.export of PyTorch 2.6 takes the batch for a constant"
+)
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".pt"])
 def test_nested_arguments_and_results(suffix: str, tmp_path: Path) -> None:
     inputs = ({"images": [images(3, 3, 8, 8)]}, 2.0, torch.tensor([5, 0, 9]))
