@@ -27,7 +27,7 @@ class Format:
         captures: Whether the file holds the computation, not only the weights.
         extra: The extra of this package that installs ``packages``.
         packages: What must be importable.
-        torch: The first version of PyTorch that writes it well.
+        since: The first version of PyTorch that writes it well.
         dtypes: Data types of parameters that the file can be checked with; empty for all.
         most_bytes: How much a file can hold.
     """
@@ -37,7 +37,7 @@ class Format:
     captures: bool = False
     extra: str = ""
     packages: tuple[str, ...] = ()
-    torch: str = "2.6"
+    since: str = "2.6"
     dtypes: frozenset[torch.dtype] = frozenset()
     most_bytes: float = float("inf")
 
@@ -139,7 +139,7 @@ FORMATS = {
         captures=True,
         extra="onnx",
         packages=("onnx", "onnxscript", "onnxruntime"),
-        torch="2.7",  # 2.6 fails at BatchNorm, or at a mean, by the version of onnxscript
+        since="2.7",  # 2.6 fails at BatchNorm, or at a mean, by the version of onnxscript
         dtypes=frozenset({torch.float32, torch.float16}),
         most_bytes=2**31,  # a file is one protocol buffer
     ),

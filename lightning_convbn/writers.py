@@ -81,10 +81,10 @@ def check_path(argument: str, path: Path) -> None:
         raise ImportError(
             f"{where}: {path.suffix} files need {' and '.join(missing)}: pip install lightning-convbn[{form.extra}]"
         )
-    if TorchVersion(torch.__version__) < form.torch:
+    if TorchVersion(torch.__version__) < form.since:
         raise ValueError(
-            f"{where}: {path.suffix} files need PyTorch {form.torch} or later; this is {torch.__version__}. Write .pt2 or "
-            ".pt, or upgrade"
+            f"{where}: {path.suffix} files need PyTorch {form.since} or later; this is {torch.__version__}. Upgrade it, "
+            "or write .pt2 or .pt"
         )
     check_writable(where, path)
 
