@@ -83,8 +83,8 @@ def check_path(argument: str, path: Path) -> None:
         )
     if TorchVersion(torch.__version__) < form.since:
         raise ValueError(
-            f"{where}: {path.suffix} files need PyTorch {form.since} or later; this is {torch.__version__}. Upgrade it, "
-            "or write .pt2 or .pt"
+            f"{where}: {path.suffix} files need PyTorch {form.since} or later; this is {torch.__version__}. "
+            "Upgrade it, or write .pt2 or .pt"
         )
     check_writable(where, path)
 
