@@ -1,12 +1,15 @@
 """Tune mode for Convolution-BatchNorm blocks in PyTorch Lightning (arXiv 2305.11624)."""
 
-from lightning_convbn import third_party  # noqa: F401 - fills the table of supported layers
-from lightning_convbn.callback import ConvBNModeCallback
-from lightning_convbn.export import export, fuse_for_deploy
-from lightning_convbn.layers import Mode
-from lightning_convbn.memory import MemoryUse, measure_memory
-from lightning_convbn.modes import conv_bn_mode, get_mode, set_mode
-from lightning_convbn.pairs import ConvBNPair, ConvBNPairs, find_conv_bn_pairs
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_convbn.callback import ConvBNModeCallback
+    from lightning_convbn.deploy import export, fuse_for_deploy
+    from lightning_convbn.layers import Mode
+    from lightning_convbn.memory import MemoryUse, measure_memory
+    from lightning_convbn.modes import conv_bn_mode, get_mode, set_mode
+    from lightning_convbn.pairs import ConvBNPair, ConvBNPairs, find_conv_bn_pairs
 
 __all__ = [
     "ConvBNModeCallback",
@@ -22,3 +25,32 @@ __all__ = [
     "measure_memory",
     "set_mode",
 ]
+
+# A name is imported when it is first used: every Trainer asks `entry_point.py`, and the command needs no Lightning.
+_HOMES = {
+    "ConvBNModeCallback": "callback",
+    "ConvBNPair": "pairs",
+    "ConvBNPairs": "pairs",
+    "MemoryUse": "memory",
+    "Mode": "layers",
+    "conv_bn_mode": "modes",
+    "export": "deploy",
+    "find_conv_bn_pairs": "pairs",
+    "fuse_for_deploy": "deploy",
+    "get_mode": "modes",
+    "measure_memory": "memory",
+    "set_mode": "modes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,6 @@
 """No line at all: the callback that a Trainer gets because the environment variable LIGHTNING_CONVBN names a mode.
 
-Lightning asks `_lightning_convbn_entry_point` for it, which imports this module only if the variable is set.
+Lightning asks `entry_point.py` for it, which imports this module only if the variable is set.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_convbn.deploy import export
 from lightning_convbn.errors import CommandError, first_line
-from lightning_convbn.export import export
 from lightning_convbn.files import check_writable, written_whole
 from lightning_convbn.measurement import (
     TITLES,

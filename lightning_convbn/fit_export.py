@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_convbn.export import fuse_for_deploy, plain_copy
+from lightning_convbn.deploy import fuse_for_deploy, plain_copy
 from lightning_convbn.pairs import find_conv_bn_pairs
 from lightning_convbn.writers import batch_sizes, check_model, check_path, check_suffix, checked_inputs, write_proven
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_convbn.deploy import fuse_for_deploy
 from lightning_convbn.errors import CommandError, first_line
-from lightning_convbn.export import fuse_for_deploy
 from lightning_convbn.layers import Mode, class_name, is_norm
 from lightning_convbn.memory import (
     INPUT,

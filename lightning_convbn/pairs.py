@@ -18,7 +18,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from lightning_convbn import reasons
+from lightning_convbn import (
+    reasons,
+    third_party,  # noqa: F401 - fills the table of supported layers
+)
 from lightning_convbn.distributed import fsdp_unit
 from lightning_convbn.flow import DataFlow
 from lightning_convbn.layers import (
