@@ -248,9 +248,9 @@ def test_processes_that_lightning_starts_inherit_the_variable(strategy: str, rep
 
 
 def test_what_is_packed_holds_the_modules_of_the_entry_points(project: dict[str, Any]) -> None:
-    """The one outside of the package is easily left out."""
-    targets = {target for group in project["project"]["entry-points"].values() for target in group.values()}
-    files = {target.partition(":")[0] + ".py" for target in targets}
-    packed = project["tool"]["hatch"]["build"]["targets"]
-    assert files <= set(packed["wheel"]["only-include"])
-    assert files <= set(packed["sdist"]["include"])
+    packed = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    for group in project["project"]["entry-points"].values():
+        for reference in group.values():
+            package, _, module = reference.partition(":")[0].rpartition(".")
+            assert package in packed
+            assert (Path(__file__).resolve().parents[1] / package / f"{module}.py").exists()
