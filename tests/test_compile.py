@@ -26,11 +26,7 @@ from torch.nn import functional as F
 
 from lightning_convbn import ConvBNModeCallback, find_conv_bn_pairs, measure_memory, set_mode
 
-pytestmark = [
-    *LIGHTNING_SAYS,
-    # PyTorch 2.6 says so to itself when it traces an autograd function.
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-]
+pytestmark = LIGHTNING_SAYS
 
 EPOCHS = 3
 

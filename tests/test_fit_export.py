@@ -221,7 +221,7 @@ def test_what_cannot_be_written_is_refused_before_training(
     assert Snapshot.of(module) == before
 
 
-def test_a_precision_that_cannot_be_checked_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_precision_that_onnxruntime_does_not_run_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"BoringModule has torch\.bfloat16 tensors, and a \.onnx file"):
         fit(BoringModule(), tmp_path / "model.onnx", precision="bf16-true")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from boring import LIGHTNING_SAYS, TRUSTED, differing, state_of
-from interrupted import BATCHES, EPOCHS, KILLED_AT, Waiting, trainer
+from interrupted_runs import BATCHES, EPOCHS, KILLED_AT, Waiting, trainer
 
 pytestmark = [
     *LIGHTNING_SAYS,
@@ -35,7 +35,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in folders:
         folder.mkdir()
     with (root / "printed").open("w") as printed:
-        command = [sys.executable, str(HERE / "interrupted.py"), *map(str, folders)]
+        command = [sys.executable, str(HERE / "interrupted_runs.py"), *map(str, folders)]
         runs = subprocess.Popen(command, env=environment, stdout=printed, stderr=subprocess.STDOUT)
     waiting, deadline = list(folders), time.monotonic() + 300
     while waiting:

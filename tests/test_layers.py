@@ -249,7 +249,6 @@ def test_activation_checkpointing_changes_nothing(mode: Mode) -> None:
     assert_close(gradients(output, *net.parameters()), gradients(expected, *net.parameters()), 1e-14)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch 2.6's own, in dynamo
 @pytest.mark.parametrize("mode", FOLDED_MODES)
 def test_a_compiled_net_has_one_graph_and_equals_eager(mode: Mode) -> None:
     net = small_net().double()

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from lightning_convbn import Mode, export, fuse_for_deploy, set_mode, writers
+from lightning_convbn.formats import FORMATS
 
 # What the exporters of torch and ONNX say to each other is theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SUFFIXES = (".onnx", ".pt2", ".pt", ".safetensors")
+SUFFIXES = [suffix for suffix, form in FORMATS.items() if TorchVersion(torch.__version__) >= form.since]
 OLD = b"an older file"
 
 
@@ -220,7 +221,7 @@ def test_inputs_that_cannot_be_used_are_refused(inputs: Any, message: str, tmp_p
 
 def test_what_is_no_module_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model must be a torch\.nn\.Module; got str"):
-        export("a model", tmp_path / "model.onnx", (images(1, 3, 8, 8),))
+        export("a model", tmp_path / "model.pt", (images(1, 3, 8, 8),))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

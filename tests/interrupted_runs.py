@@ -1,6 +1,6 @@
 """Runs to be interrupted, as a script: not a test by itself.
 
-    python tests/interrupted.py FOLDER/SIGINT-training FOLDER/SIGKILL-validation ...
+    python tests/interrupted_runs.py FOLDER/SIGINT-training FOLDER/SIGKILL-validation ...
 
 Each folder gets a process of its own and in it a checkpoint after every second step. At its place, in training or in
 validation, the process says so by a file ``there`` with its id, and waits for its signal, and goes on if it survives.
