@@ -107,6 +107,7 @@ class ConvBNModeCallback(Callback):
         self._untrained: dict[str, list[str]] = {}  # by the path of the target, once it is decided
         self._found_flags: dict[nn.Module, bool] = {}
         self._reported = False
+        self._looking = False
         self._watching = ExitStack()
 
     # ------------------------------------------------------------------------------------------- before and after
@@ -188,23 +189,27 @@ class ConvBNModeCallback(Callback):
         records = self._export is not None and self._export.inputs is None
         if looks or records:  # by hooks, which can't be compiled
             self._watching.enter_context(torch.compiler.set_stance("force_eager"))
+        if self._export is not None and records:  # before the targets' looks, which run the forward on other inputs
+            self._watching.callback(self._export.unwatch)
+            self._export.watch(pl_module)
         if looks:
             verify = self.verify and (self.mode == "tune" or self.eval_mode != "eval")
             for target in self._targets:
                 self._watching.callback(target.unwatch)
                 target.watch(partial(target.inspect, verify=verify, measure=self.log_memory))
-        if self._export is not None and records:
-            self._watching.callback(self._export.unwatch)
-            self._export.watch(pl_module)
+        self._looking = looks
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Report what the first batch has shown, if only that it did not pass through every target."""
         self._watching.close()
+        if batch is None:  # Lightning has skipped it, and not said that it starts
+            return
         if self._export is not None:
             self._export.check_recorded(pl_module)
-        if not self._reported and self._training_mode(trainer) == self.mode:
+        if self._looking:
+            self._looking = False
             self._report(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -236,6 +241,7 @@ class ConvBNModeCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate in ``eval_mode``."""
+        self._watching.close()  # a hook may have ended the epoch at the start of its first batch
         self._enter_evaluation(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -313,7 +319,7 @@ class ConvBNModeCallback(Callback):
     def _report(self, trainer: Trainer) -> None:
         self._reported = True
         for target in self._targets:
-            target.conclude()
+            target.conclude(trainer.world_size)
             for name, reason in target.wrong.items():
                 rank_zero_warn(f"ConvBN: `{target.full_name(name)}` goes back to Eval mode: {reason}")
                 if self._export is not None:

@@ -91,8 +91,9 @@ def measure_model(options: Namespace) -> None:
         check_plottable(options.plot)
     _check_outputs(options)
     model = load_model(options.model, options.checkpoint_class)
-    subject = Subject(model, shape, DTYPES[options.dtype], device)
-    with progress_bar(count_stages(options.modes, rounds=options.rounds, budget=budget)) as progress:
+    stages = count_stages(options.modes, rounds=options.rounds, budget=budget)
+    with _refused_in_one_line(), progress_bar(stages) as progress:
+        subject = Subject(model, shape, DTYPES[options.dtype], device)
         found = subject.measure(options.modes, rounds=options.rounds, budget=budget, progress=progress)
     notes = _notes(options, found) + ([OF_DETECTORS] if _is_detector(model) else [])
     if options.json != "-":

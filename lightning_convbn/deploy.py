@@ -169,11 +169,16 @@ def plain_copy(model: nn.Module) -> PlainCopy:
     # A compiled LightningModule holds its steps compiled, bound to itself and not to the copy.
     compiled = {name: ctx for name, module in model.named_modules() if (ctx := module.__dict__.get("_compiler_ctx"))}
     copies |= {id(ctx): None for ctx in compiled.values()}
-    for module in reversed([*model.modules()]):  # inner wrappers first
-        inside = WRAPPERS.get(type(module).__name__)
-        if inside is not None:
-            copies[id(module)] = copy.deepcopy(getattr(module, inside), copies)
-    copied: nn.Module = copy.deepcopy(model, copies)
+    try:
+        for module in reversed([*model.modules()]):  # inner wrappers first
+            inside = WRAPPERS.get(type(module).__name__)
+            if inside is not None:
+                copies[id(module)] = copy.deepcopy(getattr(module, inside), copies)
+        copied: nn.Module = copy.deepcopy(model, copies)
+    except TypeError as error:  # of a lock, a file, a generator in an attribute
+        raise ValueError(
+            f"model: {type(model).__name__} can't be copied: {error}; take what can't be out of its attributes"
+        ) from error
     for name, ctx in compiled.items():
         for original in ctx:
             copied.get_submodule(name).__dict__.pop(original.removeprefix("original_"), None)

@@ -39,9 +39,14 @@ def communicates(model: nn.Module) -> bool:
     return any(is_fsdp_unit(module) or type(module) is nn.SyncBatchNorm for module in model.modules())
 
 
-def merged_over_processes(notes: Mapping[str, str]) -> dict[str, str]:
-    """Return what any process has noted, the same in all of them; each has to call it."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+def merged_over_processes(notes: Mapping[str, str], processes: int) -> dict[str, str]:
+    """Return what any process has noted, the same in all of them; each has to call it.
+
+    Args:
+        notes: What this process has noted.
+        processes: How many take part: one by itself may well run in a larger job.
+    """
+    if processes == 1 or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return dict(notes)
     gathered: list[dict[str, str]] = [{} for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(gathered, dict(notes))

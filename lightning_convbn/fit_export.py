@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 import fsspec
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_convbn.deploy import fuse_for_deploy, plain_copy
 from lightning_convbn.pairs import find_conv_bn_pairs
+from lightning_convbn.target import runs_its_forward
 from lightning_convbn.writers import batch_sizes, check_model, check_path, check_suffix, checked_inputs, write_proven
 
 if TYPE_CHECKING:
@@ -86,11 +87,7 @@ class FitExport:
         """Record the example inputs at the next call of what is exported."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # DDP and its like call a training step in the place of a LightningModule's forward.
-            compiled: dict[str, Any] = getattr(module, "_compiler_ctx", None) or {}
-            forward = compiled.get("original_forward", module.forward)
-            real = bool(self._module) or getattr(forward, "__func__", None) is type(module).forward
-            if real and self.inputs is None:
+            if self.inputs is None and runs_its_forward(module):
                 self._record(module, args, kwargs)
 
         self.unwatch()
@@ -131,9 +128,10 @@ class FitExport:
         model = copied.model.cpu().get_submodule(copied.names[self._module])
         pairs = find_conv_bn_pairs(model, example_inputs=self.inputs)
         prefix = f"{self._module}." if self._module else ""
-        wrong = {copied.names[name].removeprefix(prefix): reason for name, reason in self.wrong.items()}
+        # What was compiled is named without its wrapper already, as in the copy.
+        wrong = {copied.names.get(name, name).removeprefix(prefix): reason for name, reason in self.wrong.items()}
         fused = fuse_for_deploy(model, pairs=pairs.unfold(wrong))
-        write_proven(fused, model, self.path, self.inputs, dynamic_batch=len(batch_sizes(self.inputs)) == 1)
+        write_proven(fused, model, self.path, self.inputs, dynamic_batch=_is_batched(self.inputs))
         weights = f"the best checkpoint, {best}" if best else "the last weights"
         return f"exported {_described(self._module, pl_module)} with {weights}, to {self.path}"
 
@@ -147,9 +145,15 @@ class FitExport:
                 f"{', '.join(bound.kwargs)} by keyword only, which a file can't; let it take them by position"
             )
         inputs = bound.args
-        if len(batch_sizes(inputs)) == 1:  # two rows are a batch, and held for as long as the fit lasts
+        if _is_batched(inputs):  # two rows are a batch, and held for as long as the fit lasts
             inputs = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() else leaf, inputs)
         self.inputs = checked_inputs(inputs, dynamic_batch=False)
+
+
+def _is_batched(inputs: tuple[Any, ...]) -> bool:
+    """Whether all tensors are arguments of one batch size; those in lists, as a detector's images, are no batch."""
+    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    return len(batch_sizes(inputs)) == 1 and len(leaves) == sum(isinstance(argument, Tensor) for argument in inputs)
 
 
 def _described(module: str, pl_module: nn.Module) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_convbn.deploy import fuse_for_deploy
 from lightning_convbn.errors import CommandError, first_line
@@ -252,6 +253,9 @@ def check_has_norms(model: nn.Module) -> None:
     """Raise a `CommandError` if a model has no BatchNorm."""
     if not any(is_norm(module) for module in model.modules()):
         raise CommandError(f"{type(model).__name__} has no BatchNorm: there is nothing to fold or freeze")
+    lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
+    if lazy is not None:
+        raise CommandError(f"{type(model).__name__} is lazy (`{lazy}`): let the factory run one batch through it")
 
 
 def check_takes(model: nn.Module, batch: Tensor) -> None:

@@ -98,8 +98,9 @@ class Target:
         """Call ``inspect`` with the arguments of the module's next forward, just before it."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.unwatch()
-            inspect(args, kwargs)
+            if runs_its_forward(module):
+                self.unwatch()
+                inspect(args, kwargs)
 
         self.unwatch()
         self._remove_hook = self._called.register_forward_pre_hook(before, with_kwargs=True).remove
@@ -140,9 +141,9 @@ class Target:
         except torch.OutOfMemoryError as error:
             self._notes.append(f"not inspected to the end: {str(error).splitlines()[0]}")
 
-    def conclude(self) -> None:
-        """Unfold what any process has found wrong. Every process has to call this."""
-        self._unfold(merged_over_processes(self.wrong))
+    def conclude(self, processes: int) -> None:
+        """Unfold what any of the processes has found wrong. Every one of them has to call this."""
+        self._unfold(merged_over_processes(self.wrong, processes))
 
     def _unfold(self, wrong: Mapping[str, str]) -> ConvBNPairs:
         if wrong.keys() - self.wrong.keys():
@@ -170,6 +171,13 @@ class Target:
         elif not self.inspected:
             body.append("neither verified nor counted: the first batch did not pass through its forward")
         return [*lines, *(f"  {line}" for line in (*body, *self._notes))]
+
+
+def runs_its_forward(module: nn.Module) -> bool:
+    """Whether a call of a module runs its forward: DDP and its like run a step in a LightningModule's place."""
+    compiled: dict[str, Any] = getattr(module, "_compiler_ctx", None) or {}
+    forward = compiled.get("original_forward", module.forward)
+    return not hasattr(module, "training_step") or getattr(forward, "__func__", None) is type(module).forward
 
 
 def _nothing() -> None:

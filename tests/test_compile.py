@@ -144,6 +144,19 @@ def test_a_compiled_module_is_exported(where: str, compiler: CompileCounterWithB
     torch.testing.assert_close([*compiled.values()], [*eager.values()], rtol=1e-4, atol=1e-5)
 
 
+def test_a_pair_of_a_compiled_part_that_is_wrong_is_not_exported(
+    compiler: CompileCounterWithBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name has no trace of the wrapper."""
+    told = {"stem.1": "told so by another process"}
+    monkeypatch.setattr("lightning_convbn.target.merged_over_processes", lambda notes, processes: told)
+    with pytest.warns(UserWarning, match="`backbone.stem.1` goes back to Eval mode"):
+        fit("backbone", compiler, quick(export_path=tmp_path / "model.pt"))
+    names = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert "backbone.stem.1.running_mean" in names
+    assert "backbone.last.1.running_mean" not in names
+
+
 def test_an_error_at_the_first_batch_leaves_the_compiler_on(compiler: CompileCounterWithBackend) -> None:
     """The first batch is trained on uncompiled; afterwards whatever is compiled is compiled again."""
 

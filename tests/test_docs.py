@@ -13,6 +13,7 @@ from unittest import mock
 import coverage_table
 import deploy_table
 import memory_table
+import overhead_table
 import pytest
 import several_processes
 import test_loggers
@@ -97,6 +98,12 @@ def test_deploy_table_comes_from_the_committed_times() -> None:
     rows = json.loads((ROOT / "docs" / "benchmarks" / "deploy.json").read_text())["rows"]
     assert deploy_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "deploy.md").read_text()
     assert all(row["onnx_nodes"]["deploy"] <= row["onnx_nodes"]["eval"] for row in rows)
+
+
+def test_overhead_table_comes_from_the_committed_times_and_is_within_the_noise() -> None:
+    rows = json.loads((ROOT / "docs" / "benchmarks" / "overhead.json").read_text())["rows"]
+    assert overhead_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "overhead.md").read_text()
+    assert all(0.99 <= row["ratio"] <= 1.01 for row in rows)
 
 
 def test_coverage_table_comes_from_the_committed_counts() -> None:

@@ -26,7 +26,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_convbn import fuse_for_deploy, writers
+from lightning_convbn import ConvBNModeCallback, fuse_for_deploy, writers
 
 pytestmark = [
     *LIGHTNING_SAYS,
@@ -130,6 +130,34 @@ def test_without_a_forward_the_target_is_exported(tmp_path: Path, caplog: pytest
     assert_holds(path, module.backbone)
 
 
+def test_what_is_exported_is_recorded_before_the_looks_at_it(tmp_path: Path) -> None:
+    """The target is what is exported, and to count what it keeps it is called on tensors without data."""
+    module, path = NoForward(), tmp_path / "model.pt"
+    make_trainer(ConvBNModeCallback(export_path=path)).fit(module)
+    assert_holds(path, module.backbone)
+
+
+class ManyImages(BoringModule):
+    """Takes a list of images, as detectors do."""
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        return super().forward(torch.stack(list(images)))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self([*batch[0]]).square().mean()
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self([*batch[0]])
+
+
+def test_images_in_a_list_are_no_batch(tmp_path: Path) -> None:
+    """Their first dimension is the channels'."""
+    module, path = ManyImages(), tmp_path / "model.pt2"
+    fit(module, path)
+    pictures = [*images(2, 3, 8, 8)]
+    assert_close([torch.export.load(path).module()(pictures)], [module.eval()(pictures)], 1e-5)
+
+
 class ParentOfParts(BoringModule):
     """Whose training does not use its forward."""
 
@@ -192,7 +220,7 @@ def test_a_compiled_part_is_exported_plain(tmp_path: Path) -> None:
 def test_a_pair_that_another_process_found_wrong_is_not_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, path = BoringModule(), tmp_path / "model.pt"
     told = {"stem.1": "told so by another process"}
-    monkeypatch.setattr("lightning_convbn.target.merged_over_processes", lambda notes: {**notes, **told})
+    monkeypatch.setattr("lightning_convbn.target.merged_over_processes", lambda notes, processes: {**notes, **told})
     with pytest.warns(UserWarning, match="`backbone.stem.1` goes back to Eval mode: told so by another process"):
         make_trainer(quick(export_path=path, target="backbone")).fit(module)
     assert "backbone.stem.1.running_mean" in exported(path)

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from boring import LIGHTNING_SAYS, BoringModule, Snapshot, differing, make_trainer, quick, state_of
+from boring import LIGHTNING_SAYS, BoringModule, PrintedLines, Snapshot, differing, make_trainer, quick, state_of
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from several_processes import BATCHES_PER_PROCESS, EPOCHS, FSDP2_ON_CPU, RUNS, Shared, runnable
-from torch import nn
+from test_callback import OwnNorm
+from torch import Tensor, nn
 
-from lightning_convbn import find_conv_bn_pairs, reasons, set_mode
+from lightning_convbn import ConvBNModeCallback, find_conv_bn_pairs, reasons, set_mode
+from lightning_convbn.distributed import merged_over_processes
 
 pytestmark = [
     *LIGHTNING_SAYS,
@@ -130,6 +132,40 @@ def test_spawned_processes_train_and_the_main_process_stays_plain(ranks: list[di
     assert Snapshot.of(module) == before
     assert differing(state_of(module), ranks[0]["ddp", "tune"]["state"]) == []
     assert trainer.callback_metrics["loss"] == pytest.approx(ranks[0]["ddp", "tune"]["losses"]["validate"][-1])
+
+
+class CountsSteps(OwnNorm):
+    """A BatchNorm of its own, so that it is the target itself; steps by hand if asked to."""
+
+    def __init__(self, by_hand: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = not by_hand
+        self.indices: list[int] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.indices.append(batch_idx)
+        loss = super().training_step(batch, batch_idx)
+        if not self.automatic_optimization:
+            self.manual_backward(loss)
+            self.optimizers().step()
+        return loss
+
+
+@pytest.mark.filterwarnings("ignore:.*(LeafSpec|distributed|process group|find_unused|TCPStore)")
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_no_step_is_taken_for_a_forward(by_hand: bool) -> None:
+    """DDP calls the step in the forward's place; to verify and to count, only the forward itself is run."""
+    module, lines = CountsSteps(by_hand), PrintedLines()
+    make_trainer(ConvBNModeCallback(), lines, strategy="ddp").fit(module)
+    torch.distributed.destroy_process_group()
+    assert module.indices == [0, 1, 2]
+    assert "verified: Tune equals Eval" in lines.text
+
+
+def test_one_by_itself_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Trainer may run in one process of a larger job."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert merged_over_processes({"bn": "why"}, 1) == {"bn": "why"}
 
 
 class Syncing(SingleDeviceStrategy):
