@@ -1,7 +1,7 @@
 """The activations whose output can be recomputed in the backward pass, and the classes that they are swapped to.
 
-In the table stand elementwise activations whose backward pass keeps their input. `torch.nn.ReLU` keeps its output, which
-the next layer keeps anyway, so it has nothing to gain; neither has an activation in place that does so.
+In the table stand elementwise activations whose backward pass keeps their input. `torch.nn.ReLU` keeps its output,
+which the next layer keeps anyway, so it has nothing to gain; neither has an activation in place that does so.
 """
 
 from __future__ import annotations

@@ -99,10 +99,8 @@ def measure_memory(
         >>> measure_memory(model, images, mode="tune").saved_bytes  # input, a number to check the statistics by
         12292
     """
-    with (
-        conv_bn_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations),
-        state_kept(model, inputs, kwargs),
-    ):
+    switched = conv_bn_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
+    with switched, state_kept(model, inputs, kwargs):
         if mode == "deploy":
             with torch.no_grad():  # the folds that Deploy mode keeps are not kept for a backward pass
                 model(*inputs, **kwargs)
@@ -143,10 +141,8 @@ def measure_memory_without_data(
     """Count as `measure_memory` does, on tensors without data; raise what the model raises if it looks at values."""
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         args, named = tree_map_only(Tensor, fake.from_tensor, (tuple(inputs), dict(kwargs)))
-        with (
-            conv_bn_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations),
-            state_kept(model, args, named),
-        ):
+        switched = conv_bn_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
+        with switched, state_kept(model, args, named):
             saved = saved_bytes_by_module(model, *args, **named)
             return MemoryUse(sum(saved.values()), saved_by_module=saved)
 

@@ -120,7 +120,7 @@ def recomputed(output: Tensor, input: Tensor, function: Callable[[Tensor], Tenso
     """
     if torch.compiler.is_compiling() or type(output) not in _MARKED or isinstance(input, Recomputed):
         return output
-    if output.grad_fn is None or torch.jit.is_tracing() or forward_ad._current_level >= 0 or not _may_hook():
+    if output.grad_fn is None or forward_ad._current_level >= 0 or not _may_hook():
         return output
     # Of an activation in place autograd keeps a copy of the input, made before the write.
     kept = getattr(output.grad_fn, "_saved_self", None)
@@ -143,11 +143,9 @@ def _reads_attribute(func: Callable[..., Any]) -> bool:
 
 def _may_hook() -> bool:
     """Whether hooks may be set without being in the way of others."""
-    return (
-        peek_interpreter_stack() is None
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()
-        and not _others_hook()
-    )
+    enabled: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    tracing = torch._C._get_tracing_state() is not None or peek_interpreter_stack() is not None
+    return enabled and not tracing and not _others_hook()
 
 
 def _others_hook() -> bool:
@@ -156,9 +154,9 @@ def _others_hook() -> bool:
         return top(False) is not None
     # Before PyTorch 2.8 one has to try: what is saved under hooks takes no others.
     with torch.enable_grad():
-        saved = torch.ones((), requires_grad=True).exp().grad_fn._raw_saved_result  # type: ignore[union-attr]
+        node: Any = torch.ones((), requires_grad=True).exp().grad_fn
     try:
-        saved.register_hooks(Tensor.detach, Tensor.detach)
+        node._raw_saved_result.register_hooks(Tensor.detach, Tensor.detach)
     except RuntimeError:
         return True
     return False
