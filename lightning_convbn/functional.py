@@ -126,10 +126,11 @@ def conv_bn(
     Raises:
         RuntimeError: In the backward pass, if the values of the statistics have changed since the forward pass.
     """
-    if isinstance(input, Recomputed) and has_torch_function_unary(input):  # not if we are called back by it
+    if isinstance(input, Recomputed) and not torch.compiler.is_compiling() and has_torch_function_unary(input):
+        # It calls us back, with hooks for what is saved.
         operands = (weight, bias, gamma, beta, running_mean, running_var, eps, spec)
-        recomputed: Tensor = handle_torch_function(conv_bn, (input,), input, *operands)
-        return recomputed
+        called_back: Tensor = handle_torch_function(conv_bn, (input,), input, *operands)
+        return called_back
     dtype = compute_dtype(input, weight)
     input = _cast(input, weight, dtype)
     constant = None

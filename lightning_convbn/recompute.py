@@ -70,6 +70,9 @@ class Recomputed:
     ) -> Any:
         """Run a torch function; what it saves of marked tensors are recipes. Its results are plain tensors."""
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a compiled part of a model decides by itself what it saves
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         foreign = not all(issubclass(kind, Recomputed) for kind in types)
         with torch._C.DisableTorchFunctionSubclass():
             if foreign or func in _ESCAPES:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from boring import LIGHTNING_SAYS, BoringModule, PrintedLines, make_trainer, quick
+from boring import LIGHTNING_SAYS, BoringModule, PrintedLines, make_trainer
 from helpers import FAMILIES, Snapshot, images, random_model, randomized, torchvision_model
 from test_memory import allocated_by
 from torch import Tensor, nn
@@ -21,8 +22,16 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from lightning_convbn import Mode, conv_bn_mode, find_conv_bn_pairs, get_mode, measure_memory, set_mode
-from lightning_convbn.activations import ACTIVATION_LAYERS, RecomputedActivation
+from lightning_convbn import (
+    ConvBNModeCallback,
+    Mode,
+    conv_bn_mode,
+    find_conv_bn_pairs,
+    get_mode,
+    measure_memory,
+    set_mode,
+)
+from lightning_convbn.activations import ACTIVATION_LAYERS, RecomputedActivation, RecomputedSiLU
 from lightning_convbn.memory import as_mib, count_saved_bytes
 from lightning_convbn.recompute import Recomputed, RecomputedTensor
 
@@ -261,12 +270,11 @@ class TestBytes:
         pairs = find_conv_bn_pairs(model)
         with FakeTensorMode(allow_non_fake_inputs=True):
             image = torch.empty(1, 3, FAMILIES[name], FAMILIES[name])
-            for mode in ("eval", "tune"):
-                without, recomputing = (
-                    measure_memory(model, image, mode=mode, pairs=pairs, recompute_activations=flag).saved_bytes
-                    for flag in (False, True)
-                )
-                assert recomputing <= without
+            without, recomputing = (
+                measure_memory(model, image, mode="tune", pairs=pairs, recompute_activations=flag).saved_bytes
+                for flag in (False, True)
+            )
+        assert recomputing <= without
 
     @pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"])
     def test_the_count_agrees_with_the_allocator(self, name: str) -> None:
@@ -275,19 +283,21 @@ class TestBytes:
         kept = measure_memory(model, input, mode="tune", recompute_activations=True).saved_bytes
         assert kept == pytest.approx(allocated_by(model, input), rel=0.02)
 
-    def test_what_is_recomputed_is_freed_at_once(self) -> None:
-        """Of a chain of activations no two outputs are alive in the backward pass."""
-        model = net(nn.SiLU(), *(layer for _ in range(3) for layer in (nn.Conv2d(6, 6, 1), nn.SiLU())))
-        set_mode(model, "tune", recompute_activations=True)
+    def test_each_consumer_recomputes_once_and_frees_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made: list[weakref.ref[Tensor]] = []
         alive: list[int] = []
 
-        class Counter(torch.autograd.graph.Node if False else object):
-            pass
+        def compute(input: Tensor) -> Tensor:
+            alive.append(sum(reference() is not None for reference in made))
+            output = F.silu(input)
+            made.append(weakref.ref(output))
+            return output
 
-        del Counter
-        output = model(batch())
-        output.sum().backward()
-        assert alive == []
+        monkeypatch.setattr(RecomputedSiLU, "out_of_place", lambda self: compute)
+        model = net(*(layer for _ in range(3) for layer in (nn.SiLU(), nn.Conv2d(6, 6, 1))))
+        set_mode(model, "tune", recompute_activations=True)
+        model(batch()).sum().backward()
+        assert alive == [0, 0, 0]
 
 
 class TestFallsBack:
@@ -314,6 +324,7 @@ class TestFallsBack:
             (marked * weight).sum().backward()
         assert any(tensor is marked for tensor in seen)
 
+    @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # while bytes are counted
     @pytest.mark.parametrize("reentrant", [False, True])
     @pytest.mark.parametrize("split", [0, 2, 3, 5])
     def test_activation_checkpointing(self, split: int, reentrant: bool) -> None:
@@ -324,11 +335,11 @@ class TestFallsBack:
         assert_same_bits(results(recomputing, batch(), run(recomputing)), results(plain, batch(), run(plain)))
         assert count_saved_bytes(run(recomputing), batch()) <= count_saved_bytes(run(plain), batch())
 
-    @pytest.mark.parametrize("first", [0, 2, 3])
-    @pytest.mark.parametrize("last", [3, 5])
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile reads it
+    @pytest.mark.parametrize(("first", "last"), [(0, 3), (2, 3), (2, 5), (3, 5)])
     def test_compiled_parts(self, first: int, last: int) -> None:
         def run(model: nn.Sequential) -> Callable[[Tensor], Tensor]:
-            part = torch.compile(model[first:last], backend="aot_eager")
+            part = torch.compile(model[first:last], backend="aot_eager", fullgraph=True)
             return lambda x: model[last:](part(model[:first](x)))
 
         torch.compiler.reset()
@@ -341,6 +352,7 @@ class TestFallsBack:
         compiled = torch.compile(recomputing, backend="aot_eager", fullgraph=True)
         assert_same_bits(results(recomputing, batch(), compiled), results(plain, batch()))
 
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # which forward-mode differentiation uses
     def test_transforms_of_torch_func(self) -> None:
         plain, recomputing = pair_of(net(nn.SiLU(), *conv(6, 2), dtype=torch.float64))
         input = images(1, 3, 4, 4, dtype=torch.float64)
@@ -357,6 +369,7 @@ class TestFallsBack:
         batched = [torch.func.vmap(lambda w, y=y: (y * w).sum())(weight) for y in (marked, plain)]
         assert torch.equal(*batched)
 
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
     def test_forward_mode(self) -> None:
         plain, recomputing = pair_of(net(nn.SiLU(), *conv(6, 2)))
         with forward_ad.dual_level():
@@ -364,6 +377,7 @@ class TestFallsBack:
             tangents = [forward_ad.unpack_dual(model(dual)).tangent for model in (recomputing, plain)]
         assert torch.equal(*tangents)
 
+    @pytest.mark.filterwarnings("ignore:.torch.jit")
     def test_jit_trace(self) -> None:
         _, recomputing = pair_of(net(nn.SiLU(), *conv(6, 2)))
         traced = torch.jit.trace(recomputing, batch(), check_trace=False)
@@ -534,3 +548,41 @@ class Scaled(nn.SiLU):
 class RecomputedScaled(RecomputedActivation, Scaled):
     def out_of_place(self) -> Callable[[Tensor], Tensor]:
         return F.gelu
+
+
+class TestCallback:
+    pytestmark = LIGHTNING_SAYS
+
+    def fit(self, module: BoringModule, **arguments: Any) -> tuple[BoringModule, list[str], str]:
+        module.backbone.stem[2], module.backbone.middle[2] = nn.SiLU(inplace=True), nn.Hardswish()
+        seen: list[str] = []
+        module.backbone.stem[2].register_forward_hook(
+            lambda act, args, output: seen.append(f"{type(act).__name__} {'train' if module.training else 'eval'}")
+        )
+        lines = PrintedLines()
+        trainer = make_trainer(ConvBNModeCallback(**{"log_memory": False, **arguments}), lines)
+        trainer.fit(module)
+        return module, seen, lines.text
+
+    @pytest.mark.parametrize("mode", ["tune", "eval"])
+    def test_trains_to_the_same_weights_and_ends_plain(self, mode: Mode) -> None:
+        torch.manual_seed(0)
+        plain, recomputing = BoringModule(), BoringModule()
+        recomputing.load_state_dict(plain.state_dict())
+        self.fit(plain, mode=mode)
+        module, seen, _ = self.fit(recomputing, mode=mode, recompute_activations=True)
+        assert set(seen) >= {"RecomputedSiLU train", "SiLU eval"}
+        assert type(module.backbone.stem[2]) is nn.SiLU
+        for name, tensor in plain.state_dict().items():
+            assert torch.equal(module.state_dict()[name], tensor), name
+
+    def test_the_table_counts_with_the_flag(self) -> None:
+        module, _, text = self.fit(BoringModule(), recompute_activations=True, log_memory=True, verify=True)
+        assert "verified: Tune equals Eval" in text
+        (line,) = [line for line in text.splitlines() if "kept for backward" in line]
+        (shape,) = [line for line in text.splitlines() if "counted on an input of" in line]
+        image = torch.zeros([int(size) for size in shape.split(" of ")[1].split(" × ")])
+        plain = measure_memory(module.backbone, image, mode="eval").saved_bytes
+        tune = measure_memory(module.backbone, image, mode="tune", recompute_activations=True).saved_bytes
+        assert tune < measure_memory(module.backbone, image, mode="tune").saved_bytes
+        assert f"Eval {as_mib(plain)}, Tune {as_mib(tune)} (activations recomputed), " in line
