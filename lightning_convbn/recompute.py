@@ -157,9 +157,9 @@ def _others_hook() -> bool:
         return top(False) is not None
     # Before PyTorch 2.8 one has to try: what is saved under hooks takes no others.
     with torch.enable_grad():
-        node: Any = torch.ones((), requires_grad=True).exp().grad_fn
+        node: Any = torch.ones((), requires_grad=True).sin().grad_fn
     try:
-        node._raw_saved_result.register_hooks(Tensor.detach, Tensor.detach)
+        node._raw_saved_self.register_hooks(Tensor.detach, Tensor.detach)
     except RuntimeError:
         return True
     return False

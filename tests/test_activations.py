@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from boring import LIGHTNING_SAYS, BoringModule, PrintedLines, make_trainer
 from helpers import FAMILIES, Snapshot, images, random_model, randomized, torchvision_model
-from test_memory import allocated_by
+from test_memory import _quick_garbage_collection, allocated_by  # noqa: F401 - for every test here, too
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -264,7 +264,7 @@ class TestBytes:
         assert recomputing.saved_bytes <= share * tune.saved_bytes
         assert sum(recomputing.saved_by_module.values()) == recomputing.saved_bytes
 
-    @pytest.mark.parametrize("name", FAMILIES)
+    @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"efficientnet_b0", "efficientnet_v2_s", "mobilenet_v2"}))
     def test_never_more_than_without(self, name: str) -> None:
         model = torchvision_model(name).to_empty(device="cpu")
         pairs = find_conv_bn_pairs(model)
