@@ -2,7 +2,7 @@
 
     python examples/memory_table.py
 
-writes `docs/benchmarks/memory.json` and, from it, `docs/benchmarks/memory.md` and the table in `README.md`. The counts
+writes `docs/benchmarks/memory.json` and, from it, `docs/benchmarks/memory.md` and excerpts in other pages. The counts
 are exact and made on tensors without data, so that this takes minutes and little memory on any machine.
 """
 
@@ -48,13 +48,20 @@ INTRODUCTION = """# Memory kept for the backward pass
 
 MiB that one forward pass keeps for the backward pass, in float32, parameters and buffers excluded. Written by
 `python examples/memory_table.py`, which counts; nothing here is estimated. *Tune by autograd* leaves the folding to
-autograd, which keeps every folded weight, as the published implementations do. *Deploy copy* is the trainable copy that
-`fuse_for_deploy` makes: the floor of any method that keeps the convolutions' inputs."""
-README_NAMES = ["resnet50", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "densenet121"]
+autograd, which keeps every folded weight, as the published implementations do. *Tune + recompute* is Tune mode with
+`recompute_activations=True`, which keeps the inputs of activations such as SiLU, Hardswish and ReLU6 and not their
+outputs. *Deploy copy* is the trainable copy that `fuse_for_deploy` makes: the floor of any method that keeps the
+convolutions' inputs."""
+EXCERPTS = {  # the mark of a table in a page -> the models in it
+    "memory": ["resnet50", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "densenet121"],
+    "recompute": ["mobilenet_v2", "efficientnet_b0", "efficientnet_v2_s", "mobilenet_v3_large", "mnasnet1_0"],
+}
+MARKS = {ROOT / "README.md": "memory", ROOT / "docs" / "index.md": "recompute"}
 COLUMNS = {
     "eval": "Eval",
     "tune_by_autograd": "Tune by autograd",
     "tune": "**Tune**",
+    "tune_recompute": "**Tune + recompute**",
     "deploy": "Deploy copy",
 }
 
@@ -66,9 +73,9 @@ def main() -> None:
     unit = "MiB kept for backward by one forward, float32, parameters and buffers excluded"
     report.write_json(BENCHMARKS / "memory.json", rows, ("torch", "torchvision"), unit=unit)
     (BENCHMARKS / "memory.md").write_text(as_markdown(rows))
-    readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(), rows))
-    print(f"wrote memory.json and memory.md in {BENCHMARKS}, and the table in {readme}")
+    for page, mark in MARKS.items():
+        page.write_text(with_table(page.read_text(), mark, rows))
+    print(f"wrote memory.json and memory.md in {BENCHMARKS}, and the tables in {', '.join(map(str, MARKS))}")
 
 
 def count(name: str) -> Iterator[dict[str, Any]]:
@@ -81,6 +88,8 @@ def count(name: str) -> Iterator[dict[str, Any]]:
         with FakeTensorMode(allow_non_fake_inputs=True):
             images = torch.empty(batch, 3, pixels, pixels)
             kept = {mode: measure_memory(model, images, mode=mode).saved_bytes for mode in ("eval", "tune")}
+            recomputing = measure_memory(model, images, mode="tune", recompute_activations=True)
+            kept["tune_recompute"] = recomputing.saved_bytes
             with folding_by_autograd():
                 kept["tune_by_autograd"] = measure_memory(model, images, mode="tune").saved_bytes
             kept["deploy"] = count_saved_bytes(fused, images)
@@ -110,23 +119,25 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_table(readme: str, rows: list[dict[str, Any]]) -> str:
-    """Put a few of the rows between the marks in the README."""
-    before, mark, rest = readme.partition("<!-- memory -->\n")
-    _, end, after = rest.partition("<!-- /memory -->\n")
-    chosen = [row for row in rows if row["model"] in README_NAMES and (row["batch"], row["pixels"]) == (8, 224)]
-    return "".join([before, mark, "\n".join(table(chosen, 224)), "\n", end, after])
+def with_table(page: str, mark: str, rows: list[dict[str, Any]]) -> str:
+    """Put a few of the rows between two marks in a page."""
+    before, start, rest = page.partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition(f"<!-- /{mark} -->\n")
+    chosen = [row for row in rows if row["model"] in EXCERPTS[mark] and (row["batch"], row["pixels"]) == (8, 224)]
+    return "".join([before, start, "\n".join(table(chosen, 224)), "\n", end, after])
 
 
 def table(rows: list[dict[str, Any]], pixels: int) -> list[str]:
     """Draw one table; a model that takes no image so small says what it was given."""
-    lines = ["| model | " + " | ".join(COLUMNS.values()) + " | Tune / Deploy | saved against Eval |"]
-    lines.append("|---|" + "---:|" * (len(COLUMNS) + 2))
+    headers = [*COLUMNS.values(), "Tune / Deploy", "with recompute", "saved against Eval", "with recompute"]
+    lines = [f"| model | {' | '.join(headers)} |", "|---|" + "---:|" * len(headers)]
     for row in rows:
         name = row["model"] if row["pixels"] == pixels else f"{row['model']} ({row['pixels']} px)"
+        tunes = [row["tune"], row["tune_recompute"]]
         cells = [f"{row[mode]:.1f}" for mode in COLUMNS]
-        cells += [f"{row['tune'] / row['deploy']:.3f}", f"{100 * (1 - row['tune'] / row['eval']):.0f} %"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        cells += [f"{tune / row['deploy']:.3f}" for tune in tunes]
+        cells += [f"{100 * (1 - tune / row['eval']):.0f} %" for tune in tunes]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_convbn.fit_export import FitExport
 from lightning_convbn.layers import Mode, is_norm
 from lightning_convbn.memory import MIB
-from lightning_convbn.modes import check_mode
+from lightning_convbn.modes import check_mode, check_recompute
 from lightning_convbn.reasons import UNTRAINED
 from lightning_convbn.target import Target
 from lightning_convbn.trainers import Callback, LightningModule, Trainer, rank_zero_info, rank_zero_warn
@@ -48,7 +48,8 @@ class ConvBNModeCallback(Callback):
         start_epoch: Train in Train mode until this epoch, then freeze and switch.
         freeze_untrained: A BatchNorm still at mean 0 and variance 1 was never trained, a fresh head's for instance. It
             stays in Train mode, with a warning, unless this is True.
-        recompute_activations: Not available yet; must be False.
+        recompute_activations: Keep of SiLU, Hardswish, GELU, ReLU6 and their kin only the input for the backward pass,
+            which computes their output again: the same numbers, less memory. Needs the mode ``"eval"`` or ``"tune"``.
         verify: Compare Tune with Eval at the first batch; pairs that differ go back to Eval mode, with a warning.
         log_memory: Count the memory at the first batch, print and log it.
         export_path: At the end of fit, write what the LightningModule's ``forward`` computes (or, if it has none, the
@@ -87,8 +88,7 @@ class ConvBNModeCallback(Callback):
         check_mode("eval_mode", eval_mode, ("eval", "tune", "deploy"))
         if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
             raise ValueError(f"start_epoch must be an epoch, 0 or later; got {start_epoch!r}")
-        if recompute_activations:
-            raise ValueError("recompute_activations=True is not available yet; leave it at False")
+        check_recompute(mode, recompute_activations)
         paths = [target] if isinstance(target, str) else target
         if paths is not None and not (
             isinstance(paths, Sequence) and paths and all(isinstance(path, str) and path for path in paths)
@@ -99,6 +99,7 @@ class ConvBNModeCallback(Callback):
         self.target = None if paths is None else list(paths)
         self.start_epoch = start_epoch
         self.freeze_untrained = freeze_untrained
+        self.recompute_activations = recompute_activations
         self.verify = verify
         self.log_memory = log_memory
         self.export_path = export_path
@@ -310,7 +311,8 @@ class ConvBNModeCallback(Callback):
                     f"target={path or None!r}: {type(module).__name__} has no BatchNorm; name the part that has, or "
                     "leave ConvBNModeCallback out"
                 )
-            targets.append(Target(path, module, self._untrained.get(path)))
+            untrained = self._untrained.get(path)
+            targets.append(Target(path, module, untrained, recompute_activations=self.recompute_activations))
         for outer, inner in permutations(paths, 2):
             if f"{inner}.".startswith(f"{outer}."):
                 raise ValueError(f"target={self.target!r}: {inner!r} lies within {outer!r}; name one of them")

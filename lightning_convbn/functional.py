@@ -35,6 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from lightning_convbn.recompute import Recomputed
 
 
 class ConvSpec(NamedTuple):
@@ -123,6 +126,11 @@ def conv_bn(
     Raises:
         RuntimeError: In the backward pass, if the values of the statistics have changed since the forward pass.
     """
+    if isinstance(input, Recomputed) and not torch.compiler.is_compiling() and has_torch_function_unary(input):
+        # It calls us back, with hooks for what is saved.
+        operands = (weight, bias, gamma, beta, running_mean, running_var, eps, spec)
+        called_back: Tensor = handle_torch_function(conv_bn, (input,), input, *operands)
+        return called_back
     dtype = compute_dtype(input, weight)
     input = _cast(input, weight, dtype)
     constant = None

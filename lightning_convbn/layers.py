@@ -8,9 +8,9 @@ without becoming a submodule.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_convbn.functional import ConvSpec, compute_dtype, conv_bn, fold_conv_bn, folded_conv, layout
 
 Mode = Literal["train", "eval", "tune", "deploy"]
+Row = TypeVar("Row")
 
 
 class Swap(NamedTuple):
@@ -404,10 +405,15 @@ def class_name(module: nn.Module) -> str:
     return plain_class(module).__name__
 
 
+def row_of(table: Mapping[type[nn.Module] | str, Row], module: nn.Module) -> Row | None:
+    """A table's row of the exact class of a module as it was found."""
+    cls = plain_class(module)
+    return table.get(cls) or table.get(f"{cls.__module__}.{cls.__qualname__}")
+
+
 def conv_layer(module: nn.Module) -> ConvLayer | None:
     """The table's row of a convolution: of its exact class, a subclass may compute something else."""
-    cls = plain_class(module)
-    return CONV_LAYERS.get(cls) or CONV_LAYERS.get(_qualified_name(cls))
+    return row_of(CONV_LAYERS, module)
 
 
 def norm_layer(module: nn.Module) -> NormLayer | None:
@@ -415,15 +421,10 @@ def norm_layer(module: nn.Module) -> NormLayer | None:
 
     A ``FrozenBatchNorm2d`` of any package is recognised by its buffers: there are as many of them as detectors.
     """
-    cls = plain_class(module)
-    row = NORM_LAYERS.get(cls) or NORM_LAYERS.get(_qualified_name(cls))
+    cls, row = plain_class(module), row_of(NORM_LAYERS, module)
     if row is None and cls.__name__.endswith("FrozenBatchNorm2d") and module._buffers.keys() >= set(Affine._fields[:4]):
         row = NORM_LAYERS[FROZEN]
     return row
-
-
-def _qualified_name(cls: type[nn.Module]) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -59,7 +59,12 @@ class MemoryUse:
 
 
 def measure_memory(
-    model: nn.Module, *inputs: Any, mode: Mode, pairs: ConvBNPairs | None = None, **kwargs: Any
+    model: nn.Module,
+    *inputs: Any,
+    mode: Mode,
+    pairs: ConvBNPairs | None = None,
+    recompute_activations: bool = False,
+    **kwargs: Any,
 ) -> MemoryUse:
     """Count the bytes that one forward pass of a model in a mode keeps for the backward pass.
 
@@ -75,6 +80,7 @@ def measure_memory(
         *inputs: Positional arguments of its forward.
         mode: The mode to measure in. ``"deploy"`` runs as Tune does where parameters want gradients.
         pairs: As for `set_mode`.
+        recompute_activations: As for `set_mode`.
         **kwargs: Keyword arguments of its forward.
 
     Returns:
@@ -93,7 +99,8 @@ def measure_memory(
         >>> measure_memory(model, images, mode="tune").saved_bytes  # input, a number to check the statistics by
         12292
     """
-    with conv_bn_mode(model, mode, pairs=pairs), state_kept(model, inputs, kwargs):
+    switched = conv_bn_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
+    with switched, state_kept(model, inputs, kwargs):
         if mode == "deploy":
             with torch.no_grad():  # the folds that Deploy mode keeps are not kept for a backward pass
                 model(*inputs, **kwargs)
@@ -102,26 +109,40 @@ def measure_memory(
 
 
 def measure_memory_abstractly(
-    model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any], *, mode: Mode, pairs: ConvBNPairs | None = None
+    model: nn.Module,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    mode: Mode,
+    pairs: ConvBNPairs | None = None,
+    recompute_activations: bool = False,
 ) -> MemoryUse:
     """Count as `measure_memory` does, on tensors without data where the model allows it.
 
     A model that only just fits in Tune mode can so be counted in Eval mode. A model that looks at values (a detector's
     non-maximum suppression, say) is run for real.
     """
+    asked: dict[str, Any] = {"mode": mode, "pairs": pairs, "recompute_activations": recompute_activations}
     try:
-        return measure_memory_without_data(model, inputs, kwargs, mode=mode, pairs=pairs)
+        return measure_memory_without_data(model, inputs, kwargs, **asked)
     except Exception:  # whatever a user's forward raises when there are no values to read
-        return measure_memory(model, *inputs, mode=mode, pairs=pairs, **kwargs)
+        return measure_memory(model, *inputs, **asked, **kwargs)
 
 
 def measure_memory_without_data(
-    model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any], *, mode: Mode, pairs: ConvBNPairs | None = None
+    model: nn.Module,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    mode: Mode,
+    pairs: ConvBNPairs | None = None,
+    recompute_activations: bool = False,
 ) -> MemoryUse:
     """Count as `measure_memory` does, on tensors without data; raise what the model raises if it looks at values."""
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         args, named = tree_map_only(Tensor, fake.from_tensor, (tuple(inputs), dict(kwargs)))
-        with conv_bn_mode(model, mode, pairs=pairs), state_kept(model, args, named):
+        switched = conv_bn_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
+        with switched, state_kept(model, args, named):
             saved = saved_bytes_by_module(model, *args, **named)
             return MemoryUse(sum(saved.values()), saved_by_module=saved)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_convbn import reasons
+from lightning_convbn.activations import activation_layer, recomputes_activations
 from lightning_convbn.layers import (
     Mode,
     conv_layer,
@@ -23,6 +24,7 @@ from lightning_convbn.layers import (
 from lightning_convbn.pairs import ConvBNPairs, find_conv_bn_pairs, mismatch, pairs_in_force, statistics_missing
 
 MODES: tuple[Mode, ...] = get_args(Mode)
+RECOMPUTING_MODES: tuple[Mode, ...] = ("eval", "tune")
 
 
 def set_mode(
@@ -44,7 +46,9 @@ def set_mode(
         model: Any module. Wrappers such as DDP are fine; ``DataParallel`` and TorchScript are not.
         mode: ``"train"``, ``"eval"``, ``"tune"`` or ``"deploy"``.
         pairs: What to fold; None for the pairs in force, or, in a plain model, for what `find_conv_bn_pairs` finds.
-        recompute_activations: Not available yet; must be False.
+        recompute_activations: In Eval or Tune mode, keep of SiLU, Hardswish, GELU and their kin (``ACTIVATION_LAYERS``)
+            only the input for the backward pass, and compute the output again for each layer that would have kept it.
+            The numbers are the same, the memory is less, the backward pass does a little more. Each call decides anew.
 
     Returns:
         The pairs, and why every other BatchNorm is in none.
@@ -68,8 +72,7 @@ def set_mode(
     check_mode("mode", mode, MODES)
     _check_model(model)
     _check_partners(model)
-    if recompute_activations:
-        raise ValueError("recompute_activations=True is not available yet; leave it at False")
+    check_recompute(mode, recompute_activations)
     if mode == "train":
         found = _chosen(model, pairs)
         for module in model.modules():
@@ -78,7 +81,7 @@ def set_mode(
     if not any(is_norm(module) for module in model.modules()):
         raise ValueError(f"model: {type(model).__name__} has no BatchNorm, so there is nothing to put in {mode!r} mode")
     pairs = _chosen(model, pairs)
-    _convert(model, mode, pairs)
+    _convert(model, mode, pairs, recompute_activations)
     return pairs
 
 
@@ -119,13 +122,14 @@ def conv_bn_mode(
         >>> get_mode(model)
         'train'
     """
-    previous, previous_pairs = get_mode(model), pairs_in_force(model)
+    before = _state(model)
     chosen = set_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
     try:
         yield chosen
     finally:
-        if get_mode(model) != previous or pairs_in_force(model) != previous_pairs:
-            set_mode(model, previous, pairs=previous_pairs)
+        if _state(model) != before:
+            mode, pairs, recompute_activations = before
+            set_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
 
 
 def check_mode(argument: str, value: object, allowed: tuple[Mode, ...], why_not: str = "") -> None:
@@ -133,6 +137,20 @@ def check_mode(argument: str, value: object, allowed: tuple[Mode, ...], why_not:
     if value not in allowed:
         choices = ", ".join(repr(mode) for mode in allowed)
         raise ValueError(f"{argument} must be one of {choices}; got {value!r}.{why_not and ' ' + why_not}")
+
+
+def check_recompute(mode: Mode, recompute_activations: bool) -> None:
+    """Raise a ValueError if activations are to be recomputed in a mode that does not do so."""
+    if recompute_activations and mode not in RECOMPUTING_MODES:
+        raise ValueError(
+            f"recompute_activations=True needs the mode to be 'eval' or 'tune'; got {mode!r}, which runs activations "
+            "as they are"
+        )
+
+
+def _state(model: nn.Module) -> tuple[Mode, ConvBNPairs | None, bool]:
+    """All that `set_mode` must be told to bring a model back to where it is."""
+    return get_mode(model), pairs_in_force(model), recomputes_activations(model)
 
 
 def _chosen(model: nn.Module, pairs: ConvBNPairs | None) -> ConvBNPairs:
@@ -169,7 +187,7 @@ def _check_partners(model: nn.Module) -> None:
             )
 
 
-def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs) -> None:
+def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute_activations: bool) -> None:
     """Check everything first, then swap: bad input never leaves a model half converted."""
     modules = dict(model.named_modules())
     folded: dict[nn.Module, nn.Module] = {}
@@ -205,6 +223,8 @@ def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs) -> None:
                     conv=conv_of_bn,
                     flattened=name in pairs.flattened,
                 )
+        elif recompute_activations and (activation := activation_layer(module)) is not None:
+            swap_class(module, activation, mode)
         elif module not in convs or mode == "eval":
             restore_class(module)
     rows = {modules[name] for name in pairs.flattened}

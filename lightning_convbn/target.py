@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_convbn.distributed import is_fsdp_unit, merged_over_processes
 from lightning_convbn.layers import Mode
 from lightning_convbn.memory import as_mib, measure_memory_abstractly
-from lightning_convbn.modes import get_mode, set_mode
+from lightning_convbn.modes import RECOMPUTING_MODES, get_mode, set_mode
 from lightning_convbn.pairs import ConvBNPairs, find_conv_bn_pairs, find_hooked, find_recorded_pairs, find_untrained
 from lightning_convbn.reasons import UNTRAINED
 from lightning_convbn.verify import Verification, verify_pairs
@@ -26,6 +26,7 @@ class Target:
         path: Qualified name of the module, for messages; empty for the whole.
         module: The module; of a compiled one, what is compiled.
         untrained: What an earlier part of this run has decided about untrained BatchNorms; None if it has not.
+        recompute_activations: Whether training in Eval or Tune mode recomputes activations; as for `set_mode`.
 
     Attributes:
         decided: Whether it is decided which BatchNorms are untrained.
@@ -36,9 +37,17 @@ class Target:
         inspected: Whether `inspect` has run.
     """
 
-    def __init__(self, path: str, module: nn.Module, untrained: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        module: nn.Module,
+        untrained: list[str] | None = None,
+        *,
+        recompute_activations: bool = False,
+    ) -> None:
         self.path = path
         self._called = module
+        self._recompute_activations = recompute_activations
         self.module = module._orig_mod if isinstance(module, OptimizedModule) else module
         self.decided = untrained is not None
         self.untrained = untrained or []
@@ -91,7 +100,8 @@ class Target:
         return self._pairs_in(self._training_state).leave(dict.fromkeys(self.untrained, UNTRAINED))
 
     def _switch(self, mode: Mode, pairs: ConvBNPairs) -> None:
-        set_mode(self.module, mode, pairs=pairs)
+        recomputes = self._recompute_activations and mode in RECOMPUTING_MODES
+        set_mode(self.module, mode, pairs=pairs, recompute_activations=recomputes)
         self._in_force = pairs
 
     def watch(self, inspect: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
@@ -123,7 +133,8 @@ class Target:
                 self._switch(get_mode(self.module), self._pairs_to_train())
             pairs = self._in_force
             if verify and len(pairs):
-                self.verification = verify_pairs(self.module, pairs, inputs, kwargs)
+                recomputes = self._recompute_activations
+                self.verification = verify_pairs(self.module, pairs, inputs, kwargs, recompute_activations=recomputes)
                 if self.verification is None:
                     self._notes.append("not verified: its output holds no tensor to compare")
                 else:
@@ -131,15 +142,19 @@ class Target:
             if measure and any(is_fsdp_unit(module) for module in self.module.modules()):
                 self._notes.append("not counted: FSDP gathers parameters in its forward")
             elif measure:
-                modes: tuple[Mode, ...] = ("eval", "tune")
-                self.kept = {
-                    mode: measure_memory_abstractly(self.module, inputs, kwargs, mode=mode, pairs=pairs).saved_bytes
-                    for mode in modes
-                }
+                self.kept = {mode: self._kept_in(mode, pairs, inputs, kwargs) for mode in RECOMPUTING_MODES}
                 shape = next((leaf.shape for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)), ())
                 self._notes.append(f"counted on an input of {' × '.join(map(str, shape))}")
         except torch.OutOfMemoryError as error:
             self._notes.append(f"not inspected to the end: {str(error).splitlines()[0]}")
+
+    def _kept_in(self, mode: Mode, pairs: ConvBNPairs, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Count for a mode; Eval mode, where training does not run in it, as it would be without this package."""
+        recomputes = self._recompute_activations and mode in ("tune", get_mode(self.module))
+        use = measure_memory_abstractly(
+            self.module, inputs, kwargs, mode=mode, pairs=pairs, recompute_activations=recomputes
+        )
+        return use.saved_bytes
 
     def conclude(self, processes: int) -> None:
         """Unfold what any of the processes has found wrong. Every one of them has to call this."""
@@ -164,7 +179,8 @@ class Target:
             before, after = self.kept["eval"], self.kept["tune"]
             saved = f"{100 * (before - after) / before:.1f} % saved" if before else "no parameter wants a gradient"
             tune = "Tune" if mode == "tune" else "Tune would keep"
-            body.append(f"kept for backward: Eval {as_mib(before)}, {tune} {as_mib(after)}, {saved}")
+            recomputing = " (activations recomputed)" if self._recompute_activations else ""
+            body.append(f"kept for backward: Eval {as_mib(before)}, {tune} {as_mib(after)}{recomputing}, {saved}")
         if self.verification is not None:
             word = "differs from" if self.verification.wrong else "equals"
             body.append(f"verified: Tune {word} Eval, relative deviation {self.verification.deviation:.1e}")

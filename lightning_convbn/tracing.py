@@ -10,9 +10,10 @@ import torch
 from torch import fx, nn
 
 from lightning_convbn import reasons
+from lightning_convbn.activations import RecomputedActivation
 from lightning_convbn.distributed import is_fsdp_unit
 from lightning_convbn.flow import DataFlow, is_leaf
-from lightning_convbn.layers import class_name, is_norm
+from lightning_convbn.layers import class_name, is_norm, plain_class
 from lightning_convbn.state import stashed, traced_quietly
 
 METADATA = ("shape", "ndim", "dtype", "device")  # what folding leaves unchanged in a convolution's output
@@ -31,7 +32,10 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # An Identity is looked through: what it returns is the very tensor that it was given.
-        return is_leaf(m) or (type(m) is not nn.Identity and super().is_leaf_module(m, module_qualified_name))
+        # An activation that is swapped is described as it was found.
+        swapped = isinstance(m, RecomputedActivation) and plain_class(m).__module__.startswith("torch.nn")
+        known = swapped or is_leaf(m)
+        return known or (type(m) is not nn.Identity and super().is_leaf_module(m, module_qualified_name))
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -37,7 +37,12 @@ class Verification:
 
 
 def verify_pairs(
-    model: nn.Module, pairs: ConvBNPairs, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    pairs: ConvBNPairs,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    recompute_activations: bool = False,
 ) -> Verification | None:
     """Compare Tune mode with Eval mode on one input, and find the pairs to blame where they differ.
 
@@ -50,6 +55,7 @@ def verify_pairs(
         pairs: The pairs to verify.
         inputs: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
+        recompute_activations: Whether Tune mode recomputes activations; as for `set_mode`.
 
     Returns:
         What was found, or None if the output holds no floating-point tensor to compare.
@@ -58,7 +64,7 @@ def verify_pairs(
     tolerance = tolerance_of(model, expected)
 
     def deviation(folded: ConvBNPairs) -> float:
-        return deviation_of(_outputs(model, "tune", folded, inputs, kwargs), expected)
+        return deviation_of(_outputs(model, "tune", folded, inputs, kwargs, recompute_activations), expected)
 
     if not expected:
         return None
@@ -76,9 +82,15 @@ def verify_pairs(
 
 
 def _outputs(
-    model: nn.Module, mode: Mode, pairs: ConvBNPairs, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    mode: Mode,
+    pairs: ConvBNPairs,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    recompute_activations: bool = False,
 ) -> list[Tensor]:
-    with conv_bn_mode(model, mode, pairs=pairs), state_kept(model, inputs, kwargs), torch.no_grad():
+    switched = conv_bn_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
+    with switched, state_kept(model, inputs, kwargs), torch.no_grad():
         return float_tensors(model.forward(*inputs, **kwargs))
 
 

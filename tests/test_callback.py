@@ -431,7 +431,10 @@ def test_a_module_without_a_batchnorm_is_refused() -> None:
         ({"start_epoch": -1}, r"start_epoch must be an epoch, 0 or later; got -1"),
         ({"start_epoch": 1.0}, r"start_epoch must be an epoch, 0 or later; got 1\.0"),
         ({"start_epoch": True}, r"start_epoch must be an epoch, 0 or later; got True"),
-        ({"recompute_activations": True}, r"recompute_activations=True is not available yet"),
+        (
+            {"mode": "train", "recompute_activations": True},
+            r"recompute_activations=True needs the mode to be 'eval' or 'tune'; got 'train'",
+        ),
         (
             {"export_path": "x.tflite"},
             r"export_path='x\.tflite': the suffix must be one of \.onnx, \.pt2, \.pt, \.safet",

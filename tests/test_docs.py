@@ -21,7 +21,7 @@ import test_other_callbacks
 import test_precision
 import torch
 
-from lightning_convbn import layers, reasons
+from lightning_convbn import activations, layers, reasons
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -35,7 +35,8 @@ BLOCKS = [
 @pytest.mark.parametrize("block", BLOCKS)
 def test_code_block_runs(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    with mock.patch.dict(layers.CONV_LAYERS), mock.patch.dict(layers.NORM_LAYERS):
+    tables = (layers.CONV_LAYERS, layers.NORM_LAYERS, activations.ACTIVATION_LAYERS)
+    with mock.patch.dict(tables[0]), mock.patch.dict(tables[1]), mock.patch.dict(tables[2]):
         exec(compile(block, "docs", "exec"), types.ModuleType("docs").__dict__)
 
 
@@ -73,7 +74,14 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize(("row", "table"), [("convolutions", layers.CONV_LAYERS), ("BatchNorms", layers.NORM_LAYERS)])
+@pytest.mark.parametrize(
+    ("row", "table"),
+    [
+        ("convolutions", layers.CONV_LAYERS),
+        ("BatchNorms", layers.NORM_LAYERS),
+        ("activations recomputed", activations.ACTIVATION_LAYERS),
+    ],
+)
 def test_readme_names_the_table_of_supported_layers(row: str, table: dict[type | str, object]) -> None:
     (claim,) = re.findall(rf"^\| {row} \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     supported = {key.rpartition(".")[2] if isinstance(key, str) else key.__name__ for key in table}
@@ -89,8 +97,8 @@ def test_every_reason_is_in_the_troubleshooting_table() -> None:
 
 def test_memory_tables_come_from_the_committed_counts() -> None:
     rows = json.loads((ROOT / "docs" / "benchmarks" / "memory.json").read_text())["rows"]
-    readme = (ROOT / "README.md").read_text()
-    assert memory_table.with_table(readme, rows) == readme
+    for page, mark in memory_table.MARKS.items():
+        assert memory_table.with_table(page.read_text(), mark, rows) == page.read_text()
     assert memory_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "memory.md").read_text()
 
 

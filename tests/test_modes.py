@@ -369,7 +369,16 @@ class TestBadInput:
         [
             ("Tune", {}, "mode must be one of 'train', 'eval', 'tune', 'deploy'; got 'Tune'."),
             (None, {}, "mode must be one of 'train', 'eval', 'tune', 'deploy'; got None."),
-            ("tune", {"recompute_activations": True}, "recompute_activations=True is not available yet"),
+            (
+                "train",
+                {"recompute_activations": True},
+                "recompute_activations=True needs the mode to be 'eval' or 'tune'; got 'train'",
+            ),
+            (
+                "deploy",
+                {"recompute_activations": True},
+                "recompute_activations=True needs the mode to be 'eval' or 'tune'; got 'deploy'",
+            ),
             ("tune", {"pairs": ConvBNPairs([("body.0", "no")])}, "pairs: Patchwork has no module `no`"),
             ("tune", {"pairs": ConvBNPairs([("no", "body.1")])}, "pairs: Patchwork has no module `no`"),
             (
