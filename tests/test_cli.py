@@ -7,7 +7,7 @@ import runpy
 import shlex
 import sys
 from collections.abc import Callable
-from inspect import signature
+from inspect import getdoc, signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,7 +103,7 @@ def test_every_argument_of_the_callback_is_a_flag_with_its_help(
         typed("fit", "--convbn.help")
     printed = " ".join(capsys.readouterr().out.split())
     documented = re.split(
-        r"\n {8}(?=\w+: )", str(ConvBNModeCallback.__doc__).partition("Args:")[2].partition("\n\n")[0]
+        r"\n {4}(?=\w+: )", str(getdoc(ConvBNModeCallback)).partition("Args:")[2].partition("\n\n")[0]
     )
     assert len(documented) - 1 == len(signature(ConvBNModeCallback).parameters)
     for line in documented[1:]:

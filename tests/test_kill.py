@@ -30,7 +30,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Start all runs at once, and send each its signal when it is where it should be."""
     root = tmp_path_factory.mktemp("killed")
     paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     folders = [root / f"{name}-{place}" for name in SIGNALS for place in PLACES]
     for folder in folders:
         folder.mkdir()

@@ -130,7 +130,7 @@ def test_spawned_processes_train_and_the_main_process_stays_plain(ranks: list[di
     trainer = make_trainer(quick(), strategy="ddp_spawn", devices=2, max_epochs=EPOCHS)
     trainer.fit(module)
     assert Snapshot.of(module) == before
-    assert differing(state_of(module), ranks[0]["ddp", "tune"]["state"]) == []
+    torch.testing.assert_close(state_of(module), ranks[0]["ddp", "tune"]["state"])
     assert trainer.callback_metrics["loss"] == pytest.approx(ranks[0]["ddp", "tune"]["losses"]["validate"][-1])
 
 
