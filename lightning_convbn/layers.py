@@ -8,15 +8,16 @@ without becoming a submodule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -65,6 +66,7 @@ class ConvBNLayer(nn.Module):
     """
 
     _bn: tuple[nn.Module]
+    _folded: tuple[tuple[Any, ...], Tensor, Tensor] | None = None  # what was folded, and the fold
     _rows: bool = False  # whether BatchNorm gets the output with its first two dimensions flattened
     dims: int  # dimensions of a batched input; any other input runs unfolded
 
@@ -78,9 +80,26 @@ class ConvBNLayer(nn.Module):
         output: Tensor = plain_class(self).forward(self, input, *arguments)
         return output
 
-    def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
-        """Run the folded pair."""
+    def is_constant(self, sources: Iterable[Tensor | None]) -> bool:
+        """Whether the fold of ``sources`` holds until one of them changes."""
         raise TypeError(f"{type(self).__name__} must be a Tune or a Deploy class")
+
+    def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
+        """Run the folded pair: with a kept fold where that is constant, or in one differentiable step."""
+        conv, affine = cast(nn.Conv2d, self), affine_of(self._bn[0])
+        sources = (conv.weight, conv.bias, *affine[:4])
+        if not _may_keep(input, conv.weight) or not self.is_constant(sources):
+            self.__dict__.pop("_folded", None)
+            return conv_bn(input, conv.weight, conv.bias, *affine, spec)
+        dtype = compute_dtype(input, conv.weight)
+        state = (*sources, dtype, conv.weight.device, affine.eps, *map(_contents, sources))
+        kept = self._folded
+        if kept is None or not _same(kept[0], state):
+            transposed, groups = layout(spec)
+            with torch.inference_mode(False), torch.no_grad():  # it may be wanted outside of inference mode, too
+                fold = fold_conv_bn(conv.weight, conv.bias, *affine, transposed=transposed, groups=groups, dtype=dtype)
+            kept = self._folded = (state, *fold)
+        return folded_conv(input, kept[1], kept[2], spec)
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Return the normalised output of the pair."""
@@ -91,55 +110,50 @@ class ConvBNLayer(nn.Module):
             return frozen_batch_norm(self._bn[0], self.plain_forward(input, output_size))
         return self.folded_forward(*self.geometry(input, output_size))
 
-
-class Tune(ConvBNLayer):
-    """Folds at every forward; gradients reach every parameter of the pair."""
-
-    def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
-        """Fold and convolve in one differentiable step."""
-        conv = cast(nn.Conv2d, self)
-        return conv_bn(input, conv.weight, conv.bias, *affine_of(self._bn[0]), spec)
-
-
-class Deploy(ConvBNLayer):
-    """Folds at its first forward and keeps the result for as long as nothing it was made of changes.
-
-    The kept fold holds no gradient, so where a parameter or the input wants one this runs as `Tune` does.
-    """
-
-    _folded: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
-
-    def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
-        """Convolve with the kept fold."""
-        conv, affine = cast(nn.Conv2d, self), affine_of(self._bn[0])
-        sources = (conv.weight, conv.bias, affine.weight, affine.bias, affine.running_mean, affine.running_var)
-        tensors = (input, *sources)
-        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-            return conv_bn(input, conv.weight, conv.bias, *affine, spec)
-        dtype = compute_dtype(input, conv.weight)
-        if torch.compiler.is_compiling():  # a fold kept by a compiled graph would go stale (pytorch #108863)
-            return folded_conv(input, *self._fold(affine, spec, dtype), spec)
-        state = (dtype, conv.weight.device, affine.eps, *map(_contents, sources))
-        kept = self._folded
-        if kept is None or not _same(kept[0], (*sources, *state)):
-            kept = ((*sources, *state), *self._fold(affine, spec, dtype))
-            if type(kept[1]) is Tensor:  # a FakeTensor must not outlive its mode
-                self._folded = kept
-        return folded_conv(input, kept[1], kept[2], spec)
-
-    def _fold(self, affine: Affine, spec: ConvSpec | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        conv = cast(nn.Conv2d, self)
-        transposed, groups = layout(spec)
-        return fold_conv_bn(conv.weight, conv.bias, *affine, transposed=transposed, groups=groups, dtype=dtype)
-
     def __getstate__(self) -> dict[str, Any]:
         """Leave the fold out of copies and files."""
         return {name: value for name, value in self.__dict__.items() if name != "_folded"}
 
 
+class Tune(ConvBNLayer):
+    """Folds at every forward where a parameter of the pair is trainable; gradients reach every one of them."""
+
+    def is_constant(self, sources: Iterable[Tensor | None]) -> bool:
+        """Whether nothing that is folded wants a gradient."""
+        return not _any_trainable(sources)
+
+
+class Deploy(ConvBNLayer):
+    """Folds once. The fold holds no gradient, so where a parameter wants one this runs as `Tune` does."""
+
+    def is_constant(self, sources: Iterable[Tensor | None]) -> bool:
+        """Whether nothing that is folded wants a gradient, or none is taken."""
+        return not torch.is_grad_enabled() or not _any_trainable(sources)
+
+
+def _any_trainable(tensors: Iterable[Tensor | None]) -> bool:
+    # A list, because with a generator this takes longer, for every pair in every step.
+    return bool([tensor for tensor in tensors if tensor is not None and tensor.requires_grad])
+
+
+def _may_keep(input: Tensor, weight: Tensor) -> bool:
+    """Whether a fold of a weight may outlive the call.
+
+    Not if the weight is none of the module's own (parametrized, sharded), nor if the fold will have no data, nor inside
+    a transform or a compiled graph, where it would go stale (pytorch #108863).
+    """
+    return (
+        type(weight) is nn.Parameter
+        and not isinstance(input, FakeTensor)
+        and not torch.compiler.is_compiling()
+        and peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
+
+
 def _contents(tensor: Tensor | None) -> tuple[int, int]:
     """What changes when a tensor is written in place, or given other storage."""
-    if tensor is None or is_functorch_wrapped_tensor(tensor) or isinstance(tensor, FakeTensor):
+    if tensor is None:
         return 0, 0
     return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 

@@ -101,8 +101,9 @@ def measure_memory(
     """
     switched = conv_bn_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
     with switched, state_kept(model, inputs, kwargs):
-        if mode == "deploy":
-            with torch.no_grad():  # the folds that Deploy mode keeps are not kept for a backward pass
+        frozen = not all(parameter.requires_grad for parameter in model.parameters())
+        if mode == "deploy" or (mode == "tune" and frozen):
+            with torch.no_grad():  # the folds that stay are not kept for a backward pass
                 model(*inputs, **kwargs)
         saved = saved_bytes_by_module(model, *inputs, **kwargs)
         return MemoryUse(sum(saved.values()), _peak_allocated_bytes(model, inputs, kwargs), saved)

@@ -209,6 +209,28 @@ def test_a_compiled_model_can_be_switched_and_measured_without_a_trainer(compile
     assert differing(state_of(model), state_of(plain)) == []
 
 
+def test_a_compiled_forward_keeps_no_folded_weight() -> None:
+    """What is kept of the shape of a weight is the parameter itself; the compiler alone would keep the product."""
+    model = BoringModule().backbone
+    set_mode(model, "tune")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    shapes = {parameter.shape for parameter in model.parameters() if parameter.dim() == 4}
+    of_shape: list[bool] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.shape in shapes:
+            of_shape.append(tensor.data_ptr() in parameters)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = compiled(torch.randn(2, 3, 8, 8))
+    assert of_shape == [True] * 3
+    output.sum().backward()
+    torch._dynamo.reset()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", PLACES)
 def test_training_compiled_by_inductor_is_eager_training(where: str) -> None:

@@ -290,9 +290,11 @@ def data_and_the_same_mode(net: nn.Module) -> None:
         data_and_the_same_mode,
     ],
 )
-def test_a_deployed_model_is_never_stale(change: Callable[[nn.Module], None]) -> None:
+@pytest.mark.parametrize("mode", ["deploy", "tune"])
+def test_a_kept_fold_is_never_stale(change: Callable[[nn.Module], None], mode: Mode) -> None:
+    """Deploy mode keeps folds, and so does Tune mode of pairs that are frozen as a whole."""
     net = small_net().double().requires_grad_(False)
-    set_mode(net, "deploy")
+    set_mode(net, mode)
     before = output(net)
     change(net)
     after = output(net)
@@ -300,9 +302,10 @@ def test_a_deployed_model_is_never_stale(change: Callable[[nn.Module], None]) ->
     assert after.dtype is not before.dtype or not torch.equal(after, before)
 
 
-def test_a_deployed_model_folds_once() -> None:
+@pytest.mark.parametrize("mode", ["deploy", "tune"])
+def test_a_frozen_model_folds_once(mode: Mode) -> None:
     net = small_net().requires_grad_(False)
-    set_mode(net, "deploy")
+    set_mode(net, mode)
     output(net)
     folds = [module._folded[1] for module in net if isinstance(module, ConvBNLayer)]
     output(net)
@@ -310,10 +313,23 @@ def test_a_deployed_model_folds_once() -> None:
     assert all(a is b._folded[1] for a, b in zip(folds, (m for m in net if isinstance(m, ConvBNLayer)), strict=True))
 
 
-def test_a_fold_made_in_inference_mode_serves_a_gradient_of_the_input() -> None:
+def test_a_pair_that_is_trained_again_keeps_no_fold() -> None:
+    """As at the end of a frozen phase: its gradients are Eval's, and nobody holds the fold any longer."""
+    net = small_net().double().requires_grad_(False)
+    set_mode(net, "tune")
+    output(net)
+    net.requires_grad_(True)
+    tuned = gradients(net(batch()), *net.parameters())
+    assert not [module for module in net if "_folded" in module.__dict__]
+    set_mode(net, "eval")
+    assert_close(tuned, gradients(net(batch()), *net.parameters()), 1e-10)
+
+
+@pytest.mark.parametrize("mode", ["deploy", "tune"])
+def test_a_fold_made_in_inference_mode_serves_a_gradient_of_the_input(mode: Mode) -> None:
     net = small_net().double().requires_grad_(False)
     plain = copy.deepcopy(net).eval()
-    set_mode(net, "deploy")
+    set_mode(net, mode)
     with torch.inference_mode():
         net(batch())
     ours, theirs = batch().requires_grad_(), batch().requires_grad_()
