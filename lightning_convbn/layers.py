@@ -67,6 +67,7 @@ class ConvBNLayer(nn.Module):
 
     _bn: tuple[nn.Module]
     _folded: tuple[tuple[Any, ...], Tensor, Tensor] | None = None  # what was folded, and the fold
+    _owns_weight: bool = False  # whether the weight is the module's own between two calls, and not sharded, say
     _rows: bool = False  # whether BatchNorm gets the output with its first two dimensions flattened
     dims: int  # dimensions of a batched input; any other input runs unfolded
 
@@ -88,7 +89,7 @@ class ConvBNLayer(nn.Module):
         """Run the folded pair: with a kept fold where that is constant, or in one differentiable step."""
         conv, affine = cast(nn.Conv2d, self), affine_of(self._bn[0])
         sources = (conv.weight, conv.bias, *affine[:4])
-        if not _may_keep(input, conv.weight) or not self.is_constant(sources):
+        if not (self._owns_weight and _may_keep(input, conv.weight) and self.is_constant(sources)):
             self.__dict__.pop("_folded", None)
             return conv_bn(input, conv.weight, conv.bias, *affine, spec)
         dtype = compute_dtype(input, conv.weight)
@@ -139,8 +140,8 @@ def _any_trainable(tensors: Iterable[Tensor | None]) -> bool:
 def _may_keep(input: Tensor, weight: Tensor) -> bool:
     """Whether a fold of a weight may outlive the call.
 
-    Not if the weight is none of the module's own (parametrized, sharded), nor if the fold will have no data, nor inside
-    a transform or a compiled graph, where it would go stale (pytorch #108863).
+    Not if the weight has been replaced for the call, nor if the fold will have no data, nor inside a transform or a
+    compiled graph, where it would go stale (pytorch #108863).
     """
     return (
         type(weight) is nn.Parameter
@@ -479,6 +480,7 @@ def swap_class(
     if bn is not None:
         module.__dict__["_bn"] = (bn,)
         module.__dict__["_rows"] = flattened
+        module.__dict__["_owns_weight"] = type(module.weight) is nn.Parameter
     module.__dict__["_swap"] = found._replace(
         mode=mode, conv=None if conv is None else (conv,), flattened=flattened, reason=reason
     )
@@ -502,7 +504,7 @@ def stay_frozen(module: nn.Module, args: Any) -> None:
 
 
 def _drop_links(module: nn.Module) -> None:
-    for name in ("_bn", "_rows", "_folded"):
+    for name in ("_bn", "_rows", "_owns_weight", "_folded"):
         module.__dict__.pop(name, None)
 
 

@@ -313,6 +313,21 @@ def test_a_frozen_model_folds_once(mode: Mode) -> None:
     assert all(a is b._folded[1] for a, b in zip(folds, (m for m in net if isinstance(m, ConvBNLayer)), strict=True))
 
 
+def test_a_weight_that_is_sharded_between_two_calls_is_folded_at_each() -> None:
+    """A kept fold would hold what FSDP frees after each forward."""
+
+    class Shard(Tensor):
+        pass
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).requires_grad_(False)
+    whole = net[0].weight
+    net[0].weight = nn.Parameter(whole.data.as_subclass(Shard), requires_grad=False)
+    set_mode(net, "tune")
+    net[0].weight = whole
+    net(torch.ones(1, 3, 5, 5))
+    assert "_folded" not in net[0].__dict__
+
+
 def test_a_pair_that_is_trained_again_keeps_no_fold() -> None:
     """As at the end of a frozen phase: its gradients are Eval's, and nobody holds the fold any longer."""
     net = small_net().double().requires_grad_(False)
