@@ -33,16 +33,24 @@ BARS = {  # key of the counts -> colour and name
 }
 # An opaque light panel, so that the text can be read on light and on dark pages; the same bytes on every run.
 PAPER, INK, FAINT = "#f8fafc", "#1e293b", "#64748b"
-STYLE = {
-    "axes.labelcolor": INK,
-    "figure.facecolor": PAPER,
+STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
     "axes.facecolor": PAPER,
+    "axes.grid": True,
+    "axes.grid.axis": "x",
+    "axes.labelcolor": INK,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.facecolor": PAPER,
+    "grid.color": "#e2e8f0",
     "mathtext.fontset": "dejavuserif",
     "savefig.facecolor": PAPER,
     "svg.hashsalt": "lightning_convbn",
     "text.color": INK,
     "xtick.color": INK,
     "ytick.color": INK,
+    "ytick.left": False,
 }
 
 
@@ -81,10 +89,6 @@ def draw_memory(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     axes.invert_yaxis()
     axes.set_xlabel("MiB kept for the backward pass (less is better)")
     axes.margins(x=0.06, y=0.02)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="#e2e8f0")
-    axes.set_axisbelow(True)
     figure.suptitle(f"What one forward pass keeps: batch {BATCH}, {PIXELS} px, float32", fontweight="bold", fontsize=11)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return save(figure, path)
