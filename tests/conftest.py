@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 # The tests' tensors are tiny: a second thread costs more than it gives, above all on a busy machine.
 torch.set_num_threads(1)
@@ -36,12 +39,25 @@ def project() -> dict[str, Any]:
     return tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, started as root may."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser; pip install it")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on the PATH: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
 @pytest.fixture
 def installed(project: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Declare the entry points as installing the package does, whether or not it is; return where."""
-    metadata = tmp_path / "site" / "lightning_convbn-0.1.0.dist-info"
+    version = project["project"]["version"]
+    metadata = tmp_path / "site" / f"lightning_convbn-{version}.dist-info"
     metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: lightning-convbn\nVersion: 0.1.0\n")
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: lightning-convbn\nVersion: {version}\n")
     groups = project["project"]["entry-points"].items()
     lines = [line for group, named in groups for line in (f"[{group}]", *(f"{n} = {v}" for n, v in named.items()))]
     (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")

@@ -12,6 +12,7 @@ from unittest import mock
 
 import coverage_table
 import deploy_table
+import figures
 import memory_table
 import overhead_table
 import pytest
@@ -20,16 +21,25 @@ import test_loggers
 import test_other_callbacks
 import test_precision
 import torch
+import torchvision
+from boring import LIGHTNING_SAYS
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
-from lightning_convbn import activations, layers, reasons
+from lightning_convbn import activations, layers, measure_memory, reasons
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# A block of Python, with the comment in front of it that names another test which runs it.
+PYTHON = re.compile(r"(?:<!-- run by (\S+) -->\n+)?^ *```py.*?\n(.*?)```", re.DOTALL | re.MULTILINE)
 BLOCKS = [
     pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
     for page in PAGES
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    for number, (elsewhere, block) in enumerate(PYTHON.findall(page.read_text()))
+    if not elsewhere
 ]
+
+pytestmark = LIGHTNING_SAYS
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -38,6 +48,16 @@ def test_code_block_runs(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     tables = (layers.CONV_LAYERS, layers.NORM_LAYERS, activations.ACTIVATION_LAYERS)
     with mock.patch.dict(tables[0]), mock.patch.dict(tables[1]), mock.patch.dict(tables[2]):
         exec(compile(block, "docs", "exec"), types.ModuleType("docs").__dict__)
+
+
+def test_blocks_run_elsewhere_are_read_there() -> None:
+    marked = {
+        (page.name, test)
+        for page in PAGES
+        for test, _ in PYTHON.findall(page.read_text())
+        if test and page.name in (ROOT / test).read_text()
+    }
+    assert marked == {("cli.md", "tests/test_cli.py"), ("export.md", "tests/test_docs.py")}
 
 
 def test_exported_files_load_as_the_docs_say_where_the_package_can_not_be_imported(
@@ -100,6 +120,42 @@ def test_memory_tables_come_from_the_committed_counts() -> None:
     for page, mark in memory_table.MARKS.items():
         assert memory_table.with_table(page.read_text(), mark, rows) == page.read_text()
     assert memory_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "memory.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["memory", "modes"])
+def test_pictures_are_what_the_script_draws(name: str, tmp_path: Path) -> None:
+    """By their texts, which matplotlib notes beside the outlines; those differ from release to release."""
+    rows = json.loads((ROOT / "docs" / "benchmarks" / "memory.json").read_text())["rows"]
+    drawn = tmp_path / "drawn.svg"
+    if name == "memory":
+        figures.draw_memory(rows, drawn)
+    else:
+        figures.draw_modes(drawn)
+    texts = [re.findall("<!-- (.*?) -->", file.read_text()) for file in (drawn, figures.FOLDER / f"{name}.svg")]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 15
+
+
+def test_what_is_kept_with_frozen_parameters_is_what_the_table_of_choices_says() -> None:
+    def kept(model: nn.Module, images: torch.Tensor) -> tuple[int, int]:
+        eval_use, tune_use = (measure_memory(model, images, mode=mode) for mode in ("eval", "tune"))
+        return eval_use.saved_bytes, tune_use.saved_bytes
+
+    images = torch.randn(2, 3, 32, 32)
+    resnet = torchvision.models.resnet18().eval()
+    trained = kept(resnet, images)
+    for module in resnet.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
+    assert kept(resnet, images)[0] == pytest.approx(trained[0], rel=0.01)
+    assert kept(resnet, images)[1] < 0.6 * trained[0]
+    frozen = kept(torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d).eval(), images)
+    assert frozen[0] == pytest.approx(frozen[1], rel=0.05)
+    pair = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval().requires_grad_(False)
+    output = 2 * 8 * 30 * 30 * 4
+    eval_bytes, tune_bytes = kept(pair, images.requires_grad_())
+    assert eval_bytes - tune_bytes >= output
+    assert tune_bytes < 0.01 * output
 
 
 def test_deploy_table_comes_from_the_committed_times() -> None:

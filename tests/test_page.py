@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from lightning_convbn.__main__ import main
 from lightning_convbn.measurement import Subject
 from lightning_convbn.page import render_page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = '</script><script>owned=1</script><img src=x onerror="owned=1">&amp;\''
 
 
@@ -42,18 +40,6 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         options = ["--size", "16", "--rounds", "2", "--budget", "1GiB", "--html", str(file)]
         assert main(["measure", HOSTILE, *options]) == 0
     return file
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium, started as root may."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser; pip install it")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on the PATH: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 class Opened:
