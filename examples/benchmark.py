@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import time
 import warnings
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ def main() -> None:
     except (CommandError, ValueError) as error:
         parser.error(str(error))
     warnings.simplefilter("ignore")  # of compilers, about what they can't fuse
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes lines of its own between the tables
     rows: list[dict[str, Any]] = before.get("rows", [])
     commands = [*before.get("commands", []), report.command()]
     cells = [(name, *size) for name in arguments.models for size in sizes]

@@ -74,9 +74,9 @@ class Step:
 
     def _memory_on_cpu(self) -> dict[str, int]:
         alive = []
-        kept = _allocations(lambda: alive.append(self.loss(fresh_inputs=True)))
+        kept = allocations(lambda: alive.append(self.loss(fresh_inputs=True)))
         alive.clear()
-        whole = _allocations(lambda: self(fresh_inputs=True))
+        whole = allocations(lambda: self(fresh_inputs=True))
         return {"kept_bytes": sum(kept), "peak_bytes": max(accumulate(whole))}
 
     def _memory_on_cuda(self) -> dict[str, int]:
@@ -103,7 +103,7 @@ class Step:
             torch.cuda.synchronize(self.device)
 
 
-def _allocations(function: Callable[[], Any]) -> list[int]:
+def allocations(function: Callable[[], Any]) -> list[int]:
     """Run a function and return what the allocator of the CPU gave (above 0) and took back, in order."""
     gc.collect()  # nothing may be freed within that was allocated before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

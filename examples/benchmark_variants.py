@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_convbn import Mode, set_mode
 
-PASS = "efficient_conv_bn_eval"
 INDUCTOR_PASS = "inductor_pass"
 
 
@@ -78,7 +77,7 @@ def _checkpointed(workload: Workload) -> nn.Module:
     model = workload.copy(workload.model)
     for name in workload.stages:
         stage = model.get_submodule(name)
-        stage.forward = partial(_checkpoint, stage.forward)  # type: ignore[method-assign]
+        stage.forward = partial(_checkpoint, stage.forward)
     return model
 
 
@@ -103,7 +102,10 @@ VARIANTS: dict[str, Variant] = {
     ),
     "mmengine": Variant("mmengine", _mmengine, "#c25a9b"),
     INDUCTOR_PASS: Variant(
-        "inductor's pass", partial(_compiled, build=_eval, **{f"{PASS}_fx_passes": True}), "#9467bd", compiled=True
+        "inductor's pass",
+        partial(_compiled, build=_eval, efficient_conv_bn_eval_fx_passes=True),
+        "#9467bd",
+        compiled=True,
     ),
     "compiled": Variant("torch.compile alone", partial(_compiled, build=_eval), "#b5893c", compiled=True),
     "checkpoint": Variant("checkpoint per stage", _checkpointed, "#d1495b"),
@@ -118,4 +120,4 @@ def forget_compiled() -> None:
 
 def folded_by_inductor() -> int:
     """Count the blocks that inductor's pass has folded since `forget_compiled`."""
-    return int(counters["inductor"][PASS])
+    return int(counters["inductor"]["efficient_conv_bn_eval"])
