@@ -2,8 +2,8 @@
 
     python examples/benchmark_plots.py
 
-writes `docs/benchmarks/modes.md` with its pictures from `docs/benchmarks/modes.json`, and the tables and the picture of
-`docs/scale.md` from `docs/benchmarks/scale.json`; what is not there is left out.
+writes `docs/benchmarks/modes.md` with its pictures from `docs/benchmarks/modes.json`, and `docs/scale.md` with its
+picture from `docs/benchmarks/scale.json` and `processes.json`; a page whose measurements are not there is left out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,13 @@ def main() -> None:
     """Write every page whose measurements are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", type=Path, default=report.BENCHMARKS / "modes.json", help="what to draw the page of")
-    parser.add_argument("--scale", type=Path, default=report.BENCHMARKS / "scale.json", help="fills docs/scale.md")
+    parser.add_argument(
+        "--scale", type=Path, default=report.BENCHMARKS / "scale.json", help="what to draw docs/scale.md of"
+    )
+    parser.add_argument(
+        "--processes", type=Path, default=report.BENCHMARKS / "processes.json", help="what it says of processes"
+    )
+    parser.add_argument("--scale-page", type=Path, default=scale_page.PAGE, help="where to write it")
     arguments = parser.parse_args()
     written = []
     if arguments.modes.exists():
@@ -47,8 +53,9 @@ def main() -> None:
             written.append(_save(compare(rows), page.with_name(name)))
     if arguments.scale.exists():
         rows = json.loads(arguments.scale.read_text())["rows"]
-        scale_page.PAGE.write_text(scale_page.with_tables(scale_page.PAGE.read_text(), rows))
-        written += [scale_page.PAGE, _save(growth(rows), arguments.scale.with_suffix(".png"))]
+        processes = json.loads(arguments.processes.read_text())
+        arguments.scale_page.write_text(scale_page.as_markdown(rows, processes))
+        written += [arguments.scale_page, _save(growth(rows), arguments.scale.with_suffix(".png"))]
     if not written:
         parser.error(f"neither {arguments.modes} nor {arguments.scale} exists; write one with examples/benchmark.py")
     print("wrote", *written, sep="\n  ")

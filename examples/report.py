@@ -64,10 +64,3 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return facts
-
-
-def with_table(page: str, mark: str, lines: Sequence[str]) -> str:
-    """Put a table between two marks in a page, ``<!-- mark -->`` and ``<!-- /mark -->``."""
-    before, start, rest = page.partition(f"<!-- {mark} -->\n")
-    _, end, after = rest.partition(f"<!-- /{mark} -->\n")
-    return "".join([before, start, "\n".join(lines), "\n", end, after])

@@ -1,10 +1,9 @@
-"""The tables of `docs/scale.md`: growth along batch, resolution and depth, and what several processes add."""
+"""The page `docs/scale.md`: growth along batch, resolution and depth, and what several processes add."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -16,8 +15,60 @@ from torch import nn
 
 from lightning_convbn.memory import MIB
 
+PROSE = """# How it scales
+
+What one forward keeps for the backward pass, and how long a step (forward and backward, no optimizer) takes, along
+batch, resolution, depth and processes. The tables and the picture are drawn by `python examples/benchmark_plots.py`
+from `docs/benchmarks/scale.json` and `docs/benchmarks/processes.json`. Peers and more networks are in
+[Memory kept for the backward pass](benchmarks/memory.md). Not measured on a GPU yet.
+
+{setting}
+
+![Kept bytes and step time along batch, resolution and depth](benchmarks/scale.png)
+
+## Batch
+
+What is kept grows in proportion to the batch in all modes, so that Tune's share of Eval's stays what it is. Folding
+costs time once per step, whatever the batch: at batch 1 it weighs most, and there Tune can be slower than Eval.
+
+{batch}
+
+## Resolution
+
+Kept bytes and step time grow with the area of the image. Folding works on weights, which have no pixels: the larger the
+image, the less it weighs.
+
+{pixels}
+
+## Depth
+
+Each convolution with its BatchNorm keeps its input in Tune mode, and its input and output in Eval mode. A deeper
+network has more of both.
+
+{model}
+
+## Processes
+
+Each process keeps what a single one would keep for its share of the batch, in every mode. What a wrapper adds hardly
+depends on the mode, since Tune mode leaves the parameters as they are. The table shows what one of the processes has
+allocated after a first step and not freed: the gradients, and with DDP its buckets, another copy of the gradients unless
+`gradient_as_bucket_view=True` makes the gradients views of them. FSDP holds a share of the parameters and gradients in
+each process; its rows count the shards that it made, while what it frees of the original parameters is older than the
+account. An optimizer's state comes on top, whole with DDP and sharded with FSDP. The last column counts calls in the
+second step.
+
+{processes}
+
+## SyncBatchNorm
+
+In Train mode a SyncBatchNorm gathers statistics in forward (per process two numbers for each channel, and a count) and
+sums two numbers for each channel in backward. Frozen statistics need neither: in Eval and in Tune mode no SyncBatchNorm
+communicates. SyncBatchNorm needs a GPU, so this is counted from the layers of the networks, not measured: two calls
+per layer and step, float32.
+
+{sync}
+"""
 PAGE = report.ROOT / "docs" / "scale.md"
-PROCESSES = report.BENCHMARKS / "processes.json"
 AXES = {"images in a batch": "batch", "pixels": "pixels", "network": "model"}
 SHOWN = ("eval", "tune", "deploy")
 SYNCHRONIZED = ("resnet18", "resnet50", "resnet101")
@@ -33,13 +84,11 @@ def along(rows: Sequence[Row], key: str) -> list[Row]:
     return sorted(chosen, key=lambda row: row["variants"]["eval"]["resident_bytes"])
 
 
-def with_tables(page: str, rows: Sequence[Row]) -> str:
-    """Fill the page's tables."""
-    for key in AXES.values():
-        page = report.with_table(page, key, list(growth_table(rows, key)))
-    page = report.with_table(page, "setting", list(setting(rows)))
-    page = report.with_table(page, "sync", list(sync_table()))
-    return report.with_table(page, "processes", list(processes_table(json.loads(PROCESSES.read_text()))))
+def as_markdown(rows: Sequence[Row], processes: Mapping[str, Any]) -> str:
+    """Draw the page from the cells of `benchmark.py` and from what `scale_processes.py` has measured."""
+    tables = {key: growth_table(rows, key) for key in AXES.values()}
+    tables |= {"setting": setting(rows), "sync": sync_table(), "processes": processes_table(processes)}
+    return PROSE.format(**{name: "\n".join(lines) for name, lines in tables.items()})
 
 
 def setting(rows: Sequence[Row]) -> Iterator[str]:
@@ -80,9 +129,12 @@ def sync_table() -> Iterator[str]:
         yield f"| {name} | {' | '.join(map(str, cells))} |"
 
 
-def processes_table(measurements: dict[str, Any]) -> Iterator[str]:
+def processes_table(measurements: Mapping[str, Any]) -> Iterator[str]:
     """Draw what wrapping adds in each process."""
-    yield "| wrapped by | mode | parameters, MiB | held after the step, MiB | copies of the parameters | collectives |"
+    where = "{model}, batch {batch} and {pixels} px in each of {processes} processes, {backend}.".format(**measurements)
+    yield where[0].upper() + where[1:]
+    yield ""
+    yield "| wrapped by | mode | parameters, MiB | allocated by the step, MiB | in copies of the parameters | collectives |"
     yield "|---|---|---:|---:|---:|---|"
     for row in measurements["rows"]:
         held = row["held_bytes"] / MIB
