@@ -120,8 +120,8 @@ BatchNorms use running statistics.
 - *Deploy copy* is the trainable fused copy: the floor of any method that keeps the convolutions' inputs, but it does
   not train the parameters of the original.
 - *mmengine* is its `turn_on_efficient_conv_bn_eval`; *inductor's pass* is `efficient_conv_bn_eval_fx_passes` under
-  `torch.compile`; *checkpoint per stage* is `torch.utils.checkpoint` around each stage in Eval mode, which runs every
-  forward twice: it keeps least and takes longest.
+  `torch.compile`; *checkpoint per stage* is `torch.utils.checkpoint` around each stage in Eval mode, which runs the
+  forward of each stage twice.
 - Of the detector, compilers and tracers are given the backbone. It samples its proposals by score, so that rounding
   moves some of them and with them the gradients.
 - A ratio above its target is **bold**."""
@@ -136,7 +136,7 @@ def as_markdown(measurements: Mapping[str, Any], stem: str) -> str:
     lines = [
         INTRODUCTION,
         "",
-        f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads{allocator}; {known}.",
+        f"{machine.get('gpu', machine['cpu'])}, threads: {machine['threads']}{allocator}; {known}.",
     ]
     lines += ["Written by `python examples/benchmark_plots.py` from what these commands measured:", "", commands]
     if all(row["device"] == "cpu" for row in rows):

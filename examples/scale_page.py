@@ -51,11 +51,11 @@ network has more of both.
 
 Each process keeps what a single one would keep for its share of the batch, in every mode. What a wrapper adds hardly
 depends on the mode, since Tune mode leaves the parameters as they are. The table shows what one of the processes has
-allocated after a first step and not freed: the gradients, and with DDP its buckets, another copy of the gradients unless
-`gradient_as_bucket_view=True` makes the gradients views of them. FSDP holds a share of the parameters and gradients in
-each process; its rows count the shards that it made, while what it frees of the original parameters is older than the
-account. An optimizer's state comes on top, whole with DDP and sharded with FSDP. The last column counts calls in the
-second step.
+allocated after a first step and not freed: the gradients, and with DDP its buckets, another copy of the gradients
+unless `gradient_as_bucket_view=True` makes the gradients views of them. FSDP holds a share of the parameters and
+gradients in each process; its rows count the shards that it made, while what it frees of the original parameters is
+older than the account. An optimizer's state comes on top, whole with DDP and sharded with FSDP. The last column
+counts calls in the second step.
 
 {processes}
 
@@ -134,7 +134,8 @@ def processes_table(measurements: Mapping[str, Any]) -> Iterator[str]:
     where = "{model}, batch {batch} and {pixels} px in each of {processes} processes, {backend}.".format(**measurements)
     yield where[0].upper() + where[1:]
     yield ""
-    yield "| wrapped by | mode | parameters, MiB | allocated by the step, MiB | in copies of the parameters | collectives |"
+    titles = ["mode", "parameters, MiB", "allocated, MiB", "in copies of the parameters", "collectives"]
+    yield f"| wrapped by | {' | '.join(titles)} |"
     yield "|---|---|---:|---:|---:|---|"
     for row in measurements["rows"]:
         held = row["held_bytes"] / MIB
