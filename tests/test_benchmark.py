@@ -173,8 +173,7 @@ class TestMeasuring:
 
     def test_allocations_are_told_in_order(self) -> None:
         deltas = allocations(lambda: torch.ones(1000).add(1))
-        assert deltas == [4000, 4000, -4000, -4000] or sorted(deltas) == [-4000, -4000, 4000, 4000]
-        assert deltas[0] == 4000
+        assert [delta for delta in deltas if abs(delta) >= 4000] == [4000, 4000, -4000, -4000]
 
     def test_a_wrong_gradient_is_seen(self) -> None:
         expected = {"large": torch.full((4,), 100.0), "small": torch.ones(4)}
@@ -204,7 +203,7 @@ class TestResults:
         variants = rows[0]["variants"]
         variants["deploy"] |= {"step_ms": [10, 10, 10], "kept_bytes": 100}
         for steps, text in (
-            ([10, 10.5, 11], "1.05 (1.03 to 1.08)"),
+            ([10, 10.4, 11], "1.04 (1.02 to 1.07)"),
             ([10, 11, 12], "1.10 (1.05 to 1.15), target 1.08 within the quartiles"),
             ([11, 12, 13], "**1.20 (1.15 to 1.25), above 1.08**"),
         ):
