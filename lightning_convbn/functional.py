@@ -24,24 +24,27 @@ convolution, ``(C_in, C_out / groups, *k)`` for a transposed one and ``(C_out, C
 
 Source: You et al., "Efficient ConvBN Blocks for Transfer Learning and Beyond", ICLR 2024, arXiv 2305.11624, section 3.
 The paper's Tune mode lets autograd keep every ``w'``; here the backward pass recomputes it (one elementwise product).
-Weight-sized temporaries cost more than their arithmetic, so there is one in each direction, ``w'`` itself.
+Weight-sized temporaries cost more than their arithmetic, so there is none but ``w'`` itself, at most one in each
+direction.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils.checkpoint import checkpoint
 
 from lightning_convbn.recompute import Recomputed
+
+LARGE = 2**16  # values from which on a temporary of a weight's size costs more than a few calls
 
 
 class ConvSpec(NamedTuple):
@@ -90,7 +93,7 @@ def fold_conv_bn(
     Returns:
         The folded weight, shaped as ``weight``, and the folded bias ``(C_out,)``. Autograd sees plain operations.
     """
-    mean, rstd = _Statistics(running_mean, running_var, None, eps, fold_dtype(weight)).values()
+    mean, rstd = running_mean.to(fold_dtype(weight)), _rstd(running_var, eps, fold_dtype(weight))
     return _fold(weight, bias, gamma, beta, mean, rstd, transposed, groups, dtype or weight.dtype)
 
 
@@ -104,14 +107,14 @@ def conv_bn(
     running_var: Tensor,
     eps: float,
     spec: ConvSpec | None,
+    constants: Constants | None = None,
 ) -> Tensor:
     """Compute ``bn(conv(input))`` with frozen statistics as ONE convolution: Tune mode.
 
-    Kept for the backward pass: the input (only if a parameter wants a gradient) and a checksum of the statistics.
-    Neither the convolution's output nor the folded weight is kept. The statistics may be written in place before the
-    backward pass as long as their values stay the same (``DistributedDataParallel`` does so). Under autocast the
-    convolution runs in the autocast dtype and the cast input is what is kept; parameters get gradients of their own
-    dtype.
+    Kept for the backward pass: the input (only if a parameter wants a gradient) and the constants. Neither the
+    convolution's output nor the folded weight is kept. The statistics may be written before the backward pass, which
+    goes by what they were (``DistributedDataParallel`` writes them in every forward). Under autocast the convolution
+    runs in the autocast dtype and the cast input is what is kept; parameters get gradients of their own dtype.
 
     Args:
         input: ``(N, C_in, *spatial)``, or ``(N, C_in)`` for a linear layer.
@@ -123,16 +126,14 @@ def conv_bn(
         running_var: Running variance ``(C_out,)``.
         eps: BatchNorm's epsilon.
         spec: Geometry of the convolution; None for a linear layer.
+        constants: What `constants_of` gives for these statistics, if somebody keeps it.
 
     Returns:
         The normalised output, ``(N, C_out, *spatial)`` or ``(N, C_out)``.
-
-    Raises:
-        RuntimeError: In the backward pass, if the values of the statistics have changed since the forward pass.
     """
     if isinstance(input, Recomputed) and not torch.compiler.is_compiling() and has_torch_function_unary(input):
         # It calls us back, with hooks for what is saved.
-        operands = (weight, bias, gamma, beta, running_mean, running_var, eps, spec)
+        operands = (weight, bias, gamma, beta, running_mean, running_var, eps, spec, constants)
         called_back: Tensor = handle_torch_function(conv_bn, (input,), input, *operands)
         return called_back
     dtype = compute_dtype(input, weight)
@@ -140,16 +141,14 @@ def conv_bn(
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         operands = (weight, bias, gamma, beta, running_mean, running_var, eps)
         return _conv(input, *_fold_in_plain_sight(operands, spec, dtype), spec)
-    constant = None
-    if gamma is not None and not gamma.requires_grad:
-        # A constant scale needs no tensor of its own; it may be a buffer (FrozenBatchNorm2d) that DDP writes in place.
-        constant, gamma = gamma, None
-    statistics = _Statistics(running_mean, running_var, constant, eps, fold_dtype(weight))
-    mean, rstd = statistics.values()
-    checksum = statistics.lend(mean, rstd) if torch.is_grad_enabled() else None
-    borrowed = None if checksum is None else statistics
+    if constants is None:
+        constants = constants_of(gamma, running_mean, running_var, eps, fold_dtype(weight))
+    if constants.scale is not None:
+        gamma = None
+    mean, rstd = constants.mean, constants.rstd
+    lent = constants if constants.may_be_lent() else None
     function = _ConvBN if peek_interpreter_stack() is None else _TransformableConvBN
-    output: Tensor = function.apply(input, weight, bias, gamma, beta, mean, rstd, checksum, spec, dtype, borrowed)
+    output: Tensor = function.apply(input, weight, bias, gamma, beta, mean, rstd, spec, dtype, lent)
     return output
 
 
@@ -198,50 +197,72 @@ def _cast(input: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return input
 
 
-class _Statistics:
-    """The statistics of a BatchNorm, times a scale that is constant, for a forward pass and its backward pass.
+class Constants:
+    """What is constant in a fold as long as nobody writes the statistics of the BatchNorm.
 
-    They are not copied for the backward pass but read again from the buffers, because copies come to several percent
-    of what small images keep. A checksum notices if they have changed by then. Autograd's own check would not do: it
-    takes a write of equal values, which ``DistributedDataParallel`` makes in every forward, for a change.
+    A pair keeps them from step to step, so that a backward pass finds them where the forward pass left them: copies for
+    each pass would come to several percent of what small images keep.
+
+    Attributes:
+        mean: The running mean ``(C_out,)`` in the dtype of the fold.
+        rstd: ``r`` of the equations ``(C_out,)``, times the scale if that is constant, too.
+        scale: The constant scale ``(C_out,)``; None for a trainable one, and where there is none.
     """
 
     def __init__(
         self, running_mean: Tensor, running_var: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
     ) -> None:
-        self._mean, self._var, self._scale, self._eps, self._dtype = running_mean, running_var, scale, eps, dtype
+        self.scale = scale
+        self._sources = (running_mean, running_var, scale)
+        self._state = (eps, dtype, *map(contents, self._sources))
+        rstd = _rstd(running_var, eps, dtype)
+        # A mean of the dtype of the fold would be the buffer itself, which may be written.
+        self.mean = running_mean.to(dtype, copy=True)
+        self.rstd = rstd if scale is None else rstd * scale
 
-    def values(self) -> tuple[Tensor, Tensor]:
-        """The mean, and ``r`` of the equations times the constant scale, in the dtype of the fold."""
-        rstd = (self._var.to(self._dtype) + self._eps).rsqrt()
-        return self._mean.to(self._dtype), rstd if self._scale is None else rstd * self._scale
+    def are_of(
+        self, running_mean: Tensor, running_var: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> bool:
+        """Whether they are what these statistics give, and nobody has written them since."""
+        mean, var, constant = self._sources
+        same = running_mean is mean and running_var is var and scale is constant
+        return same and self._state == (eps, dtype, contents(mean), contents(var), contents(constant))
 
-    def lend(self, mean: Tensor, rstd: Tensor) -> Tensor | None:
-        """Return the checksum of the `values` for `values_of_forward`; None where autograd itself must save them."""
-        tensors = [tensor for tensor in (self._mean, self._var, self._scale) if tensor is not None]
-        for tensor in tensors:
-            if tensor.requires_grad or tensor.is_inference() or is_functorch_wrapped_tensor(tensor):
-                return None
-        self._tensors = tensors
-        self._versions = self._current_versions()
-        return self._sum(mean, rstd)
+    def may_be_lent(self) -> bool:
+        """Whether a backward pass may read them here; where autograd or a transform is at work on them it must not."""
+        for tensor in (self.mean, self.rstd):
+            if tensor.requires_grad or is_functorch_wrapped_tensor(tensor):
+                return False
+        return True
 
-    def values_of_forward(self, checksum: Tensor) -> tuple[Tensor, Tensor]:
-        """The same as `values` in the forward pass, which gave ``checksum``."""
-        mean, rstd = self.values()
-        if self._current_versions() != self._versions and not torch.equal(self._sum(mean, rstd), checksum):
-            raise RuntimeError(
-                "the running statistics of a folded BatchNorm have changed between a forward and its backward pass "
-                "(by a pass in Train mode or by loading weights); run the backward pass first"
-            )
-        return mean, rstd
 
-    def _current_versions(self) -> tuple[int, ...]:
-        return tuple(map(attrgetter("_version"), self._tensors))
+def _rstd(running_var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return (running_var.to(dtype) + eps).rsqrt()
 
-    @staticmethod
-    def _sum(mean: Tensor, rstd: Tensor) -> Tensor:
-        return (mean + rstd).sum()
+
+def constants_of(
+    gamma: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    kept: Constants | None = None,
+) -> Constants:
+    """Return the constants of a pair: those that were kept, if they still are right.
+
+    A scale that wants no gradient is one of them. It may be a buffer (FrozenBatchNorm2d).
+    """
+    scale = None if gamma is None or gamma.requires_grad else gamma
+    if kept is not None and kept.are_of(running_mean, running_var, scale, eps, dtype):
+        return kept
+    return Constants(running_mean, running_var, scale, eps, dtype)
+
+
+def contents(tensor: Tensor | None) -> tuple[int, int]:
+    """What changes when a tensor is written in place, or given other storage; nothing does inside a transform."""
+    if tensor is None or is_functorch_wrapped_tensor(tensor) or isinstance(tensor, FakeTensor):
+        return 0, 0
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
 def layout(spec: ConvSpec | None) -> tuple[bool, int]:
@@ -260,10 +281,17 @@ def _fold(
     groups: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
+    scale, shift = _scale_and_shift(bias, gamma, beta, mean, rstd)
+    return _scaled(weight, scale, transposed, groups).to(dtype), shift.to(dtype)
+
+
+def _scale_and_shift(
+    bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a channel of the convolution without its bias is multiplied by, and what is added: ``s`` and ``b'``."""
     scale = rstd if gamma is None else gamma * rstd
     center = mean if bias is None else mean - bias
-    shift = -center * scale if beta is None else torch.addcmul(beta.to(scale.dtype), center, scale, value=-1)
-    return _scaled(weight, scale, transposed, groups).to(dtype), shift.to(dtype)
+    return scale, -center * scale if beta is None else torch.addcmul(beta.to(scale.dtype), center, scale, value=-1)
 
 
 def _scaled(weight: Tensor, scale: Tensor, transposed: bool, groups: int, *, in_place: bool = False) -> Tensor:
@@ -275,15 +303,42 @@ def _scaled(weight: Tensor, scale: Tensor, transposed: bool, groups: int, *, in_
     return multiply(weight.unflatten(0, (groups, -1)), per_channel).flatten(0, 1)
 
 
-def _channel_dot(a: Tensor, b: Tensor, transposed: bool, groups: int, scratch: Tensor | None) -> Tensor:
-    """Sum of ``a * b`` over all but the output channel of two weights: ``(C_out,)``; ``scratch`` is overwritten."""
-    product = torch.mul(a, b, out=scratch)
-    if not transposed:
-        return product.flatten(1).sum(1)
-    return product.unflatten(0, (groups, -1)).flatten(3).sum((1, 3)).flatten()
+def _channel_dot(a: Tensor, b: Tensor, transposed: bool, groups: int) -> Tensor:
+    """Sum of ``a * b`` over all but the output channel of two weights: ``(C_out,)``."""
+    if transposed:
+        return (a * b).unflatten(0, (groups, -1)).flatten(3).sum((1, 3)).flatten()
+    if a.numel() >= LARGE and a.device.type == "cpu" and a.dtype is b.dtype and _is_final():
+        # It is what a frozen BatchNorm of mean 0 and variance 1 has for a gradient of its weight when `b` goes in and
+        # `a` comes back. That kernel goes through both once and writes no product.
+        channels = (a.new_zeros(a.shape[0]), a.new_ones(a.shape[0]))
+        tensors = (a.flatten(1).unsqueeze(0), b.flatten(1).unsqueeze(0), None, *channels, None, None)
+        return torch.ops.aten.native_batch_norm_backward.default(*tensors, False, 0.0, (False, True, False))[1]
+    return (a * b).flatten(1).sum(1)
 
 
-def _conv(input: Tensor, weight: Tensor, bias: Tensor, spec: ConvSpec | None) -> Tensor:
+def _is_final() -> bool:
+    """Whether this backward pass is neither differentiated nor batched in its turn."""
+    return peek_interpreter_stack() is None and not torch.is_grad_enabled()
+
+
+def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
+    """View ``(C_out,)`` so that it broadcasts over an output of a convolution or a linear layer."""
+    return vector.view(-1, *[1] * (like.dim() - 2))
+
+
+def _is_output_smaller(input: Tensor, weight: Tensor, spec: ConvSpec | None) -> bool:
+    """Whether a convolution puts out, or about so, fewer values than it has weights."""
+    if spec is None:
+        return input.shape[0] < weight.shape[1]
+    if spec.transposed:
+        return False
+    values = input.shape[0] * weight.shape[0]
+    for size, stride in zip(input.shape[2:], spec.stride, strict=True):
+        values *= size // stride
+    return values < weight.numel()
+
+
+def _conv(input: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec | None) -> Tensor:
     if spec is None:
         return F.linear(input, weight, bias)
     return torch.convolution(input, weight, bias, *spec)
@@ -307,13 +362,21 @@ def _conv_backward(
 
 
 class _ConvBN(torch.autograd.Function):
-    """The convolution whose backward pass recomputes the folded weight instead of keeping it."""
+    """The convolution whose backward pass recomputes the folded weight instead of keeping it.
+
+    Where there are fewer values to scale in the output (and in its gradient) than in the weight, they are scaled: as on
+    small images, or deep in a network.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _forward(*inputs)
+        input, weight, bias, gamma, beta, mean, rstd, spec, dtype, _ = inputs
         _setup_context(ctx, inputs)
-        return output
+        if dtype is weight.dtype is rstd.dtype and _is_output_smaller(input, weight, spec):
+            scale, shift = _scale_and_shift(bias, gamma, beta, mean, rstd)
+            output = _conv(input, weight, None, spec)
+            return torch.addcmul(_per_channel(shift, output), output, _per_channel(scale, output), out=output)
+        return _conv(input, *_fold(weight, bias, gamma, beta, mean, rstd, *layout(spec), dtype), spec)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -330,7 +393,8 @@ class _TransformableConvBN(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        return _forward(*inputs)
+        input, weight, bias, gamma, beta, mean, rstd, spec, dtype, _ = inputs
+        return _conv(input, *_fold(weight, bias, gamma, beta, mean, rstd, *layout(spec), dtype), spec)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -341,66 +405,51 @@ class _TransformableConvBN(torch.autograd.Function):
         return _backward(ctx, grad)
 
 
-def _forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    checksum: Tensor | None,
-    spec: ConvSpec | None,
-    dtype: torch.dtype,
-    borrowed: _Statistics | None,
-) -> Tensor:
-    return _conv(input, *_fold(weight, bias, gamma, beta, mean, rstd, *layout(spec), dtype), spec)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    input, weight, bias, gamma, beta, mean, rstd, checksum, spec, dtype, borrowed = inputs
+    input, weight, bias, gamma, beta, mean, rstd, spec, dtype, lent = inputs
     of_input, of_weight, of_bias, of_gamma, of_beta, of_mean, of_rstd = ctx.needs_input_grad[:7]
     of_scale = of_gamma or of_rstd
     uses_scale = of_input or of_weight or of_bias or of_mean
-    ctx.spec, ctx.dtype, ctx.input_shape, ctx.borrowed = spec, dtype, input.shape, borrowed
-    ctx.reads_statistics = uses_scale or of_scale
+    reads_rstd = uses_scale or of_scale
+    ctx.spec, ctx.dtype, ctx.input_shape, ctx.lent = spec, dtype, input.shape, lent if reads_rstd else None
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (bias, gamma, beta)]
     ctx.save_for_backward(
         input if of_weight or of_scale else None,
         weight if of_input or of_weight or of_scale else None,
         bias if of_scale else None,
         gamma if uses_scale or of_scale else None,
-        mean if of_scale and borrowed is None else None,
-        rstd if ctx.reads_statistics and borrowed is None else None,
-        checksum if ctx.reads_statistics else None,
+        mean if of_scale and lent is None else None,
+        rstd if reads_rstd and lent is None else None,
     )
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, bias, gamma, mean, rstd, checksum = ctx.saved_tensors
+    input, weight, bias, gamma, mean, rstd = ctx.saved_tensors
     of_input, of_weight, of_bias, of_gamma, of_beta, of_mean, of_rstd = ctx.needs_input_grad[:7]
     bias_dtype, gamma_dtype, beta_dtype = ctx.dtypes
     spec: ConvSpec | None = ctx.spec
     transposed, groups = layout(spec)
     of_scale = of_gamma or of_rstd
-    if ctx.borrowed is not None and ctx.reads_statistics:
-        mean, rstd = ctx.borrowed.values_of_forward(checksum)
-
+    if ctx.lent is not None:
+        mean, rstd = ctx.lent.mean, ctx.lent.rstd
     scale = rstd if gamma is None else gamma * rstd
-    folded: Tensor | None = None
-    if weight is not None:
-        # Its values matter to the gradient of the input alone; the others need no more than its shape.
-        folded = (_scaled(weight, scale, transposed, groups) if of_input else weight).to(ctx.dtype)
     if input is None:
         input = _only_a_shape(ctx.input_shape, grad)
     grad_input: Tensor | None = None
     grad_folded: Tensor | None = None
     grad_shift: Tensor | None
-    mask = (of_input, of_weight or of_scale, of_bias or of_beta or of_mean or of_scale)
-    if folded is None:
+    of_folded, of_shift = of_weight or of_scale, of_bias or of_beta or of_mean or of_scale
+    if weight is None:
         grad_shift = grad.sum([dim for dim in range(grad.dim()) if dim != 1])
+    elif of_input and ctx.dtype is weight.dtype is scale.dtype and grad.numel() < weight.numel():
+        scaled = grad * _per_channel(scale, grad)
+        grad_input, _, _ = _conv_backward(scaled, input, weight, spec, (True, False, False))
+        _, grad_folded, grad_shift = _conv_backward(grad, input, weight, spec, (False, of_folded, of_shift))
     else:
-        grad_input, grad_folded, grad_shift = _conv_backward(grad, input, folded, spec, mask)
+        # Its values matter to the gradient of the input alone; the others need no more than its shape.
+        folded = (_scaled(weight, scale, transposed, groups) if of_input else weight).to(ctx.dtype)
+        grad_input, grad_folded, grad_shift = _conv_backward(grad, input, folded, spec, (of_input, of_folded, of_shift))
+        del folded
 
     grad_weight = grad_bias = grad_gamma = grad_beta = grad_mean = grad_rstd = None
     if grad_shift is not None:
@@ -410,17 +459,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_mean = -grad_shift * scale if of_mean else None
     if grad_folded is not None:
         grad_folded = grad_folded.to(rstd.dtype)
-        # What is ours alone may be overwritten, unless this pass is differentiated or batched in its turn.
-        ours = peek_interpreter_stack() is None and not torch.is_grad_enabled()
         if of_scale and grad_shift is not None:
-            alike = folded is not None and of_input and folded.dtype is grad_folded.dtype is weight.dtype
-            dot = _channel_dot(grad_folded, weight, transposed, groups, folded if ours and alike else None)
+            dot = _channel_dot(grad_folded, weight, transposed, groups)
             grad_scale = torch.addcmul(dot, grad_shift, mean if bias is None else mean - bias, value=-1)
             grad_gamma = (grad_scale * rstd).to(gamma_dtype) if of_gamma else None
             grad_rstd = grad_scale * (1 if gamma is None else gamma) if of_rstd else None
         if of_weight:
-            grad_weight = _scaled(grad_folded, scale, transposed, groups, in_place=ours).to(weight.dtype)
-    return grad_input, grad_weight, grad_bias, grad_gamma, grad_beta, grad_mean, grad_rstd, None, None, None, None
+            grad_weight = _scaled(grad_folded, scale, transposed, groups, in_place=_is_final()).to(weight.dtype)
+    return grad_input, grad_weight, grad_bias, grad_gamma, grad_beta, grad_mean, grad_rstd, None, None, None
 
 
 class _FoldedConv(torch.autograd.Function):

@@ -21,10 +21,23 @@ from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_convbn.functional import ConvSpec, compute_dtype, conv_bn, fold_conv_bn, folded_conv, layout
+from lightning_convbn.functional import (
+    Constants,
+    ConvSpec,
+    compute_dtype,
+    constants_of,
+    contents,
+    conv_bn,
+    fold_conv_bn,
+    fold_dtype,
+    folded_conv,
+    layout,
+)
 
 Mode = Literal["train", "eval", "tune", "deploy"]
 Row = TypeVar("Row")
+
+KEPT = ("_constants", "_folded")  # attributes of a folded convolution that can be computed anew at any time
 
 
 class Swap(NamedTuple):
@@ -66,6 +79,7 @@ class ConvBNLayer(nn.Module):
     """
 
     _bn: tuple[nn.Module]
+    _constants: Constants | None = None
     _folded: tuple[tuple[Any, ...], Tensor, Tensor] | None = None  # what was folded, and the fold
     _owns_weight: bool = False  # whether the weight is the module's own between two calls, and not sharded, say
     _rows: bool = False  # whether BatchNorm gets the output with its first two dimensions flattened
@@ -85,15 +99,26 @@ class ConvBNLayer(nn.Module):
         """Whether the fold of ``sources`` holds until one of them changes."""
         raise TypeError(f"{type(self).__name__} must be a Tune or a Deploy class")
 
+    def constants(self, affine: Affine | None = None) -> Constants | None:
+        """What is constant in the fold, kept from call to call; None where it can't outlive one."""
+        gamma, _, mean, var, eps = affine or affine_of(self._bn[0])
+        if type(mean) is not Tensor or not _may_keep():
+            return None
+        kept = constants_of(gamma, mean, var, eps, fold_dtype(cast(nn.Conv2d, self).weight), self._constants)
+        if kept is not self._constants and type(kept.rstd) is Tensor:
+            self._constants = kept
+        return kept
+
     def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
         """Run the folded pair: with a kept fold where that is constant, or in one differentiable step."""
         conv, affine = cast(nn.Conv2d, self), affine_of(self._bn[0])
         sources = (conv.weight, conv.bias, *affine[:4])
-        if not (self._owns_weight and _may_keep(input, conv.weight) and self.is_constant(sources)):
+        own = self._owns_weight and type(conv.weight) is nn.Parameter and not isinstance(input, FakeTensor)
+        if not (own and _may_keep() and self.is_constant(sources)):
             self.__dict__.pop("_folded", None)
-            return conv_bn(input, conv.weight, conv.bias, *affine, spec)
+            return conv_bn(input, conv.weight, conv.bias, *affine, spec, self.constants(affine))
         dtype = compute_dtype(input, conv.weight)
-        state = (*sources, dtype, conv.weight.device, affine.eps, *map(_contents, sources))
+        state = (*sources, dtype, conv.weight.device, affine.eps, *map(contents, sources))
         kept = self._folded
         if kept is None or not _same(kept[0], state):
             transposed, groups = layout(spec)
@@ -112,8 +137,8 @@ class ConvBNLayer(nn.Module):
         return self.folded_forward(*self.geometry(input, output_size))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the fold out of copies and files."""
-        return {name: value for name, value in self.__dict__.items() if name != "_folded"}
+        """Leave what is kept out of copies and files."""
+        return {name: value for name, value in self.__dict__.items() if name not in KEPT}
 
 
 class Tune(ConvBNLayer):
@@ -137,26 +162,12 @@ def _any_trainable(tensors: Iterable[Tensor | None]) -> bool:
     return bool([tensor for tensor in tensors if tensor is not None and tensor.requires_grad])
 
 
-def _may_keep(input: Tensor, weight: Tensor) -> bool:
-    """Whether a fold of a weight may outlive the call.
+def _may_keep() -> bool:
+    """Whether what is computed may outlive the call: not inside a transform, nor a compiled graph.
 
-    Not if the weight has been replaced for the call, nor if the fold will have no data, nor inside a transform or a
-    compiled graph, where it would go stale (pytorch #108863).
+    There it would go stale (pytorch #108863).
     """
-    return (
-        type(weight) is nn.Parameter
-        and not isinstance(input, FakeTensor)
-        and not torch.compiler.is_compiling()
-        and peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-    )
-
-
-def _contents(tensor: Tensor | None) -> tuple[int, int]:
-    """What changes when a tensor is written in place, or given other storage."""
-    if tensor is None:
-        return 0, 0
-    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+    return not torch.compiler.is_compiling() and peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
 def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
@@ -504,7 +515,7 @@ def stay_frozen(module: nn.Module, args: Any) -> None:
 
 
 def _drop_links(module: nn.Module) -> None:
-    for name in ("_bn", "_rows", "_owns_weight", "_folded"):
+    for name in ("_bn", "_rows", "_owns_weight", *KEPT):
         module.__dict__.pop(name, None)
 
 

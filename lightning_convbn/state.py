@@ -109,4 +109,4 @@ def stashed(model: nn.Module) -> Iterator[tuple[str, Any]]:
                     yield name, leaf
 
 
-_OF_TORCH = {"_parameters", "_buffers", "_modules", "_swap", "_bn", "_folded", "_trainer", "_fabric"}
+_OF_TORCH = {"_parameters", "_buffers", "_modules", "_swap", "_bn", "_constants", "_folded", "_trainer", "_fabric"}

@@ -9,6 +9,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from lightning_convbn.layers import KEPT
+
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 # The smallest member of each torchvision classifier family that has BatchNorms -> the smallest image that suits it.
@@ -131,7 +133,7 @@ class Snapshot(NamedTuple):
         return cls(
             str(model),
             [type(module) for module in modules],
-            [set(module.__dict__) - {"_swap", "_folded"} for module in modules],  # `get_mode` tells of these
+            [set(module.__dict__) - {"_swap", *KEPT} for module in modules],  # `get_mode` tells of these
             [module.training for module in modules],
             [id(parameter) for parameter in model.parameters()],
             {name: tensor.clone().numpy().tobytes() for name, tensor in model.state_dict().items()},

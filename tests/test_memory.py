@@ -61,7 +61,7 @@ class TestBytesComputedByHand:
     @pytest.mark.parametrize("mode", ["tune", "deploy"])
     def test_tune_keeps_the_input_alone(self, mode: Mode) -> None:
         kept = measure_memory(self.net(), images(2, 3, 8, 8), mode=mode).saved_bytes
-        assert kept == self.INPUT + FLOAT  # a checksum of the statistics, which are read again from the buffers
+        assert kept == self.INPUT
 
     def test_with_frozen_parameters_nothing_is_kept(self) -> None:
         """As when an input is optimised: an adversarial example, say. The folds outlive the step."""
@@ -102,6 +102,7 @@ class TestBytesComputedByHand:
         net = small_net()
         set_mode(net, mode)
         image = images(2, 3, 8, 8)
+        net(image)  # the constants of the pairs stay from now on
         kept = count_saved_bytes(lambda x: checkpoint(net, x, use_reentrant=False, preserve_rng_state=False), image)
         assert kept == image.nbytes
 
@@ -192,10 +193,10 @@ def test_tune_keeps_what_a_deployed_copy_keeps(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_of_small_images_tune_keeps_little_more_than_a_deployed_copy(name: str) -> None:
-    """The one vector per pair weighs more against small activations."""
+def test_of_small_images_tune_keeps_what_a_deployed_copy_keeps(name: str) -> None:
+    """Against so small activations vectors of a value per channel would weigh."""
     tune, plain, deployed = kept_by_tune_eval_and_copy(name, torch.zeros(1, 3, FAMILIES[name], FAMILIES[name]))
-    assert tune <= 1.05 * deployed, tune / deployed
+    assert tune <= 1.01 * deployed, tune / deployed
     assert tune <= plain
 
 
@@ -213,8 +214,11 @@ def test_what_tune_keeps_beyond_a_deployed_copy_does_not_grow_with_the_batch(nam
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121", "efficientnet_b0", "googlenet"])
 def test_the_count_agrees_with_the_allocator(name: str, mode: Mode) -> None:
     model, batch = constant_model(name), images(2, 3, 64, 64)
+    counted = measure_memory(model, batch, mode=mode).saved_bytes
     set_mode(model, mode)
-    assert measure_memory(model, batch, mode=mode).saved_bytes == pytest.approx(allocated_by(model, batch), rel=0.02)
+    with torch.no_grad():
+        model(batch)  # the constants of the pairs stay from now on
+    assert counted == pytest.approx(allocated_by(model, batch), rel=0.02)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "tune"])

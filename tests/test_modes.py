@@ -290,10 +290,10 @@ def data_and_the_same_mode(net: nn.Module) -> None:
         data_and_the_same_mode,
     ],
 )
-@pytest.mark.parametrize("mode", ["deploy", "tune"])
-def test_a_kept_fold_is_never_stale(change: Callable[[nn.Module], None], mode: Mode) -> None:
-    """Deploy mode keeps folds, and so does Tune mode of pairs that are frozen as a whole."""
-    net = small_net().double().requires_grad_(False)
+@pytest.mark.parametrize(("mode", "trainable"), [("deploy", False), ("tune", False), ("tune", True)])
+def test_what_is_kept_is_never_stale(change: Callable[[nn.Module], None], mode: Mode, trainable: bool) -> None:
+    """Deploy mode keeps folds, so does Tune mode of pairs that are frozen as a whole; of others it keeps constants."""
+    net = small_net().double().requires_grad_(trainable)
     set_mode(net, mode)
     before = output(net)
     change(net)
