@@ -192,7 +192,7 @@ class CocoData(LightningDataModule):
         source: `coco:FOLDER` for your own, laid out as in `LAYOUTS`; `digits` for digits on photographs.
         train: Name of the training set in the folder: `train2017` in COCO itself.
         val: Name of the validation set.
-        test: Name of the test set; None to test on the validation set.
+        test: Name of the test set; None for `test`, or, where there is none, the validation set.
         batch_size: Images per step.
         flip: Probability that a training image is mirrored; 0 where mirrored objects have another meaning.
         masks: Give masks, for Mask R-CNN.
@@ -247,7 +247,10 @@ class CocoData(LightningDataModule):
             *find_split(root, train), _transforms(augment), masks=masks, training=True, keep_empty=keep_empty
         )
         self.val = CocoImages(*find_split(root, val), _transforms(), masks=masks)
-        self.test = self.val if test is None else CocoImages(*find_split(root, test), _transforms(), masks=masks)
+        if test is None and not any((root / file.format("test")).is_file() for file, _ in LAYOUTS):
+            self.test = self.val
+        else:
+            self.test = CocoImages(*find_split(root, test or "test"), _transforms(), masks=masks)
         self.classes = self.train.classes
         for other in (self.val, self.test):
             if other.classes != self.classes:

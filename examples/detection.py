@@ -52,7 +52,7 @@ SCORES = {"map": "map", "map_50": "map_50", "bbox_map": "map", "bbox_map_50": "m
 """torchmetrics' name of a score, of boxes alone or beside masks -> ours."""
 ROUNDS = 5
 SHOWN_IMAGES = 8
-SHOWN_ABOVE = 0.5
+SHOWN_ABOVE = 0.3
 
 
 class Detector(LightningModule):
@@ -66,6 +66,7 @@ class Detector(LightningModule):
         weights: MobileNetV2's as a .pth file; None downloads them.
         image_size: Pixels of the shorter edge that images are resized to; the longer has at most twice as many.
         channels: Channels of the feature pyramid.
+        regions: Regions per image that Faster and Mask R-CNN learn to classify; the others have none.
         lr: Peak learning rate of the new layers; the pretrained ones' is a tenth.
     """
 
@@ -78,6 +79,7 @@ class Detector(LightningModule):
         weights: Path | None = None,
         image_size: int = 800,
         channels: int = 256,
+        regions: int = 512,
         lr: float = 1e-3,
     ) -> None:
         super().__init__()
@@ -90,6 +92,7 @@ class Detector(LightningModule):
             len(classes),
             image_size=image_size,
             channels=channels,
+            regions=regions,
             pretrained=pretrained,
             weights=weights,
         )
@@ -226,7 +229,7 @@ def measure_modes(detector: nn.Module, batch: Batch) -> dict[Mode, dict[str, flo
 
 
 def save_predictions(model: Detector, images: CocoImages, path: Path) -> Path:
-    """Draw what the model finds in the first images, beside white boxes for what is there."""
+    """Draw what the model finds in the first images, beside green boxes for what is there."""
     model.eval()
     items = [images[index] for index in range(min(SHOWN_IMAGES, len(images)))]
     figure = Figure(figsize=(12, 6.4), layout="constrained")
@@ -241,13 +244,13 @@ def save_predictions(model: Detector, images: CocoImages, path: Path) -> Path:
             image = torch.where(inside, image.mul(0.4) + torch.tensor([0.0, 0.6, 0.6])[:, None, None], image)
         axes.imshow(image.permute(1, 2, 0))
         for box in target["boxes"]:
-            axes.add_patch(_rectangle(box, "white", linewidth=3))
+            axes.add_patch(_rectangle(box, "limegreen", linewidth=3))
         for box, label, score in zip(*(found[key][sure].cpu() for key in ("boxes", "labels", "scores")), strict=True):
             axes.add_patch(_rectangle(box, "red", linewidth=1))
             left, top = box[:2].tolist()
             text = f"{model.classes[int(label) - 1]}  {score:.2f}"
             axes.text(left, top, text, color="white", backgroundcolor="red", fontsize=7, va="bottom")
-    figure.suptitle("white: what is there; red: what is found, with its score")
+    figure.suptitle("green: what is there; red: what is found, with its score")
     figure.savefig(path)
     return path
 
@@ -257,7 +260,8 @@ def _rectangle(box: Tensor, color: str, linewidth: float) -> Rectangle:
     return Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=linewidth)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command line; what can't be used ends it in one line."""
     defaults = {"default_config_files": [str(CONFIG)]}
     try:
         DetectionCLI(
@@ -269,3 +273,7 @@ if __name__ == "__main__":
         )
     except (DataError, WeightsError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_convbn import ConvBNModeCallback
 
 
-def main(source: str = "digits", epochs: int = 6) -> None:
+def main(source: str = "digits", epochs: int = 4) -> None:
     """Train, test and report.
 
     Args:
@@ -21,8 +21,8 @@ def main(source: str = "digits", epochs: int = 6) -> None:
         epochs: Passes over the training images.
     """
     seed_everything(0)
-    data = CocoData(source, batch_size=8, flip=0.0)
-    model = Detector(data.classes, "retinanet", image_size=192, channels=64, lr=0.002)
+    data = CocoData(source, batch_size=4, flip=0.0)
+    model = Detector(data.classes, "fasterrcnn", image_size=192, channels=64, regions=64)
     trainer = Trainer(
         callbacks=[
             ConvBNModeCallback("tune", target="detector.backbone"),

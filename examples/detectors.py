@@ -17,6 +17,7 @@ from weights import load_pretrained
 Architecture = Literal["fasterrcnn", "retinanet", "fcos", "maskrcnn"]
 Backbone = Literal["mobilenet_v2", "resnet50"]
 
+REGION_BASED = ("fasterrcnn", "maskrcnn")
 STRIDES = (8, 16, 32, 64)
 """Pixels of the image to a pixel of each feature map of a pyramid; a max-pooling adds the last."""
 RATIOS = (0.5, 1.0, 2.0)
@@ -29,6 +30,7 @@ def build_detector(
     *,
     image_size: int,
     channels: int,
+    regions: int,
     pretrained: bool,
     weights: Path | None,
 ) -> nn.Module:
@@ -43,14 +45,17 @@ def build_detector(
         num_classes: Classes without the background.
         image_size: Pixels of the shorter edge that images are resized to; the longer has at most twice as many.
         channels: Channels of the feature pyramid.
+        regions: Regions per image that Faster and Mask R-CNN learn to classify; the others have none.
         pretrained: Start from ImageNet weights.
         weights: MobileNetV2's as a .pth file; None downloads them.
     """
+    options = {"box_batch_size_per_image": regions} if architecture in REGION_BASED else {}
     return DETECTORS[architecture](
         PYRAMIDS[backbone](channels, pretrained, weights),
         num_classes=num_classes + 1,
         min_size=image_size,
         max_size=2 * image_size,
+        **options,
     )
 
 
