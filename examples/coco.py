@@ -61,6 +61,8 @@ class CocoImages(CocoDetection):
         DataError: If something can't be used; the message names the file and the fix.
     """
 
+    ids: list[int]  # torchvision leaves it untyped
+
     def __init__(
         self,
         annotations: Path,

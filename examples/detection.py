@@ -167,7 +167,7 @@ class DetectionCLI(ConvBNCLI):
 
     def after_fit(self) -> None:
         """Test the best checkpoint, and report."""
-        if not self.trainer.fast_dev_run:
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.trainer.test(self.model, self.datamodule, ckpt_path="best", verbose=False)
             report(self.trainer, self.model, self.datamodule)
 
@@ -183,7 +183,8 @@ def report(trainer: Trainer, model: Detector, data: CocoData) -> None:
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     if not trainer.is_global_zero:
         return
-    mode: Mode = next((one.mode for one in trainer.callbacks if isinstance(one, ConvBNModeCallback)), "train")
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    mode: Mode = next((one.mode for one in callbacks if isinstance(one, ConvBNModeCallback)), "train")
     rows = measure_modes(model.detector, next(iter(data.train_dataloader())))
     scores = {name: float(score) for name, score in trainer.callback_metrics.items() if name in COLUMNS}
     rows.setdefault(mode, {}).update(scores)

@@ -214,7 +214,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other categories": (
         lambda folder: edit(folder, lambda content: content["categories"].append({"id": 11, "name": "ten"}), "val"),
-        r"instances_val\.json: has the categories 0, .*, ten, but .*instances_train\.json has 0, .* 9; give both the same",
+        r"instances_val\.json: has the categories 0, .*, ten, but .*instances_train\.json has 0, .* 9; give both",
     ),
     "no usable box": (
         lambda folder: edit(folder, lambda content: [one.update(bbox=[0, 0, 0, 5]) for one in content["annotations"]]),
