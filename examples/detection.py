@@ -52,7 +52,7 @@ SCORES = {"map": "map", "map_50": "map_50", "bbox_map": "map", "bbox_map_50": "m
 """torchmetrics' name of a score, of boxes alone or beside masks -> ours."""
 ROUNDS = 5
 SHOWN_IMAGES = 8
-SHOWN_ABOVE = 0.3
+SHOWN_ABOVE = 0.5
 
 
 class Detector(LightningModule):
@@ -239,7 +239,7 @@ def save_predictions(model: Detector, images: CocoImages, path: Path) -> Path:
             (found,) = model([image.to(model.device)])
         axes = figure.add_subplot(2, (SHOWN_IMAGES + 1) // 2, number)
         axes.set_axis_off()
-        sure = found["scores"] > SHOWN_ABOVE
+        sure = (found["scores"] > SHOWN_ABOVE).nonzero().flatten().flip(0)  # the surest last, on top
         if "masks" in found:
             inside = (found["masks"][sure, 0] > 0.5).any(0).cpu()
             image = torch.where(inside, image.mul(0.4) + torch.tensor([0.0, 0.6, 0.6])[:, None, None], image)
