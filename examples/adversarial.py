@@ -202,10 +202,10 @@ def draw(examples: Examples, count: int, names: Sequence[str]) -> Figure:
 
 def _names(trainer: Trainer, module: LightningModule) -> Sequence[str]:
     """Return the names of the classes that the attacked network tells apart."""
+    names: Sequence[str] = CATEGORIES
     if isinstance(module.network, Classifier):
-        names: Sequence[str] = trainer.datamodule.classes  # type: ignore[attr-defined]
-        return names
-    return CATEGORIES
+        names = trainer.datamodule.classes  # type: ignore[attr-defined]
+    return names
 
 
 def _load_classifier(path: Path) -> Classifier:
@@ -228,7 +228,7 @@ class AttackCLI(TemplateCLI):
 
     def after_predict(self) -> None:
         """Write the file of `--results`."""
-        (saved,) = (callback for callback in self.trainer.callbacks if isinstance(callback, SaveExamples))
+        (saved,) = (callback for callback in self.trainer.callbacks if isinstance(callback, SaveExamples))  # type: ignore[attr-defined]
         self.write_results([{"fooled": sum(saved.fooled), "images": len(saved.fooled)}])
 
 

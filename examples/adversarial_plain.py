@@ -9,21 +9,23 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from adversarial import Attack, Examples
-from data import DataError, ImageData
+from data import ImageData
+from datasets import DataError
 from lightning.pytorch import Trainer
 from report import as_table, write_json
 from weights import WeightsError
 
 from lightning_convbn import ConvBNModeCallback, measure_memory
 
-MODES = ("eval", "tune", "deploy")
+Mode = Literal["eval", "tune", "deploy"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
-def run(model: Attack, data: ImageData, mode: Any) -> tuple[list[Examples], float]:
+def run(model: Attack, data: ImageData, mode: Mode) -> tuple[list[Examples], float]:
     """Attack the test set in a mode; return the examples and the seconds that it took."""
     callback = ConvBNModeCallback(eval_mode=mode)
     trainer = Trainer(inference_mode=False, callbacks=[callback], logger=False, enable_progress_bar=False)

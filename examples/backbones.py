@@ -48,7 +48,7 @@ def build_backbone(name: str, weights: str = "default") -> tuple[nn.Module, int]
 
     The arguments and errors are `build_classifier`'s.
     """
-    network = build_classifier(name, weights)
+    network: Any = build_classifier(name, weights)
     if name.startswith("timm:"):
         features = int(getattr(network, "head_hidden_size", network.num_features))
         network.reset_classifier(0)

@@ -13,6 +13,7 @@ The defaults are those of `configs/classification.yaml`; `classification_plain.p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from backbones import build_backbone
@@ -91,9 +92,7 @@ class Classifier(LightningModule):
         return sgd_in_one_cycle(self, groups, [self.lr / 10, self.lr])
 
 
-def sgd_in_one_cycle(
-    module: LightningModule, groups: list[dict[str, object]], peaks: list[float]
-) -> OptimizerLRScheduler:
+def sgd_in_one_cycle(module: LightningModule, groups: list[dict[str, Any]], peaks: list[float]) -> OptimizerLRScheduler:
     """Return SGD whose learning rates rise to their peaks, one to a group, and fall again."""
     optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=1e-4)
     steps = int(module.trainer.estimated_stepping_batches)

@@ -10,7 +10,8 @@ import sys
 
 from backbones import BackboneError
 from classification import Classifier
-from data import DataError, ImageData
+from data import ImageData
+from datasets import DataError
 from lightning.pytorch import Trainer, seed_everything
 from weights import WeightsError
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from backbones import BackboneError
-from data import DataError, SplitData
+from data import SplitData
+from datasets import DataError
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 from report import write_json

@@ -209,7 +209,7 @@ def read_fashion_mnist(path: Path | None, seed: int) -> Source:
         with _explained(f"fashion-mnist:{folder}", layout):
             train, test = (torchvision.datasets.FashionMNIST(root, train=train) for train in (True, False))
     sets = [list(map(Sample, part.data.numpy(), part.targets.tolist())) for part in (train, test)]
-    return _with_validation(train.classes, *sets, seed)
+    return _with_validation(train.classes, sets, seed)
 
 
 # ---------------------------------------------------------------------------------------------------- by their names
@@ -220,7 +220,7 @@ def read_cifar10(path: Path, seed: int) -> Source:
     with _explained(f"cifar10:{path}", "cifar-10-batches-py/ as in cifar-10-python.tar.gz"):
         train, test = (torchvision.datasets.CIFAR10(str(path), train=train) for train in (True, False))
     sets = [list(map(Sample, part.data, part.targets)) for part in (train, test)]
-    return _with_validation(train.classes, *sets, seed)
+    return _with_validation(train.classes, sets, seed)
 
 
 def read_aircraft(path: Path, seed: int) -> Source:
@@ -238,7 +238,7 @@ def read_cars(path: Path, seed: int) -> Source:
     with _explained(f"cars:{path}", layout):
         train, test = (torchvision.datasets.StanfordCars(str(path), split) for split in ("train", "test"))
     sets = [[Sample(Path(file), int(label)) for file, label in part._samples] for part in (train, test)]
-    return _with_validation(train.classes, *sets, seed)
+    return _with_validation(train.classes, sets, seed)
 
 
 def read_imagenet(path: Path, seed: int) -> Source:
@@ -276,8 +276,8 @@ def read_cub(path: Path, seed: int) -> Source:
                 f"but classes.txt has {len(names)} classes: {classes[0]} to {classes[-1]}"
             )
     samples = {image: Sample(folder / "images" / file, classes.index(labels[image])) for image, file in files.items()}
-    train, test = ([samples[image] for image in files if (trains[image] == "1") is wanted] for wanted in (True, False))
-    return _with_validation(list(names.values()), train, test, seed)
+    sets = [[samples[image] for image in files if (trains[image] == "1") is wanted] for wanted in (True, False)]
+    return _with_validation(list(names.values()), sets, seed)
 
 
 def _numbered_lines(path: Path) -> dict[str, str]:
@@ -369,7 +369,8 @@ def read_csv(path: Path, seed: int) -> Source:
 # ---------------------------------------------------------------------------------------------------------- in common
 
 
-def _with_validation(classes: Sequence[str], train: Sequence[Sample], test: list[Sample], seed: int) -> Source:
+def _with_validation(classes: Sequence[str], train_and_test: Sequence[list[Sample]], seed: int) -> Source:
+    train, test = train_and_test
     return Source(classes, [*stratified_split(train, HELD_OUT, seed), test])
 
 

@@ -29,8 +29,8 @@ from typing import Any, Literal, get_args
 import torch
 from backbones import build_classifier
 from classification import Classifier
-from data import DataError, ImageData
-from datasets import BadImages
+from data import ImageData
+from datasets import BadImages, DataError
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger

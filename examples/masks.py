@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from data import IMAGENET, DataError, SplitData
-from datasets import BadImages, Sample, open_image, readable
+from data import IMAGENET, SplitData
+from datasets import BadImages, DataError, Sample, open_image, readable
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor

@@ -13,8 +13,9 @@ A fresh BatchNorm has mean 0 and variance 1: frozen there, it does not normalise
 from __future__ import annotations
 
 from collections import OrderedDict
+from colorsys import hsv_to_rgb
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torchvision
@@ -87,7 +88,8 @@ class Segmenter(LightningModule):
         scores = self(images)
         self.test_iou(scores, masks)
         self.log("test_miou", self.test_iou)
-        return scores.argmax(1)
+        predicted: Tensor = scores.argmax(1)
+        return predicted
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return SGD with a warm-up and a decay; the pretrained backbone learns more slowly than the new head."""
@@ -109,8 +111,7 @@ class Features(nn.Module):
 
     def __init__(self, mobilenet_v2: nn.Module) -> None:
         super().__init__()
-        blocks: nn.Sequential = mobilenet_v2.get_submodule("features")
-        self.blocks = blocks[:18]
+        self.blocks = nn.Sequential(*list(mobilenet_v2.get_submodule("features").children())[:18])
         resolution, dilation = 1, 1
         for block in self.blocks:
             for conv in block.modules():
@@ -143,7 +144,7 @@ class SavePredictions(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Tensor,
+        outputs: Any,
         batch: tuple[Tensor, Tensor],
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -171,10 +172,9 @@ def picture(images: Tensor, masks: Tensor, predicted: Tensor, num_classes: int) 
     return image
 
 
-def palette(count: int) -> list[tuple[int, int, int]]:
+def palette(count: int) -> list[tuple[int, ...]]:
     """Return colours of evenly spaced hues."""
-    hues = [Image.new("HSV", (1, 1), (255 * index // count, 255, 255)).convert("RGB") for index in range(count)]
-    return [hue.getpixel((0, 0)) for hue in hues]
+    return [tuple(round(255 * part) for part in hsv_to_rgb(index / count, 1, 1)) for index in range(count)]
 
 
 def _made(path: Path) -> Path:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data import DataError
+from datasets import DataError
 from lightning.pytorch import Trainer, seed_everything
 from masks import MaskData
 from report import as_table, write_json
