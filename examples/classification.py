@@ -13,7 +13,6 @@ The defaults are those of `configs/classification.yaml`; `classification_plain.p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from backbones import build_backbone
@@ -89,12 +88,12 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return SGD with a warm-up and a decay; the pretrained backbone learns more slowly than the new head."""
         groups = [{"params": self.backbone.parameters()}, {"params": self.head.parameters()}]
-        return sgd_in_one_cycle(self, groups, [self.lr / 10, self.lr])
+        optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        return one_cycle(self, optimizer, [self.lr / 10, self.lr])
 
 
-def sgd_in_one_cycle(module: LightningModule, groups: list[dict[str, Any]], peaks: list[float]) -> OptimizerLRScheduler:
-    """Return SGD whose learning rates rise to their peaks, one to a group, and fall again."""
-    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=1e-4)
+def one_cycle(module: LightningModule, optimizer: torch.optim.Optimizer, peaks: list[float]) -> OptimizerLRScheduler:
+    """Let the learning rates rise to their peaks, one to a group of parameters, and fall again."""
     steps = int(module.trainer.estimated_stepping_batches)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, cycle_momentum=False)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

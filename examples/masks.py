@@ -114,6 +114,17 @@ class MaskData(SplitData):
         self.train, self.val, self.test = (_find_samples(folder / part, len(self.classes), bad_images) for part in SETS)
         self.check_batch()
 
+    @property
+    def class_weights(self) -> list[float]:
+        """Weight of each class in the loss: the rarer its pixels, the more, by the square root."""
+        counts = np.zeros(IGNORED + 1, np.int64)
+        for sample in self.train:
+            counts += np.bincount(_read_mask(sample.mask).ravel(), minlength=IGNORED + 1)
+        found = counts[: len(self.classes)]
+        weights = np.sqrt(found.sum() / np.maximum(found, 1)) * (found > 0)  # none for a class that never comes
+        scaled: list[float] = (weights * found.sum() / max(1.0, float((weights * found).sum()))).tolist()
+        return scaled
+
     def items(self, samples: Sequence[MaskedSample], *, training: bool) -> MaskedImages:
         """Return the images of a set with their masks."""
         size = (self.image_size, self.image_size)

@@ -13,6 +13,7 @@ A fresh BatchNorm has mean 0 and variance 1: frozen there, it does not normalise
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from colorsys import hsv_to_rgb
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import torch
 import torchvision
 from backbones import build_classifier, download_or_explain
-from classification import sgd_in_one_cycle
+from classification import one_cycle
 from cli import TemplateCLI, run
 from data import IMAGENET
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -43,13 +44,19 @@ class Segmenter(LightningModule):
 
     Args:
         num_classes: Classes of a pixel; on the command line, the data decide.
+        class_weights: Weight of each class in the loss; None for equal ones. On the command line, the data decide.
         network: `mobilenet_v2`, whose weights can be had offline, or the name of a DeepLabV3 of torchvision.
         weights: Of the backbone: `default`, `none`, or a file with MobileNetV2's. A checkpoint brings its own.
         lr: Peak learning rate of the head; the backbone's is a tenth.
     """
 
     def __init__(
-        self, num_classes: int, network: Network = "mobilenet_v2", weights: str = "none", lr: float = 0.02
+        self,
+        num_classes: int,
+        class_weights: Sequence[float] | None = None,
+        network: Network = "mobilenet_v2",
+        weights: str = "none",
+        lr: float = 0.003,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="weights")
@@ -61,6 +68,8 @@ class Segmenter(LightningModule):
             given = {"weights": None, "weights_backbone": "DEFAULT" if weights == "default" else None}
             with download_or_explain(network):
                 self.network = torchvision.models.get_model(network, num_classes=num_classes, **given)
+        balance = torch.ones(num_classes) if class_weights is None else torch.tensor(class_weights)
+        self.register_buffer("class_weights", balance, persistent=False)
         self.val_iou = MulticlassJaccardIndex(num_classes, ignore_index=IGNORED)
         self.test_iou = MulticlassJaccardIndex(num_classes, ignore_index=IGNORED)
 
@@ -72,7 +81,7 @@ class Segmenter(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of the pixels that count."""
         images, masks = batch
-        loss = cross_entropy(self(images), masks, ignore_index=IGNORED)
+        loss = cross_entropy(self(images), masks, self.get_buffer("class_weights"), ignore_index=IGNORED)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
@@ -92,9 +101,9 @@ class Segmenter(LightningModule):
         return predicted
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return SGD with a warm-up and a decay; the pretrained backbone learns more slowly than the new head."""
+        """Return AdamW with a warm-up and a decay; the pretrained backbone learns more slowly than the new head."""
         groups = [{"params": part.parameters()} for part in (self.network.backbone, self.network.classifier)]
-        return sgd_in_one_cycle(self, groups, [self.lr / 10, self.lr])
+        return one_cycle(self, torch.optim.AdamW(groups), [self.lr / 10, self.lr])
 
 
 class Features(nn.Module):
@@ -189,6 +198,7 @@ class SegmentationCLI(TemplateCLI):
         """Link arguments as in any LightningCLI."""
         super().add_arguments_to_parser(parser)
         parser.link_arguments("data.classes", "model.num_classes", compute_fn=len, apply_on="instantiate")
+        parser.link_arguments("data.class_weights", "model.class_weights", apply_on="instantiate")
         parser.add_lightning_class_args(SavePredictions, "picture")
 
 

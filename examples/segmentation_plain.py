@@ -40,7 +40,7 @@ def main() -> None:
         seed_everything(0, verbose=False)
         try:
             data = MaskData(args.folder, image_size=args.image_size, cache=args.out / "data")
-            model = Segmenter(len(data.classes), weights=args.weights)
+            model = Segmenter(len(data.classes), data.class_weights, weights=args.weights)
         except (DataError, WeightsError) as error:
             sys.exit(f"error: {error}")
         callback = ConvBNModeCallback(**options)
