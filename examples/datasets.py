@@ -380,7 +380,8 @@ def _explained(source: str, layout: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, csv.Error) as error:
-        raise DataError(f"--data {source}: {error}; it must hold {layout}") from error
+        reason = str(error).partition(". You can use download")[0].rstrip(".")  # what we do not
+        raise DataError(f"--data {source}: {reason}; it must hold {layout}") from error
 
 
 Reader = Callable[[Any, int], Source]
