@@ -1,63 +1,64 @@
-"""The fine-tuning of `finetune.py` from the command line and from YAML, without a line of code for the modes.
+"""What the command lines of the templates share: defaults from a YAML file, a test after the fit, one-line errors.
 
-    pip install lightning-convbn[examples]
-    python examples/cli.py fit                                          # Tune mode
-    python examples/cli.py fit --convbn.mode=eval --convbn.eval_mode=eval
-    python examples/cli.py fit --config examples/configs/start_epoch.yaml
-    python examples/cli.py test --ckpt_path=PATH/TO/CHECKPOINT
-
-Your own images: `--data.source=imagefolder:PATH`. Without a network: `--model.weights=PATH/mobilenet_v2-b0353104.pth`,
-or `--model.pretrained=false` for a backbone that starts at random.
+`python examples/cli.py` is `python examples/classification.py`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from data import DataError, ImageData
-from finetune import FineTuner
+from backbones import BackboneError
+from data import SplitData
+from datasets import DataError
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
-from weights import WeightsError, load_pretrained
+from report import write_json
+from weights import WeightsError
 
 from lightning_convbn.cli import ConvBNCLI
 
-
-class PretrainedFineTuner(FineTuner):
-    """MobileNetV2 with a new head.
-
-    Args:
-        num_classes: Outputs of the head; the data decide.
-        class_weights: Weight of each class in the loss; the data decide.
-        lr: Peak learning rate of the head; the backbone's is a tenth.
-        pretrained: Start from ImageNet weights.
-        weights: These weights as a .pth file; null downloads them.
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        class_weights: Sequence[float] | None = None,
-        lr: float = 0.01,
-        pretrained: bool = True,
-        weights: Path | None = None,
-    ) -> None:
-        super().__init__(num_classes, class_weights, lr, load_pretrained(weights) if pretrained else None)
+CONFIGS = Path(__file__).parent / "configs"
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
-class FineTuneCLI(ConvBNCLI):
-    """A ConvBNCLI with defaults, in which the data tell the model its classes."""
+class TemplateCLI(ConvBNCLI):
+    """A ConvBNCLI that tests what it has fitted, and writes the scores down if it is asked to."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Set and link arguments as in any LightningCLI."""
-        parser.set_defaults({"data.source": "elpv", "trainer.max_epochs": 3, "trainer.gradient_clip_val": 1.0})
-        parser.link_arguments("data.classes", "model.num_classes", compute_fn=len, apply_on="instantiate")
-        parser.link_arguments("data.class_weights", "model.class_weights", apply_on="instantiate")
+        """Add the place of the scores; a template that overrides this calls it."""
+        parser.add_argument("--results", type=Path | None, default=None, help="A JSON file for the scores, too.")
+
+    def after_fit(self) -> None:
+        """Test the weights that the fit has ended with; Lightning prints the scores."""
+        (scores,) = self.trainer.test(self.model, self.datamodule)
+        self.write_results([dict(scores)])
+
+    def write_results(self, rows: list[dict[str, Any]]) -> None:
+        """Write the file of `--results`."""
+        path = self.config[self.subcommand].results
+        if path is not None and self.trainer.is_global_zero:
+            print(write_json(Path(path), rows, ("torch", "lightning"), device=self.trainer.strategy.root_device.type))
+
+
+def run(cli: type[TemplateCLI], model: type[LightningModule], data: type[SplitData], config: str) -> None:
+    """Run a template's command line.
+
+    Args:
+        cli: Its links between data and model.
+        model: Its LightningModule.
+        data: Its images.
+        config: Name of the YAML file in `configs/` whose values are the defaults.
+    """
+    defaults = {"default_config_files": [str(CONFIGS / config)]}
+    try:
+        cli(model, data, seed_everything_default=0, parser_kwargs=dict.fromkeys(SUBCOMMANDS, defaults))
+    except (BackboneError, DataError, WeightsError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    try:
-        FineTuneCLI(PretrainedFineTuner, ImageData, seed_everything_default=0)
-    except (DataError, WeightsError) as error:
-        sys.exit(f"error: {error}")
+    from classification import main
+
+    main()

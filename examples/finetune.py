@@ -18,7 +18,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, astuple, dataclass, fields
 from multiprocessing import get_context
@@ -27,89 +27,23 @@ from statistics import median
 from typing import Any, Literal, get_args
 
 import torch
-from data import DataError, ImageData
+from backbones import build_classifier
+from classification import Classifier
+from data import ImageData
+from datasets import BadImages, DataError
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from report import write_json
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torchmetrics.classification import MulticlassAccuracy
-from torchvision.models import mobilenet_v2
-from weights import WeightsError, load_pretrained
+from weights import WeightsError
 
 from lightning_convbn import ConvBNModeCallback, measure_memory
 
 Mode = Literal["train", "eval", "tune"]
 
+BACKBONE = "torchvision:mobilenet_v2"
 WARM_UP_STEPS = 3
 COMPARED_STEPS = 20
-
-
-class FineTuner(LightningModule):
-    """MobileNetV2 with a new head; the callback finds the part to switch by its name, `backbone`.
-
-    Args:
-        num_classes: Outputs of the head.
-        class_weights: Weight of each class in the loss; None for equal ones.
-        lr: Peak learning rate of the head; the backbone's is a tenth.
-        pretrained: State dict of torchvision's `mobilenet_v2`; None starts the backbone at random.
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        class_weights: Sequence[float] | None = None,
-        lr: float = 1e-2,
-        pretrained: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters(ignore="pretrained")
-        self.lr = lr
-        network = mobilenet_v2()
-        if pretrained is not None:
-            network.load_state_dict(pretrained)
-        self.backbone = nn.Sequential(network.features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(network.last_channel, num_classes))
-        weights = torch.ones(num_classes) if class_weights is None else torch.tensor(class_weights)
-        self.register_buffer("class_weights", weights, persistent=False)
-        self.val_accuracy = MulticlassAccuracy(num_classes, average="macro")
-        self.test_accuracy = MulticlassAccuracy(num_classes, average="macro")
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return a score per image and class."""
-        scores: Tensor = self.head(self.backbone(images))
-        return scores
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss, in which each class has the same weight."""
-        images, labels = batch
-        loss = cross_entropy(self(images), labels, self.get_buffer("class_weights"))
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count right answers, class by class."""
-        images, labels = batch
-        self.val_accuracy(self(images), labels)
-        self.log("val_acc", self.val_accuracy, prog_bar=True)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count right answers, class by class."""
-        images, labels = batch
-        self.test_accuracy(self(images), labels)
-        self.log("test_acc", self.test_accuracy)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return SGD with a warm-up and a decay; the pretrained backbone learns more slowly than the new head."""
-        groups = [{"params": self.backbone.parameters()}, {"params": self.head.parameters()}]
-        optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=1e-4)
-        steps = int(self.trainer.estimated_stepping_batches)
-        peaks = [self.lr / 10, self.lr]
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, cycle_momentum=False)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class Recorder(Callback):
@@ -158,8 +92,8 @@ def fine_tune(mode: Mode, args: argparse.Namespace) -> Run:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning's own call
     seed_everything(args.seed, workers=True, verbose=False)
-    data = read_data(args)
-    model = FineTuner(len(data.classes), data.class_weights, args.lr, load_pretrained(args.weights))
+    data = read_data(args, bad_images="unchecked")  # `main` has read them all
+    model = Classifier(len(data.classes), data.class_weights, BACKBONE, args.weights, args.lr)
     csv_logger = CSVLogger(args.out, name=mode)
     best = ModelCheckpoint(filename="best", monitor="val_acc", mode="max")
     recorder = Recorder()
@@ -179,7 +113,7 @@ def fine_tune(mode: Mode, args: argparse.Namespace) -> Run:
     (scores,) = trainer.test(model, data, ckpt_path="best", verbose=False)
 
     # The checkpoint is a plain model's: it loads where there is no callback.
-    plain_model = FineTuner.load_from_checkpoint(best.best_model_path)
+    plain_model = Classifier.load_from_checkpoint(best.best_model_path)
     plain_trainer = Trainer(logger=False, precision=args.precision, enable_progress_bar=False)
     (plain_scores,) = plain_trainer.test(plain_model, data, verbose=False)
 
@@ -221,7 +155,7 @@ def peak_memory_mib() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def read_data(args: argparse.Namespace) -> ImageData:
+def read_data(args: argparse.Namespace, bad_images: BadImages = "error") -> ImageData:
     """Return the data that the command line asks for."""
     return ImageData(
         args.data,
@@ -230,6 +164,7 @@ def read_data(args: argparse.Namespace) -> ImageData:
         limit=args.limit,
         workers=args.workers,
         seed=args.seed,
+        bad_images=bad_images,
     )
 
 
@@ -303,7 +238,11 @@ def parse_args() -> argparse.Namespace:
     modes, precisions = get_args(Mode), ("32-true", "bf16-mixed", "16-mixed")
     workers = max(0, min(8, (os.cpu_count() or 1) - 1))
     add("--mode", choices=[*modes, "all"], default="tune", help="what to train in; all: each in turn (%(default)s)")
-    add("--data", default="elpv", help="elpv (solar cells) or imagefolder:PATH, a sub-folder to a class (%(default)s)")
+    add(
+        "--data",
+        default="elpv",
+        help="elpv (solar cells), imagefolder:PATH (a sub-folder to a class), csv:PATH ... (%(default)s)",
+    )
     add("--epochs", type=above_zero, default=3, help="passes over the training images (%(default)s)")
     add("--batch-size", type=above_zero, default=32, help="images per training step (%(default)s)")
     add("--image-size", type=above_zero, default=128, help="edge of the square images in pixels (%(default)s)")
@@ -312,7 +251,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="decides the sets, the order of the images, the new head (%(default)s)")
     add("--workers", type=int, default=workers, help="processes that read images (%(default)s)")
     add("--precision", choices=precisions, default=precisions[0], help="what the Trainer computes in (%(default)s)")
-    add("--weights", type=Path, help="the ImageNet weights as a .pth file (downloaded)")
+    add("--weights", default="default", help="the ImageNet weights as a .pth file (downloaded)")
     add("--out", type=Path, default=Path("runs/finetune"), help="folder for all that is saved (%(default)s)")
     return parser.parse_args()
 
@@ -329,7 +268,7 @@ def main() -> None:
     args = parse_args()
     try:  # what can't work is told here, before anything starts
         data = read_data(args)
-        load_pretrained(args.weights)
+        build_classifier(BACKBONE, args.weights)
         args.out.mkdir(parents=True, exist_ok=True)
     except (DataError, WeightsError) as error:
         sys.exit(f"error: {error}")

@@ -64,3 +64,24 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return facts
+
+
+def as_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Lay rows with the same keys out in columns; numbers stand to the right."""
+    lines = [list(rows[0]), *([_shown(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    left = [isinstance(value, str) for value in rows[0].values()]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if text else cell.rjust(w) for cell, w, text in zip(line, widths, left, strict=True))
+        for line in lines
+    )
+
+
+def _shown(value: object) -> str:
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 10
+        else f"{value:.1f}"
+        if isinstance(value, float)
+        else str(value)
+    )

