@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import DataError
+from datasets import DataError
 from digit_scenes import write_digit_scenes
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn

@@ -21,7 +21,7 @@ from statistics import median
 
 import torch
 from coco import Batch, CocoData, CocoImages
-from data import DataError
+from datasets import DataError
 from detectors import Architecture, Backbone, build_detector
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
