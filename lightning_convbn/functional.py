@@ -44,6 +44,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_convbn.recompute import Recomputed
 
+# PyTorch 2.6 does not tell whether it compiles or exports, and what is exported can't be recomputed.
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)
 LARGE = 2**16  # values from which on a temporary of a weight's size costs more than a few calls
 
 
@@ -126,7 +128,7 @@ def conv_bn(
         running_var: Running variance ``(C_out,)``.
         eps: BatchNorm's epsilon.
         spec: Geometry of the convolution; None for a linear layer.
-        constants: What `constants_of` gives for these statistics, if somebody keeps it.
+        constants: Those of these statistics, with ``gamma`` if it wants no gradient, if somebody keeps them.
 
     Returns:
         The normalised output, ``(N, C_out, *spatial)`` or ``(N, C_out)``.
@@ -141,9 +143,10 @@ def conv_bn(
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         operands = (weight, bias, gamma, beta, running_mean, running_var, eps)
         return _conv(input, *_fold_in_plain_sight(operands, spec, dtype), spec)
+    scale = None if gamma is None or gamma.requires_grad else gamma  # may be a buffer (FrozenBatchNorm2d)
     if constants is None:
-        constants = constants_of(gamma, running_mean, running_var, eps, fold_dtype(weight))
-    if constants.scale is not None:
+        constants = Constants(running_mean, running_var, scale, eps, fold_dtype(weight))
+    if scale is not None:
         gamma = None
     mean, rstd = constants.mean, constants.rstd
     lent = constants if constants.may_be_lent() else None
@@ -168,7 +171,7 @@ def _fold_in_plain_sight(operands: tuple[Any, ...], spec: ConvSpec | None, dtype
     """Fold in operations that a compiler, or forward-mode differentiation, can see."""
     transposed, groups = layout(spec)
     fold = partial(fold_conv_bn, transposed=transposed, groups=groups, dtype=dtype)
-    if not torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled():
+    if not torch.compiler.is_dynamo_compiling() or _is_exporting() or not torch.is_grad_enabled():
         return fold(*operands)
     # A compiler merges a product that the backward pass takes again with the forward's, and keeps it. It recomputes
     # what it is told to.
@@ -238,24 +241,6 @@ class Constants:
 
 def _rstd(running_var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     return (running_var.to(dtype) + eps).rsqrt()
-
-
-def constants_of(
-    gamma: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-    kept: Constants | None = None,
-) -> Constants:
-    """Return the constants of a pair: those that were kept, if they still are right.
-
-    A scale that wants no gradient is one of them. It may be a buffer (FrozenBatchNorm2d).
-    """
-    scale = None if gamma is None or gamma.requires_grad else gamma
-    if kept is not None and kept.are_of(running_mean, running_var, scale, eps, dtype):
-        return kept
-    return Constants(running_mean, running_var, scale, eps, dtype)
 
 
 def contents(tensor: Tensor | None) -> tuple[int, int]:

@@ -25,7 +25,6 @@ from lightning_convbn.functional import (
     Constants,
     ConvSpec,
     compute_dtype,
-    constants_of,
     contents,
     conv_bn,
     fold_conv_bn,
@@ -101,12 +100,18 @@ class ConvBNLayer(nn.Module):
 
     def constants(self, affine: Affine | None = None) -> Constants | None:
         """What is constant in the fold, kept from call to call; None where it can't outlive one."""
-        gamma, _, mean, var, eps = affine or affine_of(self._bn[0])
-        if type(mean) is not Tensor or not _may_keep():
+        if not _may_keep():
             return None
-        kept = constants_of(gamma, mean, var, eps, fold_dtype(cast(nn.Conv2d, self).weight), self._constants)
-        if kept is not self._constants and type(kept.rstd) is Tensor:
-            self._constants = kept
+        gamma, _, mean, var, eps = affine or affine_of(self._bn[0])
+        if type(mean) is not Tensor or mean.requires_grad or var.requires_grad or mean.is_inference():
+            return None
+        dtype, kept = fold_dtype(cast(nn.Conv2d, self).weight), self._constants
+        scale = None if gamma is None or gamma.requires_grad else gamma
+        if kept is None or not kept.are_of(mean, var, scale, eps, dtype):
+            with torch.inference_mode(False), torch.no_grad():  # they may be wanted outside of inference mode, too
+                kept = Constants(mean, var, scale, eps, dtype)
+            if type(kept.rstd) is Tensor:
+                self._constants = kept
         return kept
 
     def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:

@@ -209,6 +209,7 @@ def test_a_compiled_model_can_be_switched_and_measured_without_a_trainer(compile
     assert differing(state_of(model), state_of(plain)) == []
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="PyTorch 2.6: what is compiled keeps it")
 def test_a_compiled_forward_keeps_no_folded_weight() -> None:
     """What is kept of the shape of a weight is the parameter itself; the compiler alone would keep the product."""
     model = BoringModule().backbone
@@ -229,6 +230,17 @@ def test_a_compiled_forward_keeps_no_folded_weight() -> None:
     assert of_shape == [True] * 3
     output.sum().backward()
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_model_in_tune_mode_can_be_exported(strict: bool) -> None:
+    """Its fold is in the graph, in plain operations."""
+    model = BoringModule().backbone.eval()
+    set_mode(model, "tune")
+    images = torch.randn(2, 3, 8, 8)
+    program = torch.export.export(model, (images,), strict=strict)
+    torch.testing.assert_close(program.module()(images), model(images))
+    assert not [node for node in program.graph.nodes if "checkpoint" in str(node.target)]
 
 
 @pytest.mark.slow

@@ -328,6 +328,28 @@ def test_a_weight_that_is_sharded_between_two_calls_is_folded_at_each() -> None:
     assert "_folded" not in net[0].__dict__
 
 
+def test_constants_made_in_inference_mode_serve_double_backward() -> None:
+    """As after a validation in Tune mode."""
+    net = small_net().double()
+    set_mode(net, "tune")
+    with torch.inference_mode():
+        net(batch())
+    (once,) = torch.autograd.grad(net(batch()).pow(2).sum(), net[0].weight, create_graph=True)
+    twice = torch.autograd.grad(once.pow(2).sum(), net[0].weight)
+    set_mode(net, "eval")
+    (once,) = torch.autograd.grad(net(batch()).pow(2).sum(), net[0].weight, create_graph=True)
+    assert_close(twice, torch.autograd.grad(once.pow(2).sum(), net[0].weight), 1e-10)
+
+
+def test_statistics_that_want_a_gradient_are_no_constants() -> None:
+    """Each step has a graph of its own."""
+    net = small_net().double()
+    set_mode(net, "tune")
+    net[1].running_mean.requires_grad_()
+    steps = [torch.autograd.grad(net(batch()).sum(), net[1].running_mean) for _ in range(2)]
+    assert_close(steps[0], steps[1], 0.0)
+
+
 def test_a_pair_that_is_trained_again_keeps_no_fold() -> None:
     """As at the end of a frozen phase: its gradients are Eval's, and nobody holds the fold any longer."""
     net = small_net().double().requires_grad_(False)
