@@ -16,7 +16,6 @@ import gzip
 import itertools
 import json
 import logging
-import platform
 import sys
 import time
 import warnings
@@ -27,31 +26,34 @@ from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, median
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, get_args
 
+import numpy as np
 import report
 import torch
-from data import DataError, ImageData
+from data import DataError, ImageData, Sample, stratified_split
 from finetune import above_zero
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from PIL import Image
 from report import BENCHMARKS
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
-from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
-from torchvision.transforms.v2.functional import normalize, resize
+from torchvision.models import mobilenet_v2
 from tqdm import tqdm
 from weights import WeightsError, load_pretrained
 
-from lightning_convbn import ConvBNModeCallback, fuse_for_deploy, measure_memory
-from lightning_convbn.files import check_writable, written_whole
+from lightning_convbn import ConvBNModeCallback, find_conv_bn_pairs, fuse_for_deploy, measure_memory
+from lightning_convbn.files import check_writable
 from lightning_convbn.layers import Mode
 from lightning_convbn.memory import MIB, count_saved_bytes
 
 MODES: tuple[Mode, ...] = get_args(Mode)
-LEARNING_RATES = (0.00003, 0.0001, 0.0003, 0.001, 0.003)
+DATA = ("elpv", "fashion-mnist")
+LEARNING_RATES = (0.0001, 0.0003, 0.001, 0.003)
 HEAD_LEARNING_RATE = 0.01
 FEATURES = 1280  # what both networks hand to the head
 TEST_IMAGES = 500
@@ -69,6 +71,7 @@ class Settings:
     limit: int
     batch_size: int
     image_size: int
+    precision: str
 
 
 class Cell(NamedTuple):
@@ -127,7 +130,10 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return SGD with a cosine decay to zero."""
-        groups = [{"params": self.backbone.parameters(), "lr": self.lr}, {"params": self.head.parameters()}]
+        groups: list[dict[str, Any]] = [
+            {"params": self.backbone.parameters(), "lr": self.lr},
+            {"params": self.head.parameters()},
+        ]
         optimizer = torch.optim.SGD(groups, lr=HEAD_LEARNING_RATE, momentum=0.9)
         steps = int(self.trainer.estimated_stepping_batches)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -176,44 +182,44 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def load_solar_cells(seed: int, settings: Settings) -> Sets:
-    """Read ELPV once; each training image is flipped, or not, once for all epochs."""
-    data = ImageData(
-        "elpv", image_size=settings.image_size, batch_size=settings.batch_size, limit=settings.limit, seed=seed
-    )
-    return Sets(_collect(data.train_dataloader()), _collect(data.test_dataloader()), data.class_weights)
-
-
-def load_fashion_mnist(seed: int, settings: Settings) -> Sets:
-    """Read Fashion-MNIST, equally many images of each class drawn by the seed, enlarged."""
-    if not FASHION_MNIST.is_dir():
-        raise DataError(
-            f"--data fashion_mnist: there is no folder {FASHION_MNIST}; run `apt-get install dataset-fashion-mnist`"
-        )
-    imagenet = MobileNet_V2_Weights.IMAGENET1K_V1.transforms()
-    sets = []
-    for part, count in (("train", settings.limit), ("t10k", TEST_IMAGES)):
-        images, labels = (
-            torch.frombuffer(bytearray(gzip.decompress((FASHION_MNIST / name).read_bytes())), dtype=torch.uint8)[start:]
-            for name, start in ((f"{part}-images-idx3-ubyte.gz", 16), (f"{part}-labels-idx1-ubyte.gz", 8))
-        )
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-        chosen = torch.cat([order[labels[order] == label][: count // 10] for label in range(10)])
-        grey = images.view(-1, 1, 28, 28)[chosen].float() / 255
-        enlarged = resize(grey, [settings.image_size] * 2, antialias=True).expand(-1, 3, -1, -1)
-        sets.append(TensorDataset(normalize(enlarged, imagenet.mean, imagenet.std), labels[chosen].long()))
-    return Sets(sets[0], sets[1], [1.0] * 10)
-
-
-DATA: dict[str, Callable[[int, Settings], Sets]] = {"elpv": load_solar_cells, "fashion_mnist": load_fashion_mnist}
-
-
 @lru_cache(maxsize=2)
 def load(data: str, seed: int, settings: Settings) -> Sets:
     """Read a data set's images once per process and seed; the same ones, flipped alike, in every process."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), TemporaryDirectory() as folder:
         torch.manual_seed(seed)
-        return DATA[data](seed, settings)
+        images = ImageData(
+            data if data == "elpv" else f"imagefolder:{draw_fashion_mnist(Path(folder), seed, settings)}",
+            image_size=settings.image_size,
+            batch_size=settings.batch_size,
+            limit=settings.limit,
+            seed=seed,
+        )
+        train, test = (_collect(loader) for loader in (images.train_dataloader(), images.test_dataloader()))
+        return Sets(train, test, images.class_weights)
+
+
+def draw_fashion_mnist(folder: Path, seed: int, settings: Settings) -> Path:
+    """Draw images of Fashion-MNIST, equally many of each class, and write them to a folder that `ImageData` reads."""
+    if not FASHION_MNIST.is_dir():
+        raise DataError(
+            f"--data fashion-mnist: there is no folder {FASHION_MNIST}; run `apt-get install dataset-fashion-mnist`"
+        )
+    for part, count, sets in (("train", settings.limit, ["train"]), ("t10k", TEST_IMAGES, ["val", "test"])):
+        pixels, labels = (
+            np.frombuffer(gzip.decompress((FASHION_MNIST / f"{part}-{name}-ubyte.gz").read_bytes()), np.uint8)[start:]
+            for name, start in (("images-idx3", 16), ("labels-idx1", 8))
+        )
+        samples = [Sample(Path(str(index)), label) for index, label in enumerate(labels.tolist())]
+        if part == "train":
+            (samples,) = stratified_split(samples, [0.9], seed)  # the rest is for validation, which is not done here
+        (drawn,) = stratified_split(samples, [count / len(samples)], seed)
+        for number, (index, label) in enumerate(drawn):
+            image = Image.fromarray(pixels.reshape(-1, 28, 28)[int(index.name)])
+            for name in sets:
+                place = folder / name / str(label)
+                place.mkdir(parents=True, exist_ok=True)
+                image.save(place / f"{number:05}.png")
+    return folder
 
 
 def _collect(loader: DataLoader[tuple[Tensor, int]]) -> TensorDataset:
@@ -236,6 +242,7 @@ def run(cell: Cell, settings: Settings) -> dict[str, Any]:
         callbacks.append(ConvBNModeCallback(cell.mode, verify=False, log_memory=False))
     trainer = Trainer(
         accelerator="cpu",
+        precision=settings.precision,
         max_epochs=settings.epochs,
         callbacks=callbacks,
         logger=False,
@@ -264,8 +271,8 @@ def run(cell: Cell, settings: Settings) -> dict[str, Any]:
         "accuracy": round(accuracy, 4),
         "diverged": diverged,
         "steps": len(recorder.losses),
-        "first_loss": round(recorder.losses[0], 6),
-        "tenth_loss": round(recorder.losses[9], 6) if len(recorder.losses) > 9 else None,
+        "first_loss": recorder.losses[0],
+        "tenth_loss": recorder.losses[9] if len(recorder.losses) > 9 else None,
         "highest_loss": round(max(recorder.losses), 4),
         "last_epochs_loss": round(fmean(recorder.losses[-len(train) :]), 4),
         "cpu_ms_per_step": round(1000 * median(recorder.cpu_seconds[WARM_UP_STEPS:] or recorder.cpu_seconds), 1),
@@ -277,16 +284,24 @@ def count_kept_mib(net: str, settings: Settings) -> dict[Mode, float]:
     backbone = NETWORKS[net](settings.image_size).to(memory_format=torch.channels_last)
     images = torch.zeros(settings.batch_size, 3, settings.image_size, settings.image_size)
     images = images.to(memory_format=torch.channels_last)
-    kept = {mode: measure_memory(backbone, images, mode=mode).saved_bytes for mode in MODES if mode != "deploy"}
+    kept: dict[Mode, int] = {
+        mode: measure_memory(backbone, images, mode=mode).saved_bytes for mode in MODES if mode != "deploy"
+    }
     kept["deploy"] = count_saved_bytes(fuse_for_deploy(backbone), images)
     return {mode: round(size / MIB, 1) for mode, size in kept.items()}
 
 
 def describe_scales(net: str, settings: Settings) -> list[float]:
     """Return quartiles, over all channels, of the factor by which folding multiplies a channel's weights."""
-    norms = (module for module in NETWORKS[net](settings.image_size).modules() if isinstance(module, nn.BatchNorm2d))
-    scales = torch.cat([norm.weight.detach().abs() / (norm.running_var + norm.eps).sqrt() for norm in norms])
-    return [round(float(quartile), 3) for quartile in scales.quantile(torch.tensor([0.25, 0.5, 0.75]))]
+    backbone = NETWORKS[net](settings.image_size)
+    folded = fuse_for_deploy(backbone)
+    factors = []
+    for conv, _ in find_conv_bn_pairs(backbone):
+        before, after = (
+            network.get_parameter(f"{conv}.weight").detach().flatten(1).norm(dim=1) for network in (backbone, folded)
+        )
+        factors.append((after / before)[before > 0])
+    return [round(float(quartile), 3) for quartile in torch.cat(factors).quantile(torch.tensor([0.25, 0.5, 0.75]))]
 
 
 def run_all(cells: Sequence[Cell], settings: Settings, jobs: int) -> Iterator[dict[str, Any]]:
@@ -318,22 +333,8 @@ def read_rows(path: Path, settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Write all that is known so far, in the order of the grid, whole or not at all."""
-    with written_whole(path) as file:
-        report.write_json(file, sorted(rows, key=_place), PACKAGES, machine=_processor(), threads=1, **facts)
-
-
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["net"], row["data"], row["lr"], row["seed"], MODES.index(row["mode"])
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def parse_args() -> argparse.Namespace:
@@ -349,6 +350,7 @@ def parse_args() -> argparse.Namespace:
     add("--limit", type=above_zero, default=384, help="training images (%(default)s)")
     add("--batch-size", type=above_zero, default=16, help="images per training step (%(default)s)")
     add("--image-size", type=above_zero, default=96, help="edge of the square images in pixels (%(default)s)")
+    add("--precision", choices=("32-true", "64-true"), default="32-true", help="what to compute in (%(default)s)")
     add("--jobs", type=above_zero, default=1, help="cells to run at the same time, one thread each (%(default)s)")
     add("--out", type=Path, default=BENCHMARKS / "compare_modes.json", help="the results (%(default)s)")
     return parser.parse_args()
@@ -357,7 +359,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Run the cells that have no result yet; write the results after each of them."""
     args = parse_args()
-    settings = Settings(args.epochs, args.limit, args.batch_size, args.image_size)
+    torch.set_num_threads(1)
+    settings = Settings(args.epochs, args.limit, args.batch_size, args.image_size, args.precision)
     rows = read_rows(args.out, settings)
     done = {Cell(*(row[field] for field in Cell._fields)) for row in rows}
     grid = [  # seeds first, so that a grid cut short is a whole one with fewer seeds
@@ -371,6 +374,7 @@ def main() -> None:
     try:  # what can't work is told here, before anything starts
         nets = {*args.nets, *(row["net"] for row in rows)}
         facts = {
+            "machine": report.machine(torch.device("cpu")),
             "settings": asdict(settings),
             "kept_mib": {net: count_kept_mib(net, settings) for net in NETWORKS if net in nets},
             "scale_quartiles": {net: describe_scales(net, settings) for net in NETWORKS if net in nets},
@@ -386,7 +390,7 @@ def main() -> None:
     bar = tqdm(run_all(cells, settings, args.jobs), total=len(cells), unit="cell", mininterval=0)
     for row in bar:
         rows.append(row)
-        write_rows(args.out, rows, facts)
+        report.write_json(args.out, sorted(rows, key=_place), PACKAGES, **facts)
         result = "diverged" if row["diverged"] else f"{row['accuracy']:.3f}"
         bar.set_postfix_str(f"{row['net']} {row['data']} {row['mode']} lr {row['lr']:g} seed {row['seed']}: {result}")
     print(f"wrote {args.out}")

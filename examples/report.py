@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from lightning_convbn.files import written_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "docs" / "benchmarks"
@@ -18,7 +24,7 @@ def write_json(path: Path, rows: Sequence[dict[str, Any]], packages: Sequence[st
     """Write rows with the command line, the versions of Python and of packages, and whatever else is to be known.
 
     Args:
-        path: The file; its folder is made.
+        path: The file, written whole or not at all; its folder is made.
         rows: The results.
         packages: Names of the modules whose versions matter.
         **facts: Further entries.
@@ -26,13 +32,42 @@ def write_json(path: Path, rows: Sequence[dict[str, Any]], packages: Sequence[st
     Returns:
         The path.
     """
-    versions = {name: importlib.import_module(name).__version__ for name in packages}
-    report = {
-        "command": " ".join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), **versions},
-        **facts,
-        "rows": list(rows),
-    }
+    report = {"command": command(), "versions": versions(packages), **facts, "rows": list(rows)}
+    text = re.sub(r"\[[\s\d.,e-]+\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(report, indent=1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    with written_whole(path) as file:
+        file.write_text(text + "\n")
     return path
+
+
+def command() -> str:
+    """Return the command line that a person would type at the root of the repository."""
+    return " ".join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Return the versions of Python and of modules."""
+    found = {name: importlib.import_module(name).__version__ for name in packages}
+    return {"python": platform.python_version(), **{name: str(version) for name, version in found.items()}}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Describe what a measurement ran on, with what changes how PyTorch runs there."""
+    cpu = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", cpu.read_text(), re.MULTILINE) if cpu.exists() else []
+    facts: dict[str, Any] = {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "allocator": {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")},
+    }
+    if device.type == "cuda":
+        facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return facts
+
+
+def with_table(page: str, mark: str, lines: Sequence[str]) -> str:
+    """Put a table between two marks in a page, ``<!-- mark -->`` and ``<!-- /mark -->``."""
+    before, start, rest = page.partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition(f"<!-- /{mark} -->\n")
+    return "".join([before, start, "\n".join(lines), "\n", end, after])
