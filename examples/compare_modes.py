@@ -27,13 +27,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import report
 import torch
 from data import DataError, ImageData, Sample, stratified_split
-from finetune import above_zero
+from finetune import WARM_UP_STEPS, Recorder, above_zero
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from PIL import Image
@@ -52,13 +52,13 @@ from lightning_convbn.layers import Mode
 from lightning_convbn.memory import MIB, count_saved_bytes
 
 MODES: tuple[Mode, ...] = get_args(Mode)
+Precision = Literal["32-true", "64-true"]
 DATA = ("elpv", "fashion-mnist")
 LEARNING_RATES = (0.0001, 0.0003, 0.001, 0.003)
 HEAD_LEARNING_RATE = 0.01
 FEATURES = 1280  # what both networks hand to the head
 TEST_IMAGES = 500
 TEST_BATCH = 100
-WARM_UP_STEPS = 3
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics")
 
@@ -71,7 +71,7 @@ class Settings:
     limit: int
     batch_size: int
     image_size: int
-    precision: str
+    precision: Precision
 
 
 class Cell(NamedTuple):
@@ -140,21 +140,10 @@ class Classifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
 
-class Recorder(Callback):
+class CPURecorder(Recorder):
     """Notes each training step's loss and the processor time that it took, which other processes stretch least."""
 
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.cpu_seconds: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Start the clock when the batch is there."""
-        self._start = time.process_time()
-
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any) -> None:
-        """Stop it after the optimizer's step."""
-        self.cpu_seconds.append(time.process_time() - self._start)
-        self.losses.append(float(outputs["loss"]))
+    clock = staticmethod(time.process_time)
 
 
 def build_mobilenet_v2(image_size: int) -> nn.Module:
@@ -234,7 +223,7 @@ def run(cell: Cell, settings: Settings) -> dict[str, Any]:
     sets = load(cell.data, cell.seed, settings)
     seed_everything(cell.seed, verbose=False)
     model = Classifier(NETWORKS[cell.net](settings.image_size), sets.class_weights, cell.lr)
-    recorder = Recorder()
+    recorder = CPURecorder()
     callbacks: list[Callback] = [recorder]
     if cell.mode == "deploy":
         model.backbone = fuse_for_deploy(model.backbone)
@@ -275,7 +264,7 @@ def run(cell: Cell, settings: Settings) -> dict[str, Any]:
         "tenth_loss": recorder.losses[9] if len(recorder.losses) > 9 else None,
         "highest_loss": round(max(recorder.losses), 4),
         "last_epochs_loss": round(fmean(recorder.losses[-len(train) :]), 4),
-        "cpu_ms_per_step": round(1000 * median(recorder.cpu_seconds[WARM_UP_STEPS:] or recorder.cpu_seconds), 1),
+        "cpu_ms_per_step": round(1000 * median(recorder.seconds[WARM_UP_STEPS:] or recorder.seconds), 1),
     }
 
 
@@ -350,7 +339,7 @@ def parse_args() -> argparse.Namespace:
     add("--limit", type=above_zero, default=384, help="training images (%(default)s)")
     add("--batch-size", type=above_zero, default=16, help="images per training step (%(default)s)")
     add("--image-size", type=above_zero, default=96, help="edge of the square images in pixels (%(default)s)")
-    add("--precision", choices=("32-true", "64-true"), default="32-true", help="what to compute in (%(default)s)")
+    add("--precision", choices=get_args(Precision), default="32-true", help="what to compute in (%(default)s)")
     add("--jobs", type=above_zero, default=1, help="cells to run at the same time, one thread each (%(default)s)")
     add("--out", type=Path, default=BENCHMARKS / "compare_modes.json", help="the results (%(default)s)")
     return parser.parse_args()

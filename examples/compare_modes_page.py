@@ -22,6 +22,7 @@ from lightning_convbn.plot import COLOURS
 
 PAGE = ROOT / "docs" / "experiment.md"
 RESULTS = BENCHMARKS / "compare_modes.json"
+IN_DOUBLE = BENCHMARKS / "compare_modes_float64.json"
 TITLES = {"train": "Train", "eval": "Eval", "tune": "Tune", "deploy": "Deploy, trained"}
 NAMES = {
     "mobilenet_v2": "MobileNetV2",
@@ -32,7 +33,7 @@ NAMES = {
 CHANCE = {"elpv": 1 / 2, "fashion-mnist": 1 / 10}
 COLLAPSED = 0.05
 """A run whose accuracy is above chance by less than this has learnt nothing, or lost it all."""
-MODE_COLOURS: dict[str, str] = {"train": "#7c3aed", **COLOURS}
+MODE_COLOURS = {"train": "#7c3aed", **{str(mode): colour for mode, colour in COLOURS.items()}}
 STYLES = {"train": ":", "eval": "-", "tune": "--", "deploy": "-."}
 MARKERS = {"train": "^", "eval": "o", "tune": "s", "deploy": "D"}
 INK = "#1e293b"
@@ -193,21 +194,21 @@ def facts(report: dict[str, Any]) -> list[str]:
     return [
         f"{len(rows)} runs by `{report['command']}`: seeds {seeds}; learning rates of the backbone {rates};",
         f"{settings['limit']} training images of {settings['image_size']} px, batch {settings['batch_size']},",
-        f"{settings['epochs']} epochs. {machine['cpu']}, one thread to a run; {versions}.",
+        f"epochs {settings['epochs']}. {machine['cpu']}, one thread to a run; {versions}.",
     ]
 
 
 def scales_table(report: dict[str, Any]) -> list[str]:
     """Draw the quartiles of the factors by which folding multiplies the weights of a channel."""
     lines = [
-        [NAMES[net], *(f"{quartile:.2f}" for quartile in quartiles), *(f"{q * q:.2f}" for q in quartiles)]
+        [NAMES[net], *(f"{factor:.2f} (squared {factor * factor:.2f})" for factor in quartiles)]
         for net, quartiles in report["scale_quartiles"].items()
     ]
-    return table(["network", *("lower quartile", "median", "upper quartile"), *(["squared"] * 3)], lines)
+    return table(["network", "lower quartile", "median", "upper quartile"], lines)
 
 
-def fill_page(page: str, report: dict[str, Any]) -> str:
-    """Put facts and tables between their marks in a page."""
+def fill_page(page: str, report: dict[str, Any], in_double: dict[str, Any]) -> str:
+    """Put facts and tables between their marks in a page; the runs in double precision have a table of their own."""
     rows = report["rows"]
     regions = {
         "facts": facts(report),
@@ -215,6 +216,7 @@ def fill_page(page: str, report: dict[str, Any]) -> str:
         "collapse": collapse_table(rows),
         "stability": stability_table(rows),
         "tune-eval": twins_table(rows),
+        "float64": [*facts(in_double), "", *twins_table(in_double["rows"])],
         "scales": scales_table(report),
         "cost": cost_table(report),
     }
@@ -228,7 +230,7 @@ def draw_accuracy(rows: Sequence[Row], path: Path) -> None:
     shown = list(panels(rows))
     lines, columns = math.ceil(len(shown) / 2), min(2, len(shown))
     figure = Figure(figsize=(9, 3.2 * lines + 0.6), layout="constrained", dpi=150, facecolor="white")
-    grid = figure.subplots(lines, columns, squeeze=False)
+    grid = figure.subplots(lines, columns, squeeze=False, sharey="col")
     for axes, (net, data) in zip(grid.flat, shown, strict=False):
         chosen = select(rows, net=net, data=data)
         for mode in modes_of(chosen):
@@ -290,12 +292,13 @@ def _clean(axes: Axes) -> None:
 def main() -> None:
     """Write the page and its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON (%(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the runs (%(default)s)")
+    parser.add_argument("--in-double", type=Path, default=IN_DOUBLE, help="those in double precision (%(default)s)")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page whose tables are filled in (%(default)s)")
     parser.add_argument("--figures", type=Path, default=BENCHMARKS, help="folder of the figures (%(default)s)")
     args = parser.parse_args()
-    report = json.loads(args.results.read_text())
-    args.page.write_text(fill_page(args.page.read_text(), report))
+    report, in_double = (json.loads(path.read_text()) for path in (args.results, args.in_double))
+    args.page.write_text(fill_page(args.page.read_text(), report, in_double))
     draw_accuracy(report["rows"], args.figures / "compare-modes-accuracy.png")
     draw_cost(report, args.figures / "compare-modes-cost.png")
     print(f"wrote {args.page} and its figures in {args.figures}")

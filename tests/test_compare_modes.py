@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from compare_modes import Settings
-from helpers import relative
+from helpers import randomized, relative
 from PIL import Image
 from torch import nn
 
@@ -32,7 +32,7 @@ Main = Callable[..., list[dict[str, Any]]]
 def build_tiny(image_size: int) -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, compare_modes.FEATURES, 1)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return randomized(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
 
 
 @pytest.fixture
@@ -81,9 +81,7 @@ def test_a_stopped_grid_goes_on_with_the_next_cell(
     assert main(*grid, out=out) == rows
     assert not ran
 
-    with pytest.raises(
-        SystemExit, match="holds runs with .*'epochs': 1.*, not .*'epochs': 2.*; name another"
-    ):
+    with pytest.raises(SystemExit, match="holds runs with .*'epochs': 1.*, not .*'epochs': 2.*; name another"):
         main(*grid, "--epochs", "2", out=out)
     assert json.loads(out.read_text())["rows"] == rows
     out.write_text('{"rows": []}')
@@ -203,8 +201,9 @@ def test_page_and_figures_are_drawn_from_the_results(monkeypatch: pytest.MonkeyP
 
 def test_page_is_in_step_with_the_committed_results() -> None:
     report = json.loads(compare_modes_page.RESULTS.read_text())
+    in_double = json.loads(compare_modes_page.IN_DOUBLE.read_text())
     page = compare_modes_page.PAGE.read_text()
-    assert compare_modes_page.fill_page(page, report) == page
+    assert compare_modes_page.fill_page(page, report, in_double) == page
     cells = {tuple(row[field] for field in compare_modes.Cell._fields) for row in report["rows"]}
     nets, rates = ("mobilenet_v2", "efficientnet_lite0"), compare_modes.LEARNING_RATES
     assert cells == set(product(nets, compare_modes.DATA, compare_modes.MODES, (0, 1, 2), rates))
