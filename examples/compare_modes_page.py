@@ -173,7 +173,7 @@ def cost_table(report: dict[str, Any]) -> list[str]:
             saved = 100 * (1 - kept[mode] / kept["eval"])
             pairs = twins(rows, mode, "eval", net=net)
             ratio = median(row["cpu_ms_per_step"] / other["cpu_ms_per_step"] for row, other in pairs) if pairs else None
-            cells = [f"{kept[mode]:.1f}", f"{saved:.0f} %", f"{middle:.0f} ({low:.0f} to {high:.0f})"]
+            cells = [f"{kept[mode]:.1f}", f"{round(saved)} %", f"{middle:.0f} ({low:.0f} to {high:.0f})"]
             lines.append([f"{NAMES[net]}: {TITLES[mode]}", *cells, "-" if ratio is None else f"{ratio:.2f}"])
     return table(["network: mode", "kept, MiB", "less than Eval", "CPU ms per step", "to Eval's"], lines)
 
@@ -188,13 +188,15 @@ def times(rows: Iterable[Row], net: str, mode: str) -> tuple[float, float, float
 def facts(report: dict[str, Any]) -> list[str]:
     """Say what was run, with what and on what."""
     rows, settings, machine = report["rows"], report["settings"], report["machine"]
-    seeds = ", ".join(map(str, sorted(values(rows, "seed"))))
+    seeds = ", ".join(f"{seed} ({len(select(rows, seed=seed))} runs)" for seed in sorted(values(rows, "seed")))
     rates = ", ".join(f"{lr:g}" for lr in sorted(values(rows, "lr")))
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return [
-        f"{len(rows)} runs by `{report['command']}`: seeds {seeds}; learning rates of the backbone {rates};",
-        f"{settings['limit']} training images of {settings['image_size']} px, batch {settings['batch_size']},",
-        f"epochs {settings['epochs']}. {machine['cpu']}, one thread to a run; {versions}.",
+        f"`{report['command']}`",
+        "",
+        f"{len(rows)} runs: seeds {seeds}; learning rates of the backbone {rates}; {settings['limit']} training images of",
+        f"{settings['image_size']} px, batch {settings['batch_size']}, epochs {settings['epochs']}.",
+        f"{machine['cpu']}, one thread to a run; {versions}.",
     ]
 
 
