@@ -194,8 +194,8 @@ def facts(report: dict[str, Any]) -> list[str]:
     return [
         f"`{report['command']}`",
         "",
-        f"{len(rows)} runs: seeds {seeds}; learning rates of the backbone {rates}; {settings['limit']} training images of",
-        f"{settings['image_size']} px, batch {settings['batch_size']}, epochs {settings['epochs']}.",
+        f"{len(rows)} runs: seeds {seeds}; learning rates of the backbone {rates};",
+        f"{settings['limit']} training images of {settings['image_size']} px, batch {settings['batch_size']}, epochs {settings['epochs']}.",
         f"{machine['cpu']}, one thread to a run; {versions}.",
     ]
 
