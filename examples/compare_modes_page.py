@@ -195,7 +195,8 @@ def facts(report: dict[str, Any]) -> list[str]:
         f"`{report['command']}`",
         "",
         f"{len(rows)} runs: seeds {seeds}; learning rates of the backbone {rates};",
-        f"{settings['limit']} training images of {settings['image_size']} px, batch {settings['batch_size']}, epochs {settings['epochs']}.",
+        f"{settings['limit']} training images of {settings['image_size']} px,",
+        f"batch {settings['batch_size']}, epochs {settings['epochs']}.",
         f"{machine['cpu']}, one thread to a run; {versions}.",
     ]
 
