@@ -121,10 +121,8 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
 
 def with_table(page: str, mark: str, rows: list[dict[str, Any]]) -> str:
     """Put a few of the rows between two marks in a page."""
-    before, start, rest = page.partition(f"<!-- {mark} -->\n")
-    _, end, after = rest.partition(f"<!-- /{mark} -->\n")
     chosen = [row for row in rows if row["model"] in EXCERPTS[mark] and (row["batch"], row["pixels"]) == (8, 224)]
-    return "".join([before, start, "\n".join(table(chosen, 224)), "\n", end, after])
+    return report.with_table(page, mark, table(chosen, 224))
 
 
 def table(rows: list[dict[str, Any]], pixels: int) -> list[str]:

@@ -85,3 +85,10 @@ def _shown(value: object) -> str:
         if isinstance(value, float)
         else str(value)
     )
+
+
+def with_table(page: str, mark: str, lines: Sequence[str]) -> str:
+    """Put a table between two marks in a page, ``<!-- mark -->`` and ``<!-- /mark -->``."""
+    before, start, rest = page.partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition(f"<!-- /{mark} -->\n")
+    return "".join([before, start, "\n".join(lines), "\n", end, after])
