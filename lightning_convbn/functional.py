@@ -141,8 +141,8 @@ def conv_bn(
     dtype = compute_dtype(input, weight)
     input = _cast(input, weight, dtype)
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        operands = (weight, bias, gamma, beta, running_mean, running_var, eps)
-        return _conv(input, *_fold_in_plain_sight(operands, spec, dtype), spec)
+        folded = _fold_in_plain_sight((weight, bias, gamma, beta, running_mean, running_var, eps), spec, dtype)
+        return _conv(input, *folded, spec)
     scale = None if gamma is None or gamma.requires_grad else gamma  # may be a buffer (FrozenBatchNorm2d)
     if constants is None:
         constants = Constants(running_mean, running_var, scale, eps, fold_dtype(weight))

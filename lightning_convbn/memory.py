@@ -70,9 +70,10 @@ def measure_memory(
     """Count the bytes that one forward pass of a model in a mode keeps for the backward pass.
 
     Every storage that the forward allocates and that is still alive when nothing but the autograd graph is left counts
-    once; parameters and buffers don't count, an input does if the graph keeps it. This goes by the life of the storages
-    and not by ``torch.autograd.graph.saved_tensors_hooks``, which miss whatever is saved under other such hooks or held
-    by a closure. Random state, buffers, gradients and mode are as before afterwards.
+    once; parameters and buffers don't count, nor what pairs keep from step to step (see `set_mode`); an input does if
+    the graph keeps it. This goes by the life of the storages and not by ``torch.autograd.graph.saved_tensors_hooks``,
+    which miss whatever is saved under other such hooks or held by a closure. Random state, buffers, gradients and mode
+    are as before afterwards.
 
     With inputs from a ``torch._subclasses.FakeTensorMode`` the count is the same and nothing is computed or allocated.
 
