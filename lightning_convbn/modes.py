@@ -36,7 +36,7 @@ def set_mode(
     - ``"eval"``: every BatchNorm with running statistics is frozen at them, whoever calls ``.train()``.
     - ``"tune"``: as Eval, but paired BatchNorms are folded into their convolution at every forward. Gradients reach
       every parameter and equal Eval's; the convolution's own output is not kept for the backward pass. From step to
-      step a pair keeps what is constant in its fold: two vectors, or the whole fold if all of its parameters are frozen.
+      step a pair keeps what is constant in its fold: two vectors, or all of it if no parameter of the pair is trained.
     - ``"deploy"``: as Tune, but folded once, at the first forward after the switch, for passes that need no gradient of
       a parameter. Where one is needed it runs as Tune does.
 
