@@ -117,7 +117,7 @@ class ConvBNLayer(nn.Module):
     def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
         """Run the folded pair: with a kept fold where that is constant, or in one differentiable step."""
         conv, affine = cast(nn.Conv2d, self), affine_of(self._bn[0])
-        sources = (conv.weight, conv.bias, *affine[:4])
+        sources = (conv.weight, conv.bias, affine.weight, affine.bias, affine.running_mean, affine.running_var)
         own = self._owns_weight and type(conv.weight) is nn.Parameter and not isinstance(input, FakeTensor)
         if not (own and _may_keep() and self.is_constant(sources)):
             self.__dict__.pop("_folded", None)
