@@ -120,7 +120,8 @@ class ConvBNLayer(nn.Module):
         sources = (conv.weight, conv.bias, affine.weight, affine.bias, affine.running_mean, affine.running_var)
         own = self._owns_weight and type(conv.weight) is nn.Parameter and not isinstance(input, FakeTensor)
         if not (own and _may_keep() and self.is_constant(sources)):
-            self.__dict__.pop("_folded", None)
+            if self._folded is not None:
+                del self._folded
             return conv_bn(input, conv.weight, conv.bias, *affine, spec, self.constants(affine))
         dtype = compute_dtype(input, conv.weight)
         state = (*sources, dtype, conv.weight.device, affine.eps, *map(contents, sources))
