@@ -30,6 +30,7 @@ direction.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -217,6 +218,7 @@ class Constants:
     ) -> None:
         self.scale = scale
         self._sources = (running_mean, running_var, scale)
+        self._storages = storages(self._sources)
         self._state = (eps, dtype, *map(contents, self._sources))
         rstd = _rstd(running_var, eps, dtype)
         # A mean of the dtype of the fold would be the buffer itself, which may be written.
@@ -248,6 +250,11 @@ def contents(tensor: Tensor | None) -> tuple[int, int]:
     if tensor is None or is_functorch_wrapped_tensor(tensor) or isinstance(tensor, FakeTensor):
         return 0, 0
     return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+
+
+def storages(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """Hold the storages of tensors, so that no other gets the address by which `contents` knows them."""
+    return [tensor.detach() for tensor in tensors if tensor is not None]
 
 
 def layout(spec: ConvSpec | None) -> tuple[bool, int]:

@@ -31,11 +31,13 @@ from lightning_convbn.functional import (
     fold_dtype,
     folded_conv,
     layout,
+    storages,
 )
 
 Mode = Literal["train", "eval", "tune", "deploy"]
 Row = TypeVar("Row")
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 KEPT = ("_constants", "_folded")  # attributes of a folded convolution that can be computed anew at any time
 
 
@@ -79,7 +81,7 @@ class ConvBNLayer(nn.Module):
 
     _bn: tuple[nn.Module]
     _constants: Constants | None = None
-    _folded: tuple[tuple[Any, ...], Tensor, Tensor] | None = None  # what was folded, and the fold
+    _folded: tuple[tuple[Any, ...], Tensor, Tensor, list[Tensor]] | None = None  # what was folded, and the fold
     _owns_weight: bool = False  # whether the weight is the module's own between two calls, and not sharded, say
     _rows: bool = False  # whether BatchNorm gets the output with its first two dimensions flattened
     dims: int  # dimensions of a batched input; any other input runs unfolded
@@ -103,10 +105,12 @@ class ConvBNLayer(nn.Module):
         if not _may_keep():
             return None
         gamma, _, mean, var, eps = affine or affine_of(self._bn[0])
-        if type(mean) is not Tensor or mean.requires_grad or var.requires_grad or mean.is_inference():
+        if type(mean) is not Tensor or mean.requires_grad or var.requires_grad:
             return None
         dtype, kept = fold_dtype(cast(nn.Conv2d, self).weight), self._constants
         scale = None if gamma is None or gamma.requires_grad else gamma
+        if _any_unversioned((mean, var, scale)):
+            return None
         if kept is None or not kept.are_of(mean, var, scale, eps, dtype):
             with torch.inference_mode(False), torch.no_grad():  # they may be wanted outside of inference mode, too
                 kept = Constants(mean, var, scale, eps, dtype)
@@ -119,7 +123,7 @@ class ConvBNLayer(nn.Module):
         conv, affine = cast(nn.Conv2d, self), affine_of(self._bn[0])
         sources = (conv.weight, conv.bias, affine.weight, affine.bias, affine.running_mean, affine.running_var)
         own = self._owns_weight and type(conv.weight) is nn.Parameter and not isinstance(input, FakeTensor)
-        if not (own and _may_keep() and self.is_constant(sources)):
+        if not (own and _may_keep() and self.is_constant(sources)) or _any_unversioned(sources):
             if self._folded is not None:
                 del self._folded
             return conv_bn(input, conv.weight, conv.bias, *affine, spec, self.constants(affine))
@@ -130,7 +134,7 @@ class ConvBNLayer(nn.Module):
             transposed, groups = layout(spec)
             with torch.inference_mode(False), torch.no_grad():  # it may be wanted outside of inference mode, too
                 fold = fold_conv_bn(conv.weight, conv.bias, *affine, transposed=transposed, groups=groups, dtype=dtype)
-            kept = self._folded = (state, *fold)
+            kept = self._folded = (state, *fold, storages(sources))
         return folded_conv(input, kept[1], kept[2], spec)
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
@@ -168,12 +172,23 @@ def _any_trainable(tensors: Iterable[Tensor | None]) -> bool:
     return bool([tensor for tensor in tensors if tensor is not None and tensor.requires_grad])
 
 
-def _may_keep() -> bool:
-    """Whether what is computed may outlive the call: not inside a transform, nor a compiled graph.
+def _any_unversioned(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether writes to a tensor leave no trace, because it was made in inference mode."""
+    return bool([tensor for tensor in tensors if tensor is not None and tensor.is_inference()])
 
-    There it would go stale (pytorch #108863).
+
+def _may_keep() -> bool:
+    """Whether what is computed may outlive the call: not inside a transform, nor in a graph, where it would go stale.
+
+    A graph is compiled (pytorch #108863), traced by TorchScript, or by ``make_fx``.
     """
-    return not torch.compiler.is_compiling() and peek_interpreter_stack() is None and forward_ad._current_level < 0
+    return (
+        not torch.compiler.is_compiling()
+        and peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and torch._C._get_dispatch_mode(_PROXY) is None
+    )
 
 
 def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import BATCH_NORMS, Snapshot, assert_close, gradients, images, randomized, small_net, torchvision_model
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_convbn import ConvBNPairs, Mode, conv_bn_mode, find_conv_bn_pairs, get_mode, set_mode
@@ -326,6 +327,49 @@ def test_a_weight_that_is_sharded_between_two_calls_is_folded_at_each() -> None:
     net[0].weight = whole
     net(torch.ones(1, 3, 5, 5))
     assert "_folded" not in net[0].__dict__
+
+
+@pytest.mark.parametrize("mode", ["deploy", "tune"])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_tensors_of_inference_mode_are_folded_at_each_forward(mode: Mode, trainable: bool) -> None:
+    """They have no version that would tell of a write."""
+    other = small_net(seed=1).double().state_dict()
+    with torch.inference_mode():
+        net = small_net().double().requires_grad_(trainable)
+        set_mode(net, mode)
+        net(batch())
+        net.load_state_dict(other)
+        assert_close([net(batch())], [eval_output(net)], 1e-12)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.filterwarnings("ignore:.torch.jit", "ignore::torch.jit.TracerWarning")
+def test_a_traced_model_holds_nothing_that_was_kept(trainable: bool) -> None:
+    """By TorchScript, and by make_fx: weights that are loaded later matter."""
+    net = small_net().double().requires_grad_(trainable)
+    set_mode(net, "tune")
+    with torch.no_grad():
+        net(batch())
+        scripted = torch.jit.trace(net, batch(), check_trace=False)
+        graph = make_fx(net)(batch())
+        other = small_net(seed=1).double().state_dict()
+        scripted.load_state_dict(other)
+        net.load_state_dict(other)
+        expected = eval_output(net)
+        assert_close([scripted(batch()), graph(batch())], [expected, expected], 1e-12)
+
+
+def test_another_storage_at_the_same_address_is_noticed() -> None:
+    """As when weights are replaced by `.data = ...` again and again."""
+    net = small_net().double().requires_grad_(False)
+    set_mode(net, "tune")
+    for _ in range(5):
+        output(net)
+        weight = net[0].weight.detach().clone() * 1.5
+        net[0].weight.data = torch.empty(0, dtype=torch.float64)
+        net[0].weight.data = weight.clone()
+        del weight
+        assert_close([output(net)], [eval_output(net)], 1e-12)
 
 
 def test_constants_made_in_inference_mode_serve_double_backward() -> None:
