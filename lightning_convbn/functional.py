@@ -141,7 +141,8 @@ def conv_bn(
         return called_back
     dtype = compute_dtype(input, weight)
     input = _cast(input, weight, dtype)
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if tracing or forward_ad._current_level >= 0:
         folded = _fold_in_plain_sight((weight, bias, gamma, beta, running_mean, running_var, eps), spec, dtype)
         return _conv(input, *folded, spec)
     scale = None if gamma is None or gamma.requires_grad else gamma  # may be a buffer (FrozenBatchNorm2d)
@@ -169,7 +170,7 @@ def folded_conv(input: Tensor, weight: Tensor, bias: Tensor, spec: ConvSpec | No
 
 
 def _fold_in_plain_sight(operands: tuple[Any, ...], spec: ConvSpec | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Fold in operations that a compiler, or forward-mode differentiation, can see."""
+    """Fold in operations that a compiler, a tracer or forward-mode differentiation can see."""
     transposed, groups = layout(spec)
     fold = partial(fold_conv_bn, transposed=transposed, groups=groups, dtype=dtype)
     if not torch.compiler.is_dynamo_compiling() or _is_exporting() or not torch.is_grad_enabled():
