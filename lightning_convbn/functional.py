@@ -30,15 +30,13 @@ direction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
-from torch._subclasses import FakeTensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils.checkpoint import checkpoint
@@ -139,21 +137,28 @@ def conv_bn(
         operands = (weight, bias, gamma, beta, running_mean, running_var, eps, spec, constants)
         called_back: Tensor = handle_torch_function(conv_bn, (input,), input, *operands)
         return called_back
-    dtype = compute_dtype(input, weight)
-    input = _cast(input, weight, dtype)
-    tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    if tracing or forward_ad._current_level >= 0:
+    if constants is None and (
+        torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or forward_ad._current_level >= 0
+    ):
+        dtype = compute_dtype(input, weight)
         folded = _fold_in_plain_sight((weight, bias, gamma, beta, running_mean, running_var, eps), spec, dtype)
-        return _conv(input, *folded, spec)
+        return _conv(_cast(input, dtype), *folded, spec)
+    dtype = weight.dtype
+    if torch._C._is_any_autocast_enabled():
+        dtype = compute_dtype(input, weight)
+        input = _cast(input, dtype)
     scale = None if gamma is None or gamma.requires_grad else gamma  # may be a buffer (FrozenBatchNorm2d)
+    plain = constants is not None
     if constants is None:
-        constants = Constants(running_mean, running_var, scale, eps, fold_dtype(weight))
+        constants = constants_of(running_mean, running_var, scale, eps, fold_dtype(weight))
+        plain = peek_interpreter_stack() is None and not (constants.mean.requires_grad or constants.rstd.requires_grad)
     if scale is not None:
         gamma = None
-    mean, rstd = constants.mean, constants.rstd
-    lent = constants if constants.may_be_lent() else None
-    function = _ConvBN if peek_interpreter_stack() is None else _TransformableConvBN
-    output: Tensor = function.apply(input, weight, bias, gamma, beta, mean, rstd, spec, dtype, lent)
+    output: Tensor
+    if plain:
+        output = _ConvBN.apply(input, weight, bias, gamma, beta, constants, spec, dtype)
+    else:
+        output = _TransformableConvBN.apply(input, weight, bias, gamma, beta, *constants, (spec, dtype))
     return output
 
 
@@ -162,7 +167,7 @@ def folded_conv(input: Tensor, weight: Tensor, bias: Tensor, spec: ConvSpec | No
 
     The input is not kept for the backward pass.
     """
-    input = _cast(input, weight, weight.dtype)
+    input = _cast(input, weight.dtype)
     if not (input.requires_grad and torch.is_grad_enabled()):
         return _conv(input, weight, bias, spec)
     output: Tensor = _FoldedConv.apply(input, weight, bias, spec)
@@ -195,14 +200,14 @@ def _autocasting(input: Tensor) -> bool:
     return known and torch.is_autocast_enabled(device)
 
 
-def _cast(input: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(input: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast ``input`` as autocast would; without autocast a dtype mismatch stays the caller's error."""
     if input.dtype is not torch.float64 and _autocasting(input):
         return input.to(dtype)
     return input
 
 
-class Constants:
+class Constants(NamedTuple):
     """What is constant in a fold as long as nobody writes the statistics of the BatchNorm.
 
     A pair keeps them from step to step, so that a backward pass finds them where the forward pass left them: copies for
@@ -211,51 +216,23 @@ class Constants:
     Attributes:
         mean: The running mean ``(C_out,)`` in the dtype of the fold.
         rstd: ``r`` of the equations ``(C_out,)``, times the scale if that is constant, too.
-        scale: The constant scale ``(C_out,)``; None for a trainable one, and where there is none.
     """
 
-    def __init__(
-        self, running_mean: Tensor, running_var: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
-    ) -> None:
-        self.scale = scale
-        self._sources = (running_mean, running_var, scale)
-        self._storages = storages(self._sources)
-        self._state = (eps, dtype, *map(contents, self._sources))
-        rstd = _rstd(running_var, eps, dtype)
-        # A mean of the dtype of the fold would be the buffer itself, which may be written.
-        self.mean = running_mean.to(dtype, copy=True)
-        self.rstd = rstd if scale is None else rstd * scale
+    mean: Tensor
+    rstd: Tensor
 
-    def are_of(
-        self, running_mean: Tensor, running_var: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
-    ) -> bool:
-        """Whether they are what these statistics give, and nobody has written them since."""
-        mean, var, constant = self._sources
-        same = running_mean is mean and running_var is var and scale is constant
-        return same and self._state == (eps, dtype, contents(mean), contents(var), contents(constant))
 
-    def may_be_lent(self) -> bool:
-        """Whether a backward pass may read them here; where autograd or a transform is at work on them it must not."""
-        for tensor in (self.mean, self.rstd):
-            if tensor.requires_grad or is_functorch_wrapped_tensor(tensor):
-                return False
-        return True
+def constants_of(
+    running_mean: Tensor, running_var: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
+) -> Constants:
+    """Compute the constants of a BatchNorm in ``dtype``; ``scale`` ``(C_out,)`` is None where it is not constant."""
+    rstd = _rstd(running_var, eps, dtype)
+    # A mean of the dtype of the fold would be the buffer itself, which may be written.
+    return Constants(running_mean.to(dtype, copy=True), rstd if scale is None else rstd * scale)
 
 
 def _rstd(running_var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     return (running_var.to(dtype) + eps).rsqrt()
-
-
-def contents(tensor: Tensor | None) -> tuple[int, int]:
-    """What changes when a tensor is written in place, or given other storage; nothing does inside a transform."""
-    if tensor is None or is_functorch_wrapped_tensor(tensor) or isinstance(tensor, FakeTensor):
-        return 0, 0
-    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
-
-
-def storages(tensors: Iterable[Tensor | None]) -> list[Tensor]:
-    """Hold the storages of tensors, so that no other gets the address by which `contents` knows them."""
-    return [tensor.detach() for tensor in tensors if tensor is not None]
 
 
 def layout(spec: ConvSpec | None) -> tuple[bool, int]:
@@ -296,16 +273,16 @@ def _scaled(weight: Tensor, scale: Tensor, transposed: bool, groups: int, *, in_
     return multiply(weight.unflatten(0, (groups, -1)), per_channel).flatten(0, 1)
 
 
-def _channel_dot(a: Tensor, b: Tensor, transposed: bool, groups: int) -> Tensor:
+def _channel_dot(a: Tensor, b: Tensor, transposed: bool, groups: int, final: bool) -> Tensor:
     """Sum of ``a * b`` over all but the output channel of two weights: ``(C_out,)``."""
     if transposed:
         return (a * b).unflatten(0, (groups, -1)).flatten(3).sum((1, 3)).flatten()
-    if a.numel() >= LARGE and a.device.type == "cpu" and a.dtype is b.dtype and _is_final():
-        # It is what a frozen BatchNorm of mean 0 and variance 1 has for a gradient of its weight when `b` goes in and
-        # `a` comes back. That kernel goes through both once and writes no product.
-        channels = (a.new_zeros(a.shape[0]), a.new_ones(a.shape[0]))
-        tensors = (a.flatten(1).unsqueeze(0), b.flatten(1).unsqueeze(0), None, *channels, None, None)
-        return torch.ops.aten.native_batch_norm_backward.default(*tensors, False, 0.0, (False, True, False))[1]
+    if final and a.numel() >= LARGE and a.device.type == "cpu" and a.dtype is b.dtype:
+        # It is what a frozen BatchNorm of mean 0, variance 0 and epsilon 1 has for a gradient of its weight when `b`
+        # goes in and `a` comes back. That kernel goes through both once and writes no product.
+        zeros = a.new_zeros(a.shape[0])
+        tensors = (a.flatten(1).unsqueeze(0), b.flatten(1).unsqueeze(0), None, zeros, zeros, None, None)
+        return torch.ops.aten.native_batch_norm_backward.default(*tensors, False, 1.0, (False, True, False))[1]
     return (a * b).flatten(1).sum(1)
 
 
@@ -362,9 +339,20 @@ class _ConvBN(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        input, weight, bias, gamma, beta, mean, rstd, spec, dtype, _ = inputs
-        _setup_context(ctx, inputs)
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        constants: Constants,
+        spec: ConvSpec | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.constants = constants
+        _keep(ctx, input, weight, bias, gamma, beta, None, None, spec, dtype)
+        mean, rstd = constants
         if dtype is weight.dtype is rstd.dtype and _is_output_smaller(input, weight, spec):
             scale, shift = _scale_and_shift(bias, gamma, beta, mean, rstd)
             output = _conv(input, weight, None, spec)
@@ -373,11 +361,11 @@ class _ConvBN(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grad)
+        return _backward(ctx, grad, *ctx.constants)
 
 
 class _TransformableConvBN(torch.autograd.Function):
-    """The same for ``torch.func``, which wants the two halves of the forward pass apart.
+    """The same for ``torch.func``, which wants the two halves of the forward pass apart, and every tensor by itself.
 
     It takes as long to call as the arithmetic of a small layer: at every call torch inspects the signature.
     """
@@ -386,45 +374,55 @@ class _TransformableConvBN(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        input, weight, bias, gamma, beta, mean, rstd, spec, dtype, _ = inputs
+        input, weight, bias, gamma, beta, mean, rstd, (spec, dtype) = inputs
         return _conv(input, *_fold(weight, bias, gamma, beta, mean, rstd, *layout(spec), dtype), spec)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _setup_context(ctx, inputs)
+        _keep(ctx, *inputs[:7], *inputs[7])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grad)
+        return _backward(ctx, grad, *ctx.saved_tensors[4:])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    input, weight, bias, gamma, beta, mean, rstd, spec, dtype, lent = inputs
-    of_input, of_weight, of_bias, of_gamma, of_beta, of_mean, of_rstd = ctx.needs_input_grad[:7]
+def _keep(
+    ctx: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    spec: ConvSpec | None,
+    dtype: torch.dtype,
+) -> None:
+    """Leave to `_backward` what it needs; of the constants those that come as tensors."""
+    of_input, of_weight, of_bias, of_gamma, _, of_mean, of_rstd = ctx.needs_input_grad[:7]
     of_scale = of_gamma or of_rstd
     uses_scale = of_input or of_weight or of_bias or of_mean
     reads_rstd = uses_scale or of_scale
-    ctx.spec, ctx.dtype, ctx.input_shape, ctx.lent = spec, dtype, input.shape, lent if reads_rstd else None
-    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (bias, gamma, beta)]
+    ctx.spec, ctx.dtype, ctx.input_shape = spec, dtype, input.shape
+    ctx.bias_dtype, ctx.beta_dtype = None if bias is None else bias.dtype, None if beta is None else beta.dtype
     ctx.save_for_backward(
         input if of_weight or of_scale else None,
         weight if of_input or of_weight or of_scale else None,
         bias if of_scale else None,
-        gamma if uses_scale or of_scale else None,
-        mean if of_scale and lent is None else None,
-        rstd if reads_rstd and lent is None else None,
+        gamma if reads_rstd else None,
+        mean if of_scale else None,
+        rstd if reads_rstd else None,
     )
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, bias, gamma, mean, rstd = ctx.saved_tensors
+def _backward(ctx: Any, grad: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of an output, those that are wanted: in the order of the arguments of the forward pass."""
+    input, weight, bias, gamma = ctx.saved_tensors[:4]
     of_input, of_weight, of_bias, of_gamma, of_beta, of_mean, of_rstd = ctx.needs_input_grad[:7]
-    bias_dtype, gamma_dtype, beta_dtype = ctx.dtypes
     spec: ConvSpec | None = ctx.spec
     transposed, groups = layout(spec)
+    final = _is_final()
     of_scale = of_gamma or of_rstd
-    if ctx.lent is not None:
-        mean, rstd = ctx.lent.mean, ctx.lent.rstd
     scale = rstd if gamma is None else gamma * rstd
     if input is None:
         input = _only_a_shape(ctx.input_shape, grad)
@@ -447,19 +445,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_weight = grad_bias = grad_gamma = grad_beta = grad_mean = grad_rstd = None
     if grad_shift is not None:
         grad_shift = grad_shift.to(torch.promote_types(torch.float32, grad_shift.dtype))
-        grad_bias = (grad_shift * scale).to(bias_dtype) if of_bias else None
-        grad_beta = grad_shift.to(beta_dtype) if of_beta else None
+        grad_bias = (grad_shift * scale).to(ctx.bias_dtype) if of_bias else None
+        grad_beta = grad_shift.to(ctx.beta_dtype) if of_beta else None
         grad_mean = -grad_shift * scale if of_mean else None
     if grad_folded is not None:
         grad_folded = grad_folded.to(rstd.dtype)
         if of_scale and grad_shift is not None:
-            dot = _channel_dot(grad_folded, weight, transposed, groups)
+            dot = _channel_dot(grad_folded, weight, transposed, groups, final)
             grad_scale = torch.addcmul(dot, grad_shift, mean if bias is None else mean - bias, value=-1)
-            grad_gamma = (grad_scale * rstd).to(gamma_dtype) if of_gamma else None
+            grad_gamma = (grad_scale * rstd).to(gamma.dtype) if of_gamma else None
             grad_rstd = grad_scale * (1 if gamma is None else gamma) if of_rstd else None
         if of_weight:
-            grad_weight = _scaled(grad_folded, scale, transposed, groups, in_place=_is_final()).to(weight.dtype)
-    return grad_input, grad_weight, grad_bias, grad_gamma, grad_beta, grad_mean, grad_rstd, None, None, None
+            grad_weight = _scaled(grad_folded, scale, transposed, groups, in_place=final).to(weight.dtype)
+    return grad_input, grad_weight, grad_bias, grad_gamma, grad_beta, grad_mean, grad_rstd, None
 
 
 class _FoldedConv(torch.autograd.Function):

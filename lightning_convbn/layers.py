@@ -25,13 +25,12 @@ from lightning_convbn.functional import (
     Constants,
     ConvSpec,
     compute_dtype,
-    contents,
+    constants_of,
     conv_bn,
     fold_conv_bn,
     fold_dtype,
     folded_conv,
     layout,
-    storages,
 )
 
 Mode = Literal["train", "eval", "tune", "deploy"]
@@ -73,6 +72,28 @@ def affine_of(bn: nn.Module) -> Affine:
     return Affine(norm.weight, norm.bias, norm.running_mean, norm.running_var, getattr(norm, "eps", 1e-5))
 
 
+class KeptConstants:
+    """Constants of a fold, and what they were computed from: plain tensors, whose writes are counted."""
+
+    def __init__(
+        self, running_mean: Tensor, running_var: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> None:
+        with torch.inference_mode(False), torch.no_grad():  # they may be wanted outside of inference mode, too
+            self.constants = constants_of(running_mean, running_var, scale, eps, dtype)
+        self._sources = (running_mean, running_var, scale)
+        self._storages = _storages(self._sources)
+        self._state = (eps, dtype, *map(_contents, self._sources))
+
+    def are_of(
+        self, running_mean: Tensor, running_var: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> bool:
+        """Whether they are what these statistics give, and nobody has written them since."""
+        mean, var, constant = self._sources
+        if running_mean is not mean or running_var is not var or scale is not constant:
+            return False
+        return self._state == (eps, dtype, _contents(mean), _contents(var), _contents(constant))
+
+
 class ConvBNLayer(nn.Module):
     """Base of the convolutions that apply the BatchNorm behind them, too.
 
@@ -80,7 +101,7 @@ class ConvBNLayer(nn.Module):
     """
 
     _bn: tuple[nn.Module]
-    _constants: Constants | None = None
+    _constants: KeptConstants | None = None
     _folded: tuple[tuple[Any, ...], Tensor, Tensor, list[Tensor]] | None = None  # what was folded, and the fold
     _owns_weight: bool = False  # whether the weight is the module's own between two calls, and not sharded, say
     _rows: bool = False  # whether BatchNorm gets the output with its first two dimensions flattened
@@ -107,35 +128,38 @@ class ConvBNLayer(nn.Module):
         gamma, _, mean, var, eps = affine or affine_of(self._bn[0])
         if type(mean) is not Tensor or mean.requires_grad or var.requires_grad:
             return None
-        dtype, kept = fold_dtype(cast(nn.Conv2d, self).weight), self._constants
         scale = None if gamma is None or gamma.requires_grad else gamma
-        if _any_unversioned((mean, var, scale)):
-            return None
+        dtype, kept = fold_dtype(cast(nn.Conv2d, self).weight), self._constants
         if kept is None or not kept.are_of(mean, var, scale, eps, dtype):
-            with torch.inference_mode(False), torch.no_grad():  # they may be wanted outside of inference mode, too
-                kept = Constants(mean, var, scale, eps, dtype)
-            if type(kept.rstd) is Tensor:
+            if _any_unversioned((mean, var, scale)):
+                return None
+            kept = KeptConstants(mean, var, scale, eps, dtype)
+            if type(kept.constants.rstd) is Tensor:
                 self._constants = kept
-        return kept
+        return kept.constants
 
     def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
         """Run the folded pair: with a kept fold where that is constant, or in one differentiable step."""
         conv, affine = cast(nn.Conv2d, self), affine_of(self._bn[0])
         sources = (conv.weight, conv.bias, affine.weight, affine.bias, affine.running_mean, affine.running_var)
-        own = self._owns_weight and type(conv.weight) is nn.Parameter and not isinstance(input, FakeTensor)
-        if not (own and _may_keep() and self.is_constant(sources)) or _any_unversioned(sources):
+        if not self.is_constant(sources) or not self._may_keep_fold(input, sources):
             if self._folded is not None:
                 del self._folded
             return conv_bn(input, conv.weight, conv.bias, *affine, spec, self.constants(affine))
         dtype = compute_dtype(input, conv.weight)
-        state = (*sources, dtype, conv.weight.device, affine.eps, *map(contents, sources))
+        state = (*sources, dtype, conv.weight.device, affine.eps, *map(_contents, sources))
         kept = self._folded
         if kept is None or not _same(kept[0], state):
             transposed, groups = layout(spec)
             with torch.inference_mode(False), torch.no_grad():  # it may be wanted outside of inference mode, too
                 fold = fold_conv_bn(conv.weight, conv.bias, *affine, transposed=transposed, groups=groups, dtype=dtype)
-            kept = self._folded = (state, *fold, storages(sources))
+            kept = self._folded = (state, *fold, _storages(sources))
         return folded_conv(input, kept[1], kept[2], spec)
+
+    def _may_keep_fold(self, input: Tensor, sources: Iterable[Tensor | None]) -> bool:
+        """Whether a fold may outlive the call, and every write to what is folded would be noticed."""
+        own = self._owns_weight and type(self.weight) is nn.Parameter and not isinstance(input, FakeTensor)
+        return own and _may_keep() and not _any_unversioned(sources)
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Return the normalised output of the pair."""
@@ -167,14 +191,26 @@ class Deploy(ConvBNLayer):
         return not torch.is_grad_enabled() or not _any_trainable(sources)
 
 
+def _contents(tensor: Tensor | None) -> tuple[int, int] | None:
+    """What changes when a tensor is written in place, or given other storage."""
+    return None if tensor is None else (tensor._version, tensor.data_ptr())
+
+
+def _storages(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """Hold the storages of tensors, so that no other gets the address by which `_contents` knows them."""
+    return [tensor.detach() for tensor in tensors if tensor is not None]
+
+
 def _any_trainable(tensors: Iterable[Tensor | None]) -> bool:
-    # A list, because with a generator this takes longer, for every pair in every step.
-    return bool([tensor for tensor in tensors if tensor is not None and tensor.requires_grad])
+    for tensor in tensors:  # noqa: SIM110 - a generator takes longer, for every pair in every step
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _any_unversioned(tensors: Iterable[Tensor | None]) -> bool:
     """Whether writes to a tensor leave no trace, because it was made in inference mode."""
-    return bool([tensor for tensor in tensors if tensor is not None and tensor.is_inference()])
+    return any(tensor.is_inference() for tensor in tensors if tensor is not None)
 
 
 def _may_keep() -> bool:
