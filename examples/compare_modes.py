@@ -12,7 +12,6 @@ Tune by the callback, Deploy as a copy whose folded weights are trained. Augment
 from __future__ import annotations
 
 import argparse
-import gzip
 import itertools
 import json
 import logging
@@ -26,17 +25,14 @@ from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, median
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple, get_args
 
-import numpy as np
 import report
 import torch
-from data import DataError, ImageData, Sample, stratified_split
+from data import ImageData
 from finetune import WARM_UP_STEPS, Recorder, above_zero
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from PIL import Image
 from report import BENCHMARKS
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -57,9 +53,8 @@ DATA = ("elpv", "fashion-mnist")
 LEARNING_RATES = (0.0001, 0.0003, 0.001, 0.003)
 HEAD_LEARNING_RATE = 0.01
 FEATURES = 1280  # what both networks hand to the head
-TEST_IMAGES = 500
+TEST_IMAGES = 500  # at most
 TEST_BATCH = 100
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics")
 
 
@@ -174,41 +169,18 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 @lru_cache(maxsize=2)
 def load(data: str, seed: int, settings: Settings) -> Sets:
     """Read a data set's images once per process and seed; the same ones, flipped alike, in every process."""
-    with torch.random.fork_rng(devices=[]), TemporaryDirectory() as folder:
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         images = ImageData(
-            data if data == "elpv" else f"imagefolder:{draw_fashion_mnist(Path(folder), seed, settings)}",
+            data,
             image_size=settings.image_size,
             batch_size=settings.batch_size,
             limit=settings.limit,
+            eval_limit=TEST_IMAGES,
             seed=seed,
         )
         train, test = (_collect(loader) for loader in (images.train_dataloader(), images.test_dataloader()))
         return Sets(train, test, images.class_weights)
-
-
-def draw_fashion_mnist(folder: Path, seed: int, settings: Settings) -> Path:
-    """Draw images of Fashion-MNIST, equally many of each class, and write them to a folder that `ImageData` reads."""
-    if not FASHION_MNIST.is_dir():
-        raise DataError(
-            f"--data fashion-mnist: there is no folder {FASHION_MNIST}; run `apt-get install dataset-fashion-mnist`"
-        )
-    for part, count, sets in (("train", settings.limit, ["train"]), ("t10k", TEST_IMAGES, ["val", "test"])):
-        pixels, labels = (
-            np.frombuffer(gzip.decompress((FASHION_MNIST / f"{part}-{name}-ubyte.gz").read_bytes()), np.uint8)[start:]
-            for name, start in (("images-idx3", 16), ("labels-idx1", 8))
-        )
-        samples = [Sample(Path(str(index)), label) for index, label in enumerate(labels.tolist())]
-        if part == "train":
-            (samples,) = stratified_split(samples, [0.9], seed)  # the rest is for validation, which is not done here
-        (drawn,) = stratified_split(samples, [count / len(samples)], seed)
-        for number, (index, label) in enumerate(drawn):
-            image = Image.fromarray(pixels.reshape(-1, 28, 28)[int(index.name)])
-            for name in sets:
-                place = folder / name / str(label)
-                place.mkdir(parents=True, exist_ok=True)
-                image.save(place / f"{number:05}.png")
-    return folder
 
 
 def _collect(loader: DataLoader[tuple[Tensor, int]]) -> TensorDataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,10 +14,12 @@ from typing import Any
 
 import compare_modes
 import compare_modes_page
+import datasets
 import numpy as np
 import pytest
 import torch
 from compare_modes import Settings
+from data import IMAGENET
 from helpers import randomized, relative
 from PIL import Image
 from torch import nn
@@ -119,7 +122,7 @@ def test_in_double_precision_tune_is_eval_and_deploy_is_not(main: Main) -> None:
 def test_what_is_missing_is_told_before_anything_starts(
     main: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(compare_modes, "FASHION_MNIST", tmp_path / "nowhere")
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
     with pytest.raises(SystemExit, match="no folder .*nowhere; run `apt-get install dataset-fashion-mnist`"):
         main("--data", "fashion-mnist", "--seeds", "7")
 
@@ -137,20 +140,20 @@ def test_fashion_mnist_is_drawn_evenly_from_the_files(monkeypatch: pytest.Monkey
     labels = np.arange(200, dtype=np.uint8) % 10
     for part in ("train", "t10k"):
         pixels = np.repeat(labels * 20, 28 * 28)
-        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pixels.tobytes()))
-        (tmp_path / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels.tobytes()))
-    monkeypatch.setattr(compare_modes, "FASHION_MNIST", tmp_path)
+        header = struct.pack(">4i", 2051, 200, 28, 28)
+        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pixels.tobytes()))
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 200) + labels.tobytes())
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path)
     monkeypatch.setattr(compare_modes, "TEST_IMAGES", 30)
     settings = Settings(epochs=1, limit=100, batch_size=10, image_size=32, precision="32-true")
-    folder = compare_modes.draw_fashion_mnist(tmp_path / "drawn", 0, settings)
-    for name, count in (("train", 10), ("test", 3)):
-        for label in range(10):
-            files = sorted((folder / name / str(label)).iterdir())
-            assert len(files) == count
-            assert all(np.unique(np.asarray(Image.open(file))).tolist() == [label * 20] for file in files)
     train, test, weights = compare_modes.load("fashion-mnist", 0, settings)
-    assert (len(train), len(test), weights) == (100, 30, [1.0] * 10)
-    assert test.tensors[0].shape == (30, 3, 32, 32)
+    assert weights == [1.0] * 10
+    for part, count in ((train, 10), (test, 3)):
+        images, found = part.tensors
+        assert images.shape == (10 * count, 3, 32, 32)
+        assert found.bincount().tolist() == [count] * 10
+        red = (images[:, 0] * IMAGENET.std[0] + IMAGENET.mean[0]).amax((1, 2))
+        torch.testing.assert_close(red, found * 20 / 255, rtol=0, atol=1e-6)
 
 
 def test_efficientnet_lite0_gives_the_features_of_its_classifier() -> None:
