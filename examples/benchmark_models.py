@@ -12,6 +12,7 @@ import detector_table
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+from weights import give_statistics
 
 from lightning_convbn import ConvBNPairs, find_conv_bn_pairs, fuse_for_deploy
 from lightning_convbn.layers import is_norm
@@ -102,10 +103,7 @@ def build(name: str) -> tuple[nn.Module, bool]:
         model = detector_table.build("Faster R-CNN", nn.BatchNorm2d)
     else:
         model = load_model(name if ":" in name or name.endswith(".ckpt") else f"torchvision:{name}")
-    with torch.no_grad():
-        for module in model.modules():
-            if is_norm(module):
-                _give_statistics(module)
+    give_statistics(model)
     return model.requires_grad_(), detector
 
 
@@ -127,13 +125,3 @@ def loss_of(output: Any) -> Tensor:
     """Return the sum of the means of all outputs: of a classifier's logits, or of a detector's losses."""
     means = [leaf.float().mean() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
     return torch.stack(means).sum()
-
-
-def _give_statistics(module: nn.Module) -> None:
-    tensors = {**module._parameters, **module._buffers}
-    for name, low, high in (("running_var", 0.5, 2.0), ("weight", 0.7, 1.3)):
-        if (tensor := tensors.get(name)) is not None:
-            tensor.uniform_(low, high)
-    for name in ("running_mean", "bias"):
-        if (tensor := tensors.get(name)) is not None:
-            tensor.normal_(0, 0.2)

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from data import SplitData
 from datasets import DataError
 from digit_scenes import write_digit_scenes
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection
 from torchvision.transforms import v2
@@ -187,7 +186,13 @@ class CocoImages(CocoDetection):
         return None
 
 
-class CocoData(LightningDataModule):
+def as_batch(items: Sequence[Item]) -> Batch:
+    """Put images side by side, not into one tensor: they may differ in size."""
+    images, targets = zip(*items, strict=True)
+    return images, targets
+
+
+class CocoData(SplitData):
     """Images with boxes in a training, a validation and a test set, from a folder in COCO's format.
 
     Args:
@@ -213,6 +218,11 @@ class CocoData(LightningDataModule):
         DataError: If the files can't be found or can't be used.
     """
 
+    train: CocoImages
+    val: CocoImages
+    test: CocoImages
+    collate = staticmethod(as_batch)
+
     def __init__(
         self,
         source: str = "digits",
@@ -228,10 +238,7 @@ class CocoData(LightningDataModule):
         seed: int = 0,
         cache: Path = Path("runs/data"),
     ) -> None:
-        super().__init__()
-        self.batch_size = batch_size
-        self.workers = workers
-        self.seed = seed
+        super().__init__(batch_size, workers, seed)
         kind, _, folder = source.partition(":")
         if source == "digits":
             root = cache / f"digit-scenes-{DIGIT_SCENE_SIZE}-{seed}"
@@ -264,29 +271,11 @@ class CocoData(LightningDataModule):
             for note in images.describe_notes():
                 rank_zero_warn(note)
 
-    def train_dataloader(self) -> DataLoader[Item]:
-        """Return the training batches, shuffled and augmented."""
-        return self._loader(self.train, shuffle=True)
+        self.check_batch()
 
-    def val_dataloader(self) -> DataLoader[Item]:
-        """Return the validation batches."""
-        return self._loader(self.val)
-
-    def test_dataloader(self) -> DataLoader[Item]:
-        """Return the test batches."""
-        return self._loader(self.test)
-
-    def _loader(self, images: CocoImages, *, shuffle: bool = False) -> DataLoader[Item]:
-        return DataLoader(
-            images,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=as_batch,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+    def items(self, samples: CocoImages, *, training: bool) -> CocoImages:
+        """Return a set as it is: it reads and transforms by itself."""
+        return samples
 
 
 def find_split(folder: Path, split: str) -> tuple[Path, Path]:
@@ -299,12 +288,6 @@ def find_split(folder: Path, split: str) -> tuple[Path, Path]:
         raise DataError(f"data.source=coco:{folder}: there is no such folder")
     places = "\n".join(f"  {file} with its images in {images}/" for file, images in tried)
     raise DataError(f"data.source=coco:{folder}: there is no set {split!r}. One of these must be there:\n{places}")
-
-
-def as_batch(items: Sequence[Item]) -> Batch:
-    """Put images side by side, not into one tensor: they may differ in size."""
-    images, targets = zip(*items, strict=True)
-    return images, targets
 
 
 def _transforms(augment: Sequence[v2.Transform] = ()) -> v2.Transform:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,10 @@ IMAGENET = MobileNet_V2_Weights.IMAGENET1K_V1.transforms()
 """Of all ImageNet weights here, torchvision's and most of timm's: mean and standard deviation per channel."""
 
 
-class SplitData(LightningDataModule):
+class SplitData(LightningDataModule, ABC):
     """Three sets and their loaders; a subclass fills the sets and says what their items are.
+
+    A subclass may set ``collate``, what makes a batch of items; None stacks them.
 
     Args:
         batch_size: Images per step.
@@ -37,6 +40,7 @@ class SplitData(LightningDataModule):
     train: Sequence[Any]
     val: Sequence[Any]
     test: Sequence[Any]
+    collate: Callable[[Sequence[Any]], Any] | None = None
 
     def __init__(self, batch_size: int, workers: int, seed: int) -> None:
         super().__init__()
@@ -44,9 +48,9 @@ class SplitData(LightningDataModule):
         self.workers = workers
         self.seed = seed
 
-    def items(self, samples: Sequence[Any], *, training: bool) -> Dataset[Any]:
-        """Return what a loader batches."""
-        raise NotImplementedError
+    @abstractmethod
+    def items(self, samples: Any, *, training: bool) -> Dataset[Any]:
+        """Return what a loader batches, of one of the sets."""
 
     def check_batch(self) -> None:
         """Raise a DataError if there is not one whole training batch."""
@@ -70,7 +74,7 @@ class SplitData(LightningDataModule):
 
     predict_dataloader = test_dataloader
 
-    def _loader(self, samples: Sequence[Any], *, training: bool) -> DataLoader[Any]:
+    def _loader(self, samples: Any, *, training: bool) -> DataLoader[Any]:
         return DataLoader(
             self.items(samples, training=training),
             batch_size=self.batch_size,
@@ -79,6 +83,7 @@ class SplitData(LightningDataModule):
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
+            collate_fn=self.collate,
             generator=torch.Generator().manual_seed(self.seed),
         )
 

@@ -22,6 +22,7 @@ import torchvision
 from report import BENCHMARKS
 from torch import nn
 from torch.fx.experimental.optimization import fuse
+from weights import give_statistics
 
 from lightning_convbn import find_conv_bn_pairs, fuse_for_deploy
 from lightning_convbn.formats import to_onnx
@@ -58,10 +59,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     """Compare Eval mode, the Deploy copy and fx's fusion of one model."""
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 2.0)
+    give_statistics(model)
     image = torch.randn(1, 3, PIXELS, PIXELS)
     variants = {"eval": model, "deploy": fuse_for_deploy(model), "fx": fuse(model)}
     expected = model(image)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet50
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, _resnet_fpn_extractor
-from torchvision.ops import FrozenBatchNorm2d, misc
+from torchvision.ops import misc
+from weights import give_statistics
 
 from lightning_convbn import Mode, measure_memory, set_mode
 from lightning_convbn.memory import MIB
@@ -100,10 +101,7 @@ def measure(detector: str, norm: str, rounds: int) -> dict[str, Any]:
 def build(detector: str, norm: Callable[..., nn.Module]) -> nn.Module:
     """Build a detector in training state, on a ResNet-50 FPN whose BatchNorms have seen something."""
     body = resnet50(weights=None, norm_layer=norm)
-    for module in body.modules():
-        if isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d)):
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 2.0)
+    give_statistics(body)
     backbone: BackboneWithFPN = _resnet_fpn_extractor(body, 5)
     return DETECTORS[detector](backbone, num_classes=5, min_size=PIXELS, max_size=PIXELS).train()
 

@@ -1,4 +1,4 @@
-"""Handwritten digits pasted on photographs, with exact masks and boxes, written as a COCO folder.
+"""Handwritten digits pasted on photographs, with exact masks and boxes, written as a COCO folder or one of masks.
 
 Digits and photographs come with scikit-learn, so nothing is downloaded. Training, validation and test set share
 neither a digit nor a part of a photograph.
@@ -7,12 +7,11 @@ neither a digit nor a part of a photograph.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,26 +95,21 @@ class SceneMaker:
         return np.array(crop, np.float32)
 
 
-def write_digit_scenes(folder: Path, scenes: Mapping[str, int], *, size: int, seed: int) -> Path:
+def write_digit_scenes(folder: Path, scenes: Mapping[str, int], *, size: int, seed: int) -> None:
     """Write scenes as a COCO folder: `images/*.jpg` and `annotations/instances_SET.json`.
 
-    The folder appears when it is complete; one that is there already is left as it is.
+    A folder that is there already is left as it is.
 
     Args:
         folder: Where to.
         scenes: Set, a key of `SHARES` -> how many scenes of it.
         size: Edge of the square scenes in pixels.
         seed: Decides everything that is drawn.
-
-    Returns:
-        The folder.
     """
     if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        whole = Path(temporary, folder.name)
-        (whole / "images").mkdir(parents=True)
+        return
+    with folder_written_whole(folder) as whole:
+        (whole / "images").mkdir()
         (whole / "annotations").mkdir()
         for split, number in scenes.items():
             maker = SceneMaker(split, size, seed)
@@ -125,13 +119,50 @@ def write_digit_scenes(folder: Path, scenes: Mapping[str, int], *, size: int, se
                 picture.save(whole / "images" / name, quality=95)
             content = as_coco(names, [digits for _, digits in drawn], size)
             (whole / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def write_digit_masks(folder: Path, scenes: Mapping[str, int], *, size: int, seed: int) -> None:
+    """Write scenes with a mask each, as `masks.MaskData` reads: `SET/images/*.png`, `SET/masks/*.png`, `classes.txt`.
+
+    A folder that is there already is left as it is.
+
+    Args:
+        folder: Where to.
+        scenes: Set, a key of `SHARES` -> how many scenes of it.
+        size: Edge of the square scenes in pixels.
+        seed: Decides everything that is drawn.
+    """
+    if folder.is_dir():
+        return
+    with folder_written_whole(folder) as whole:
+        for split, number in scenes.items():
+            maker = SceneMaker(split, size, seed)
+            images, masks = whole / split / "images", whole / split / "masks"
+            images.mkdir(parents=True)
+            masks.mkdir()
+            for index in range(number):
+                picture, digits = maker.draw()
+                mask = np.zeros((size, size), np.uint8)
+                for digit in digits:
+                    mask[digit.mask] = digit.label + 1
+                picture.save(images / f"{index:04}.png")
+                Image.fromarray(mask).save(masks / f"{index:04}.png")
+        (whole / "classes.txt").write_text("\n".join(["background", *map(str, range(10))]) + "\n")
+
+
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """Give a folder to write to that becomes ``folder`` when all went well; another process may be quicker."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as temporary:
+        whole = Path(temporary, folder.name)
+        whole.mkdir()
+        yield whole
         try:
-            os.replace(whole, folder)
-        except OSError:  # another process has been quicker
+            whole.rename(folder)
+        except OSError:
             if not folder.is_dir():
                 raise
-            shutil.rmtree(whole)
-    return folder
 
 
 def as_coco(names: Sequence[str], scenes: Sequence[Sequence[Digit]], size: int) -> dict[str, Any]:

@@ -7,7 +7,6 @@ The folder holds `classes.txt`, a name to a line, and for each of the sets `trai
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from data import IMAGENET, SplitData
 from datasets import BadImages, DataError, Sample, open_image, readable
+from digit_scenes import write_digit_masks
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -108,8 +108,7 @@ class MaskData(SplitData):
         self.flip = flip
         if folder is None:
             folder = cache / f"digit-masks-{image_size}-{seed}"
-            if not folder.is_dir():
-                write_digit_masks(folder, SCENES, size=image_size, seed=seed)
+            write_digit_masks(folder, SCENES, size=image_size, seed=seed)
         self.classes = _read_classes(folder)
         self.train, self.val, self.test = (_find_samples(folder / part, len(self.classes), bad_images) for part in SETS)
         self.check_batch()
@@ -137,36 +136,6 @@ class MaskData(SplitData):
             ]
         )
         return MaskedImages(samples, transform)
-
-
-def write_digit_masks(folder: Path, scenes: dict[str, int], *, size: int, seed: int) -> None:
-    """Draw photographs with handwritten digits, and their exact masks; the folder appears when it is complete.
-
-    Args:
-        folder: Where to; it must not be there yet.
-        scenes: How many of each set.
-        size: Edge of the square scenes in pixels.
-        seed: Decides everything that is drawn.
-    """
-    from digit_scenes import SceneMaker
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        whole = Path(temporary, folder.name)
-        for part, number in scenes.items():
-            maker = SceneMaker(part, size, seed)
-            images, masks = whole / part / "images", whole / part / "masks"
-            images.mkdir(parents=True)
-            masks.mkdir()
-            for index in range(number):
-                scene, digits = maker.draw()
-                mask = np.zeros((size, size), np.uint8)
-                for digit in digits:
-                    mask[digit.mask] = digit.label + 1
-                scene.save(images / f"{index:04}.png")
-                Image.fromarray(mask).save(masks / f"{index:04}.png")
-        (whole / "classes.txt").write_text("\n".join(["background", *map(str, range(10))]) + "\n")
-        whole.rename(folder)
 
 
 def _read_classes(folder: Path) -> list[str]:

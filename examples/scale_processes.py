@@ -22,6 +22,7 @@ from benchmark_measure import allocations
 from benchmark_models import build
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,7 +35,8 @@ MODES: tuple[Mode, ...] = ("eval", "tune")
 def _sharded(model: nn.Module) -> nn.Module:
     for name in ("layer1", "layer2", "layer3", "layer4"):
         fully_shard(model.get_submodule(name))
-    return fully_shard(model)
+    sharded: nn.Module = fully_shard(model)  # type: ignore[assignment]  # an FSDPModule is one, too
+    return sharded
 
 
 class _CollectiveCounter(TorchDispatchMode):
@@ -65,7 +67,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "rows")
-        torch.multiprocessing.spawn(_measure, (folder, results), nprocs=PROCESSES)
+        spawn(_measure, (folder, results), nprocs=PROCESSES)
         rows = torch.load(results)
     facts = {"model": MODEL, "batch": BATCH, "pixels": PIXELS, "processes": PROCESSES, "backend": "gloo"}
     path = report.write_json(report.BENCHMARKS / "processes.json", rows, ("torch", "torchvision"), **facts)
@@ -90,7 +92,7 @@ def measure(wrapped: str, mode: Mode) -> dict[str, Any]:
     size = sum(parameter.nbytes for parameter in model.parameters())
     set_mode(model, mode)
     images = torch.rand(BATCH, 3, PIXELS, PIXELS)
-    held = []
+    held: list[nn.Module] = []
 
     def step() -> None:
         held.append(WRAPPERS[wrapped](model) if not held else held[0])

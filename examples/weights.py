@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 
+from lightning_convbn.layers import is_norm
+
 WEIGHTS = MobileNet_V2_Weights.IMAGENET1K_V1
 FILE_NAME = Path(WEIGHTS.url).name  # mobilenet_v2-b0353104.pth: the digits begin the file's SHA-256
 SHA256_START = FILE_NAME.removesuffix(".pth").rpartition("-")[2]
@@ -127,3 +129,17 @@ def socket_timeout(seconds: float) -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
+
+
+@torch.no_grad()
+def give_statistics(model: nn.Module) -> None:
+    """Draw the statistics and the affine parameters of every BatchNorm, so that none looks as if it were new."""
+    for module in model.modules():
+        if is_norm(module):
+            tensors = {**module._parameters, **module._buffers}
+            for name, low, high in (("running_var", 0.5, 2.0), ("weight", 0.7, 1.3)):
+                if (tensor := tensors.get(name)) is not None:
+                    tensor.uniform_(low, high)
+            for name in ("running_mean", "bias"):
+                if (tensor := tensors.get(name)) is not None:
+                    tensor.normal_(0, 0.2)

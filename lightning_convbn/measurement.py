@@ -24,7 +24,6 @@ from lightning_convbn.memory import (
     forward_and_backward,
     measure_memory,
     measure_memory_abstractly,
-    measure_memory_without_data,
 )
 from lightning_convbn.modes import set_mode
 from lightning_convbn.pairs import ConvBNPairs, find_conv_bn_pairs
@@ -209,7 +208,8 @@ class Subject:
         model, mode, pairs = self._variant(variant)
 
         def kept(batch: int) -> int:
-            return measure_memory_without_data(model, (self._input(batch),), {}, mode=mode, pairs=pairs).saved_bytes
+            inputs = (self._input(batch),)
+            return measure_memory_abstractly(model, inputs, {}, mode=mode, pairs=pairs, or_for_real=False).saved_bytes
 
         try:
             found = largest_batch(kept, budget - result.figures[variant].constant_bytes)
@@ -261,7 +261,7 @@ def check_has_norms(model: nn.Module) -> None:
 def check_takes(model: nn.Module, batch: Tensor) -> None:
     """Raise a `CommandError` if the model's forward does not take such a batch; on tensors without data, if it can."""
     with suppress(Exception):  # whatever a user's forward raises; the real run tells whether the batch is to blame
-        measure_memory_without_data(model, (batch,), {}, mode="train", pairs=ConvBNPairs([]))
+        measure_memory_abstractly(model, (batch,), {}, mode="train", pairs=ConvBNPairs([]), or_for_real=False)
         return
     try:
         with torch.no_grad(), suppress(torch.OutOfMemoryError):  # it takes it; whether it fits is another question

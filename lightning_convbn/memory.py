@@ -119,35 +119,24 @@ def measure_memory_abstractly(
     mode: Mode,
     pairs: ConvBNPairs | None = None,
     recompute_activations: bool = False,
+    or_for_real: bool = True,
 ) -> MemoryUse:
     """Count as `measure_memory` does, on tensors without data where the model allows it.
 
     A model that only just fits in Tune mode can so be counted in Eval mode. A model that looks at values (a detector's
-    non-maximum suppression, say) is run for real.
+    non-maximum suppression, say) is run for real, or, without ``or_for_real``, raises what it raises.
     """
-    asked: dict[str, Any] = {"mode": mode, "pairs": pairs, "recompute_activations": recompute_activations}
+    asked: dict[str, Any] = {"pairs": pairs, "recompute_activations": recompute_activations}
     try:
-        return measure_memory_without_data(model, inputs, kwargs, **asked)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            args, named = tree_map_only(Tensor, fake.from_tensor, (tuple(inputs), dict(kwargs)))
+            with conv_bn_mode(model, mode, **asked), state_kept(model, args, named):
+                saved = saved_bytes_by_module(model, *args, **named)
+                return MemoryUse(sum(saved.values()), saved_by_module=saved)
     except Exception:  # whatever a user's forward raises when there are no values to read
-        return measure_memory(model, *inputs, **asked, **kwargs)
-
-
-def measure_memory_without_data(
-    model: nn.Module,
-    inputs: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    *,
-    mode: Mode,
-    pairs: ConvBNPairs | None = None,
-    recompute_activations: bool = False,
-) -> MemoryUse:
-    """Count as `measure_memory` does, on tensors without data; raise what the model raises if it looks at values."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        args, named = tree_map_only(Tensor, fake.from_tensor, (tuple(inputs), dict(kwargs)))
-        switched = conv_bn_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
-        with switched, state_kept(model, args, named):
-            saved = saved_bytes_by_module(model, *args, **named)
-            return MemoryUse(sum(saved.values()), saved_by_module=saved)
+        if not or_for_real:
+            raise
+        return measure_memory(model, *inputs, mode=mode, **asked, **kwargs)
 
 
 def count_saved_bytes(function: Callable[..., Any], *inputs: Any, **kwargs: Any) -> int:

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 from torch.torch_version import TorchVersion
 
 if sys.version_info >= (3, 11):
@@ -71,3 +72,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if any(word in item.name for word in ("onnx", "export.md", "exported_files")):
                 item.add_marker(pytest.mark.skip(reason="PyTorch 2.6 does not write ONNX well"))
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs write where the test does, and give them an environment of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # Lightning sets both and warns where there is no seed
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Draw a few tiny images of two classes."""
+    folder = tmp_path_factory.mktemp("images")
+    for name, red in (("dark", 20), ("light", 200)):
+        (folder / name).mkdir()
+        for green in range(10):
+            Image.new("RGB", (32, 32), (red, 20 * green, 0)).save(folder / name / f"{green}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save weights of a MobileNetV2 that look trained, so that no network is needed."""
+    from boring import pretend_trained  # not above: that would import Lightning before what is set there
+    from torchvision.models import mobilenet_v2
+
+    network = mobilenet_v2()
+    pretend_trained(network)
+    path = tmp_path_factory.mktemp("weights") / "mobilenet_v2.pth"
+    torch.save(network.state_dict(), path)
+    return path

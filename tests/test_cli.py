@@ -14,17 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from boring import BATCHES_PER_EPOCH, LIGHTNING_SAYS, BoringModule, pretend_trained, quick
+from boring import BATCHES_PER_EPOCH, LIGHTNING_SAYS, BoringModule, quick
 from classification import Classifier
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from PIL import Image
 from scripts import type_in
-from torchvision.models import mobilenet_v2
 
 from lightning_convbn import ConvBNModeCallback, get_mode
 from lightning_convbn.cli import ConvBNCLI
 
-pytestmark = LIGHTNING_SAYS
+pytestmark = [*LIGHTNING_SAYS, pytest.mark.usefixtures("own_folder")]
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = [
@@ -46,14 +44,6 @@ class Module(BoringModule):
     def __init__(self) -> None:
         super().__init__()
         Module.last = self
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let runs write where the test does, and give them an environment of their own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # Lightning sets both and warns where there is no seed
-    monkeypatch.setenv("PL_SEED_WORKERS", "0")
 
 
 @pytest.fixture
@@ -387,27 +377,6 @@ def type_here(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
             raise
     if file:
         Path(file).write_text(capsys.readouterr().out)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Draw a few tiny images of two classes."""
-    folder = tmp_path_factory.mktemp("images")
-    for name, red in (("dark", 20), ("light", 200)):
-        (folder / name).mkdir()
-        for green in range(8):
-            Image.new("RGB", (32, 32), (red, 30 * green, 0)).save(folder / name / f"{green}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save weights of a MobileNetV2 that look trained, so that no network is needed."""
-    network = mobilenet_v2()
-    pretend_trained(network)
-    path = tmp_path_factory.mktemp("weights") / "mobilenet_v2.pth"
-    torch.save(network.state_dict(), path)
-    return path
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")

@@ -18,7 +18,7 @@ import torch
 from adversarial import Attack, fgsm, pgd
 from backbones import BackboneError, build_backbone, build_classifier
 from boring import LIGHTNING_SAYS, pretend_trained
-from masks import write_digit_masks
+from digit_scenes import write_digit_masks
 from PIL import Image
 from report import as_table
 from torch import nn
@@ -27,28 +27,14 @@ from weights import WeightsError
 
 from lightning_convbn import conv_bn_mode, measure_memory
 
-pytestmark = [*LIGHTNING_SAYS, pytest.mark.filterwarnings("ignore:The number of training batches")]
+pytestmark = [
+    *LIGHTNING_SAYS,
+    pytest.mark.usefixtures("own_folder"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let runs write where the test does, and give them an environment of their own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    monkeypatch.setenv("PL_SEED_WORKERS", "0")
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save weights of a MobileNetV2 that look trained, so that no network is needed."""
-    network = mobilenet_v2()
-    pretend_trained(network)
-    path = tmp_path_factory.mktemp("weights") / "mobilenet_v2.pth"
-    torch.save(network.state_dict(), path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +42,6 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Draw a few tiny scenes."""
     folder = tmp_path_factory.mktemp("masks") / "digits"
     write_digit_masks(folder, {"train": 8, "val": 2, "test": 2}, size=32, seed=0)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Draw a few tiny images of two classes."""
-    folder = tmp_path_factory.mktemp("images")
-    for name, red in (("dark", 20), ("light", 200)):
-        (folder / name).mkdir()
-        for green in range(10):
-            Image.new("RGB", (32, 32), (red, 20 * green, 0)).save(folder / name / f"{green}.png")
     return folder
 
 
