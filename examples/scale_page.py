@@ -19,8 +19,8 @@ PROSE = """# How it scales
 
 What one forward keeps for the backward pass, and how long a step (forward and backward, no optimizer) takes, along
 batch, resolution, depth and processes. The tables and the picture are drawn by `python examples/benchmark_plots.py`
-from `docs/benchmarks/scale.json` and `docs/benchmarks/processes.json`. Peers and more networks are in
-[Memory kept for the backward pass](benchmarks/memory.md). Not measured on a GPU yet.
+from `docs/benchmarks/scale.json` and `docs/benchmarks/processes.json`. [Another page](benchmarks/modes.md) has peers and
+more networks. Not measured on a GPU yet.
 
 {setting}
 
@@ -29,7 +29,8 @@ from `docs/benchmarks/scale.json` and `docs/benchmarks/processes.json`. Peers an
 ## Batch
 
 What is kept grows in proportion to the batch in all modes, so that Tune's share of Eval's stays what it is. Folding
-costs time once per step, whatever the batch: at batch 1 it weighs most, and there Tune can be slower than Eval.
+costs time once per step, whatever the batch: with few images it weighs most, and there a step of Tune is longer than one
+of Eval.
 
 {batch}
 
