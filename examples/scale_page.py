@@ -19,8 +19,8 @@ PROSE = """# How it scales
 
 What one forward keeps for the backward pass, and how long a step (forward and backward, no optimizer) takes, along
 batch, resolution, depth and processes. The tables and the picture are drawn by `python examples/benchmark_plots.py`
-from `docs/benchmarks/scale.json` and `docs/benchmarks/processes.json`. [Another page](benchmarks/modes.md) has peers and
-more networks. Not measured on a GPU yet.
+from `docs/benchmarks/scale.json` and `docs/benchmarks/processes.json`. [Another page](benchmarks/modes.md) has peers
+and more networks. Not measured on a GPU yet.
 
 {setting}
 
@@ -29,8 +29,8 @@ more networks. Not measured on a GPU yet.
 ## Batch
 
 What is kept grows in proportion to the batch in all modes, so that Tune's share of Eval's stays what it is. Folding
-costs time once per step, whatever the batch: with few images it weighs most, and there a step of Tune is longer than one
-of Eval.
+costs time once per step, whatever the batch: with few images it weighs most, and there a step of Tune is longer than
+one of Eval.
 
 {batch}
 
