@@ -192,7 +192,7 @@ def as_batch(items: Sequence[Item]) -> Batch:
     return images, targets
 
 
-class CocoData(SplitData):
+class CocoData(SplitData[CocoImages]):
     """Images with boxes in a training, a validation and a test set, from a folder in COCO's format.
 
     Args:
@@ -210,17 +210,11 @@ class CocoData(SplitData):
 
     Attributes:
         classes: The names of the categories; label 1 is the first.
-        train: The training set.
-        val: The validation set.
-        test: The test set.
 
     Raises:
         DataError: If the files can't be found or can't be used.
     """
 
-    train: CocoImages
-    val: CocoImages
-    test: CocoImages
     collate = staticmethod(as_batch)
 
     def __init__(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from datasets import SETS, BadImages, DataError, Sample, open_image, read_source, readable, stratified_split
@@ -17,11 +17,12 @@ from torchvision.models import MobileNet_V2_Weights
 from torchvision.transforms import v2
 
 Item = tuple[Tensor, int]
+Set = TypeVar("Set", bound=Sized)
 IMAGENET = MobileNet_V2_Weights.IMAGENET1K_V1.transforms()
 """Of all ImageNet weights here, torchvision's and most of timm's: mean and standard deviation per channel."""
 
 
-class SplitData(LightningDataModule, ABC):
+class SplitData(LightningDataModule, ABC, Generic[Set]):
     """Three sets and their loaders; a subclass fills the sets and says what their items are.
 
     A subclass may set ``collate``, what makes a batch of items; None stacks them.
@@ -37,9 +38,9 @@ class SplitData(LightningDataModule, ABC):
         test: The test set, which predict runs over, too.
     """
 
-    train: Sequence[Any]
-    val: Sequence[Any]
-    test: Sequence[Any]
+    train: Set
+    val: Set
+    test: Set
     collate: Callable[[Sequence[Any]], Any] | None = None
 
     def __init__(self, batch_size: int, workers: int, seed: int) -> None:
@@ -49,7 +50,7 @@ class SplitData(LightningDataModule, ABC):
         self.seed = seed
 
     @abstractmethod
-    def items(self, samples: Any, *, training: bool) -> Dataset[Any]:
+    def items(self, samples: Set, *, training: bool) -> Dataset[Any]:
         """Return what a loader batches, of one of the sets."""
 
     def check_batch(self) -> None:
@@ -74,7 +75,7 @@ class SplitData(LightningDataModule, ABC):
 
     predict_dataloader = test_dataloader
 
-    def _loader(self, samples: Any, *, training: bool) -> DataLoader[Any]:
+    def _loader(self, samples: Set, *, training: bool) -> DataLoader[Any]:
         return DataLoader(
             self.items(samples, training=training),
             batch_size=self.batch_size,
@@ -110,7 +111,7 @@ class Images(Dataset[Item]):
         return self.transform(open_image(image)), label
 
 
-class ImageData(SplitData):
+class ImageData(SplitData[Sequence[Sample]]):
     """Classified images in a training, a validation and a test set.
 
     They are resized and normalised as the ImageNet weights expect; training images are flipped at random. The seed
@@ -129,17 +130,10 @@ class ImageData(SplitData):
 
     Attributes:
         classes: The names of the classes.
-        train: The training set.
-        val: The validation set.
-        test: The test set.
 
     Raises:
         DataError: If the images can't be found or don't suffice.
     """
-
-    train: list[Sample]
-    val: list[Sample]
-    test: list[Sample]
 
     def __init__(
         self,

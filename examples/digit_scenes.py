@@ -122,15 +122,9 @@ def write_digit_scenes(folder: Path, scenes: Mapping[str, int], *, size: int, se
 
 
 def write_digit_masks(folder: Path, scenes: Mapping[str, int], *, size: int, seed: int) -> None:
-    """Write scenes with a mask each, as `masks.MaskData` reads: `SET/images/*.png`, `SET/masks/*.png`, `classes.txt`.
+    """Write them with a mask each, as `masks.MaskData` reads: `SET/images/*.png`, `SET/masks/*.png`, `classes.txt`.
 
-    A folder that is there already is left as it is.
-
-    Args:
-        folder: Where to.
-        scenes: Set, a key of `SHARES` -> how many scenes of it.
-        size: Edge of the square scenes in pixels.
-        seed: Decides everything that is drawn.
+    All else is as in `write_digit_scenes`.
     """
     if folder.is_dir():
         return

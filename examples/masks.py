@@ -64,7 +64,7 @@ class MaskedImages(Dataset[Masked]):
         return image, mask.long()
 
 
-class MaskData(SplitData):
+class MaskData(SplitData[Sequence[MaskedSample]]):
     """Images with masks in a training, a validation and a test set, normalised as the ImageNet weights expect.
 
     Args:
@@ -79,17 +79,10 @@ class MaskData(SplitData):
 
     Attributes:
         classes: The names of the classes.
-        train: The training set.
-        val: The validation set.
-        test: The test set.
 
     Raises:
         DataError: If the images or the masks can't be used.
     """
-
-    train: list[MaskedSample]
-    val: list[MaskedSample]
-    test: list[MaskedSample]
 
     def __init__(
         self,

@@ -339,20 +339,10 @@ class _ConvBN(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        constants: Constants,
-        spec: ConvSpec | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        ctx.constants = constants
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        input, weight, bias, gamma, beta, ctx.constants, spec, dtype = inputs
         _keep(ctx, input, weight, bias, gamma, beta, None, None, spec, dtype)
-        mean, rstd = constants
+        mean, rstd = ctx.constants
         if dtype is weight.dtype is rstd.dtype and _is_output_smaller(input, weight, spec):
             scale, shift = _scale_and_shift(bias, gamma, beta, mean, rstd)
             output = _conv(input, weight, None, spec)
