@@ -265,8 +265,6 @@ class CocoData(SplitData[CocoImages]):
             for note in images.describe_notes():
                 rank_zero_warn(note)
 
-        self.check_batch()
-
     def items(self, samples: CocoImages, *, training: bool) -> CocoImages:
         """Return a set as it is: it reads and transforms by itself."""
         return samples

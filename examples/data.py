@@ -57,12 +57,12 @@ class SplitData(LightningDataModule, ABC, Generic[Set]):
         """Raise a DataError if there is not one whole training batch."""
         if len(self.train) < self.batch_size:
             raise DataError(
-                f"--batch-size {self.batch_size}: there are only {len(self.train)} training images; "
+                f"batch size {self.batch_size}: there are only {len(self.train)} training images; "
                 "give at most that many"
             )
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the training batches: shuffled, augmented, all of one size."""
+        """Return the training batches: shuffled, augmented, all of one size if there is more than one."""
         return self._loader(self.train, training=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -80,7 +80,7 @@ class SplitData(LightningDataModule, ABC, Generic[Set]):
             self.items(samples, training=training),
             batch_size=self.batch_size,
             shuffle=training,
-            drop_last=training,
+            drop_last=training and len(samples) > self.batch_size,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from data import IMAGENET, SplitData
 from datasets import BadImages, DataError, Sample, open_image, readable
-from digit_scenes import write_digit_masks
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -100,6 +99,8 @@ class MaskData(SplitData[Sequence[MaskedSample]]):
         self.image_size = image_size
         self.flip = flip
         if folder is None:
+            from digit_scenes import write_digit_masks  # which needs more packages than masks do
+
             folder = cache / f"digit-masks-{image_size}-{seed}"
             write_digit_masks(folder, SCENES, size=image_size, seed=seed)
         self.classes = _read_classes(folder)

@@ -6,8 +6,9 @@
     python examples/segmentation.py fit --convbn.start_epoch=0       # the head stays in Train mode, with a warning
     python examples/segmentation.py fit --convbn.start_epoch=0 --convbn.freeze_untrained=true
 
-A fresh BatchNorm has mean 0 and variance 1: frozen there, it does not normalise. So the first epoch is in Train mode,
-`start_epoch: 1`, and what it has found is frozen and folded from then on. `segmentation_plain.py` compares the ways.
+A fresh BatchNorm has mean 0 and variance 1: frozen there, it does not normalise. So the first half of the epochs is in
+Train mode, `start_epoch: 4` of 8; what it has found is frozen and folded from then on. `segmentation_plain.py` compares
+the ways.
 """
 
 from __future__ import annotations

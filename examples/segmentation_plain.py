@@ -19,11 +19,14 @@ from weights import WeightsError
 
 from lightning_convbn import ConvBNModeCallback
 
-WAYS: dict[str, dict[str, Any]] = {
-    "start_epoch=1": {"start_epoch": 1},  # a first epoch in Train mode, then all is frozen and folded
-    "the default": {},  # the head stays in Train mode, with a warning
-    "freeze_untrained=True": {"freeze_untrained": True},  # the head is folded at mean 0 and variance 1
-}
+
+def ways(epochs: int) -> dict[str, dict[str, Any]]:
+    """Return options of the callback for a run of so many epochs, by a name for each way."""
+    return {
+        "start_epoch": {"start_epoch": max(1, epochs // 2)},  # half in Train mode, then all is frozen and folded
+        "default": {},  # the head stays in Train mode, with a warning
+        "freeze_untrained": {"freeze_untrained": True},  # the head is folded at mean 0 and variance 1
+    }
 
 
 def main() -> None:
@@ -32,11 +35,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="images and masks (digits on photographs)")
     parser.add_argument("--weights", default="default", help="of MobileNetV2: default, none or a file")
     parser.add_argument("--image-size", type=int, default=128, help="edge of the square images in pixels")
-    parser.add_argument("--epochs", type=int, default=4, help="passes over the training images")
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the training images")
     parser.add_argument("--out", type=Path, default=Path("runs/segmentation"), help="folder for all that is saved")
     args = parser.parse_args()
     rows = []
-    for way, options in WAYS.items():
+    for way, options in ways(args.epochs).items():
         seed_everything(0, verbose=False)
         try:
             data = MaskData(args.folder, image_size=args.image_size, cache=args.out / "data")

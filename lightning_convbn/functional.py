@@ -45,6 +45,7 @@ from lightning_convbn.recompute import Recomputed
 
 # PyTorch 2.6 does not tell whether it compiles or exports, and what is exported can't be recomputed.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 LARGE = 2**16  # values from which on a temporary of a weight's size costs more than a few calls
 
 
@@ -127,7 +128,8 @@ def conv_bn(
         running_var: Running variance ``(C_out,)``.
         eps: BatchNorm's epsilon.
         spec: Geometry of the convolution; None for a linear layer.
-        constants: Those of these statistics, with ``gamma`` if it wants no gradient, if somebody keeps them.
+        constants: Those of these statistics, with ``gamma`` if it wants no gradient, if somebody keeps them; None while
+            anything traces, transforms, or differentiates forwards.
 
     Returns:
         The normalised output, ``(N, C_out, *spatial)`` or ``(N, C_out)``.
@@ -137,9 +139,7 @@ def conv_bn(
         operands = (weight, bias, gamma, beta, running_mean, running_var, eps, spec, constants)
         called_back: Tensor = handle_torch_function(conv_bn, (input,), input, *operands)
         return called_back
-    if constants is None and (
-        torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or forward_ad._current_level >= 0
-    ):
+    if constants is None and (is_traced() or forward_ad._current_level >= 0):
         dtype = compute_dtype(input, weight)
         folded = _fold_in_plain_sight((weight, bias, gamma, beta, running_mean, running_var, eps), spec, dtype)
         return _conv(_cast(input, dtype), *folded, spec)
@@ -184,6 +184,15 @@ def _fold_in_plain_sight(operands: tuple[Any, ...], spec: ConvSpec | None, dtype
     # what it is told to.
     folded: tuple[Tensor, Tensor] = checkpoint(fold, *operands, use_reentrant=False, preserve_rng_state=False)
     return folded
+
+
+def is_traced() -> bool:
+    """Whether operations go into a graph: of a compiler, of TorchScript, or of ``make_fx``."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._get_dispatch_mode(_PROXY) is not None
+    )
 
 
 def compute_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
@@ -351,7 +360,7 @@ class _ConvBN(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grad, *ctx.constants)
+        return _backward(ctx, grad, ctx.constants)
 
 
 class _TransformableConvBN(torch.autograd.Function):
@@ -373,7 +382,7 @@ class _TransformableConvBN(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grad, *ctx.saved_tensors[4:])
+        return _backward(ctx, grad, None)
 
 
 def _keep(
@@ -405,9 +414,11 @@ def _keep(
     )
 
 
-def _backward(ctx: Any, grad: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, constants: Constants | None) -> tuple[Tensor | None, ...]:
     """Gradients of an output, those that are wanted: in the order of the arguments of the forward pass."""
-    input, weight, bias, gamma = ctx.saved_tensors[:4]
+    input, weight, bias, gamma, mean, rstd = ctx.saved_tensors  # once: a checkpoint unpacks no tensor twice
+    if constants is not None:
+        mean, rstd = constants
     of_input, of_weight, of_bias, of_gamma, of_beta, of_mean, of_rstd = ctx.needs_input_grad[:7]
     spec: ConvSpec | None = ctx.spec
     transposed, groups = layout(spec)

@@ -30,13 +30,13 @@ from lightning_convbn.functional import (
     fold_conv_bn,
     fold_dtype,
     folded_conv,
+    is_traced,
     layout,
 )
 
 Mode = Literal["train", "eval", "tune", "deploy"]
 Row = TypeVar("Row")
 
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
 KEPT = ("_constants", "_folded")  # attributes of a folded convolution that can be computed anew at any time
 
 
@@ -73,7 +73,7 @@ def affine_of(bn: nn.Module) -> Affine:
 
 
 class KeptConstants:
-    """Constants of a fold, and what they were computed from: plain tensors, whose writes are counted."""
+    """Constants of a fold, and what they were computed from: tensors whose writes are counted."""
 
     def __init__(
         self, running_mean: Tensor, running_var: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
@@ -209,22 +209,16 @@ def _any_trainable(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def _any_unversioned(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether writes to a tensor leave no trace, because it was made in inference mode."""
-    return any(tensor.is_inference() for tensor in tensors if tensor is not None)
+    """Whether writes to a tensor leave no trace, because it was made in inference mode or has no data."""
+    return any(tensor.is_inference() or isinstance(tensor, FakeTensor) for tensor in tensors if tensor is not None)
 
 
 def _may_keep() -> bool:
-    """Whether what is computed may outlive the call: not inside a transform, nor in a graph, where it would go stale.
+    """Whether what is computed may outlive the call: not inside a transform, nor in forward-mode differentiation.
 
-    A graph is compiled (pytorch #108863), traced by TorchScript, or by ``make_fx``.
+    Nor in a graph, where it would go stale (pytorch #108863).
     """
-    return (
-        not torch.compiler.is_compiling()
-        and peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
-        and torch._C._get_dispatch_mode(_PROXY) is None
-    )
+    return not is_traced() and peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
 def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:

@@ -269,7 +269,7 @@ def test_odd_boxes_are_clipped_or_left_out_counted_and_named(folder: Path) -> No
 
     edit(folder, spoil)
     with pytest.warns(UserWarning, match="instances_train") as warned:
-        data = CocoData(f"coco:{folder}", flip=0.0, batch_size=1)
+        data = CocoData(f"coco:{folder}", flip=0.0)
     said = "\n".join(str(warning.message) for warning in warned)
     assert "2 boxes are clipped to their image: annotation 1 in train_0000.jpg, annotation 2 in train_0000.jpg" in said
     assert "2 boxes with less than a pixel inside their image are left out: annotation 3 in" in said

@@ -249,6 +249,16 @@ def test_activation_checkpointing_changes_nothing(mode: Mode) -> None:
     assert_close(gradients(output, *net.parameters()), gradients(expected, *net.parameters()), 1e-14)
 
 
+def test_a_pair_whose_statistics_want_gradients_can_be_checkpointed() -> None:
+    """A checkpoint unpacks every saved tensor once."""
+    net = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).double()
+    wanted = [*net.parameters(), net[1].running_mean.requires_grad_(), net[1].running_var.requires_grad_()]
+    set_mode(net, "tune")
+    input = images(2, 3, 8, 8, dtype=torch.float64)
+    output = checkpoint(net, input, use_reentrant=False)
+    assert_close(gradients(output, *wanted), gradients(net(input), *wanted), 1e-14)
+
+
 @pytest.mark.parametrize("mode", FOLDED_MODES)
 def test_a_compiled_net_has_one_graph_and_equals_eager(mode: Mode) -> None:
     net = small_net().double()

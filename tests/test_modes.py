@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import BATCH_NORMS, Snapshot, assert_close, gradients, images, randomized, small_net, torchvision_model
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -357,6 +358,24 @@ def test_a_traced_model_holds_nothing_that_was_kept(trainable: bool) -> None:
         net.load_state_dict(other)
         expected = eval_output(net)
         assert_close([scripted(batch()), graph(batch())], [expected, expected], 1e-12)
+
+
+def test_a_graph_of_make_fx_has_gradients() -> None:
+    """Of a layer that eager mode would scale the output of, in place."""
+    net = randomized(nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))).double()
+    set_mode(net, "tune")
+    input = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    assert_close(gradients(make_fx(net)(input)(input), input), gradients(net(input), input), 1e-12)
+
+
+def test_nothing_is_kept_of_parameters_without_data() -> None:
+    """As when a model is counted by `functional_call` with fake parameters, and its own buffers."""
+    net = small_net().requires_grad_(False)
+    set_mode(net, "tune")
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        parameters = {name: fake.from_tensor(parameter) for name, parameter in net.named_parameters()}
+        torch.func.functional_call(net, parameters, (fake.from_tensor(batch().float()),))
+    assert not any({"_constants", "_folded"} & module.__dict__.keys() for module in net.modules())
 
 
 def test_another_storage_at_the_same_address_is_noticed() -> None:
