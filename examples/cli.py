@@ -53,7 +53,13 @@ def run(cli: type[TemplateCLI], model: type[LightningModule], data: type[SplitDa
     """
     defaults = {"default_config_files": [str(CONFIGS / config)]}
     try:
-        cli(model, data, seed_everything_default=0, parser_kwargs=dict.fromkeys(SUBCOMMANDS, defaults))
+        cli(
+            model,
+            data,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},  # so that a command runs twice, with or without a logger
+            parser_kwargs=dict.fromkeys(SUBCOMMANDS, defaults),
+        )
     except (BackboneError, DataError, WeightsError) as error:
         sys.exit(f"error: {error}")
 

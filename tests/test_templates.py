@@ -167,6 +167,8 @@ def test_adversarial_examples_are_saved(
     typed(adversarial.main, monkeypatch, "predict", *args)
     (row,) = json.loads(Path("scores.json").read_text())["rows"]
     assert f"{row['fooled']} of {row['images']} images are taken for something else" in capsys.readouterr().out
+    typed(adversarial.main, monkeypatch, "predict", *args)  # and again, over what the first run has left
+    assert {path.name for path in Path().iterdir()} == {"runs", "scores.json"}
     with Image.open("runs/adversarial.png") as picture:
         assert picture.width == 750
 
