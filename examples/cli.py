@@ -42,7 +42,7 @@ class TemplateCLI(ConvBNCLI):
             print(write_json(Path(path), rows, ("torch", "lightning"), device=self.trainer.strategy.root_device.type))
 
 
-def run(cli: type[TemplateCLI], model: type[LightningModule], data: type[SplitData[Any]], config: str) -> None:
+def run(cli: type[ConvBNCLI], model: type[LightningModule], data: type[SplitData[Any]], config: str) -> None:
     """Run a template's command line.
 
     Args:

@@ -13,13 +13,13 @@ takes, with the mean average precision, and saves a picture of predictions. The 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 import torch
+from cli import run
 from coco import Batch, CocoData, CocoImages
 from datasets import DataError
 from detectors import Architecture, Backbone, build_detector
@@ -34,12 +34,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
-from weights import WeightsError
 
 from lightning_convbn import ConvBNModeCallback, Mode, conv_bn_mode, measure_memory
 from lightning_convbn.cli import ConvBNCLI
 
-CONFIG = Path(__file__).parent / "configs" / "detection.yaml"
 MODES: tuple[Mode, ...] = ("eval", "tune")
 COLUMNS = {
     "kept_for_backward_mib": "kept MiB",
@@ -262,18 +260,8 @@ def _rectangle(box: Tensor, color: str, linewidth: float) -> Rectangle:
 
 
 def main() -> None:
-    """Run the command line; what can't be used ends it in one line."""
-    defaults = {"default_config_files": [str(CONFIG)]}
-    try:
-        DetectionCLI(
-            Detector,
-            CocoData,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs=dict.fromkeys(("fit", "validate", "test", "predict"), defaults),
-        )
-    except (DataError, WeightsError) as error:
-        sys.exit(f"error: {error}")
+    """Run the command line."""
+    run(DetectionCLI, Detector, CocoData, "detection.yaml")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def conv_bn(
         operands = (weight, bias, gamma, beta, running_mean, running_var, eps, spec, constants)
         called_back: Tensor = handle_torch_function(conv_bn, (input,), input, *operands)
         return called_back
-    if constants is None and (is_traced() or forward_ad._current_level >= 0):
+    if constants is None and is_watched():
         dtype = compute_dtype(input, weight)
         folded = _fold_in_plain_sight((weight, bias, gamma, beta, running_mean, running_var, eps), spec, dtype)
         return _conv(_cast(input, dtype), *folded, spec)
@@ -186,12 +186,13 @@ def _fold_in_plain_sight(operands: tuple[Any, ...], spec: ConvSpec | None, dtype
     return folded
 
 
-def is_traced() -> bool:
-    """Whether operations go into a graph: of a compiler, of TorchScript, or of ``make_fx``."""
+def is_watched() -> bool:
+    """Whether operations must be seen: by a compiler, TorchScript, ``make_fx`` or forward-mode differentiation."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._get_dispatch_mode(_PROXY) is not None
+        or forward_ad._current_level >= 0
     )
 
 

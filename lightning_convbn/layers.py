@@ -8,16 +8,17 @@ without becoming a submodule.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from functools import partial
+from operator import is_
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses import FakeTensor
-from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -30,12 +31,13 @@ from lightning_convbn.functional import (
     fold_conv_bn,
     fold_dtype,
     folded_conv,
-    is_traced,
+    is_watched,
     layout,
 )
 
 Mode = Literal["train", "eval", "tune", "deploy"]
 Row = TypeVar("Row")
+Value = TypeVar("Value")
 
 KEPT = ("_constants", "_folded")  # attributes of a folded convolution that can be computed anew at any time
 
@@ -72,26 +74,28 @@ def affine_of(bn: nn.Module) -> Affine:
     return Affine(norm.weight, norm.bias, norm.running_mean, norm.running_var, getattr(norm, "eps", 1e-5))
 
 
-class KeptConstants:
-    """Constants of a fold, and what they were computed from: tensors whose writes are counted."""
+class Kept(Generic[Value]):
+    """What was computed from tensors whose writes are counted, and by what it is known that they are as they were.
+
+    Args:
+        compute: Computes it, free of gradients.
+        sources: The tensors.
+        facts: What else it was computed from.
+    """
 
     def __init__(
-        self, running_mean: Tensor, running_var: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
+        self, compute: Callable[[], Value], sources: tuple[Tensor | None, ...], facts: tuple[Any, ...]
     ) -> None:
-        with torch.inference_mode(False), torch.no_grad():  # they may be wanted outside of inference mode, too
-            self.constants = constants_of(running_mean, running_var, scale, eps, dtype)
-        self._sources = (running_mean, running_var, scale)
-        self._storages = _storages(self._sources)
-        self._state = (eps, dtype, *map(_contents, self._sources))
+        with torch.inference_mode(False), torch.no_grad():  # it may be wanted outside of inference mode, too
+            self.value = compute()
+        self._sources = sources
+        # Their storages are held, so that no other gets an address by which `_contents` knows them.
+        self._storages = [tensor.detach() for tensor in sources if tensor is not None]
+        self._state = (*facts, *map(_contents, sources))
 
-    def are_of(
-        self, running_mean: Tensor, running_var: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
-    ) -> bool:
-        """Whether they are what these statistics give, and nobody has written them since."""
-        mean, var, constant = self._sources
-        if running_mean is not mean or running_var is not var or scale is not constant:
-            return False
-        return self._state == (eps, dtype, _contents(mean), _contents(var), _contents(constant))
+    def is_of(self, sources: tuple[Tensor | None, ...], facts: tuple[Any, ...]) -> bool:
+        """Whether it is what these give, and nobody has written them since."""
+        return all(map(is_, self._sources, sources)) and self._state == (*facts, *map(_contents, sources))
 
 
 class ConvBNLayer(nn.Module):
@@ -101,8 +105,8 @@ class ConvBNLayer(nn.Module):
     """
 
     _bn: tuple[nn.Module]
-    _constants: KeptConstants | None = None
-    _folded: tuple[tuple[Any, ...], Tensor, Tensor, list[Tensor]] | None = None  # what was folded, and the fold
+    _constants: Kept[Constants] | None = None
+    _folded: Kept[tuple[Tensor, Tensor]] | None = None
     _owns_weight: bool = False  # whether the weight is the module's own between two calls, and not sharded, say
     _rows: bool = False  # whether BatchNorm gets the output with its first two dimensions flattened
     dims: int  # dimensions of a batched input; any other input runs unfolded
@@ -129,14 +133,14 @@ class ConvBNLayer(nn.Module):
         if type(mean) is not Tensor or mean.requires_grad or var.requires_grad:
             return None
         scale = None if gamma is None or gamma.requires_grad else gamma
-        dtype, kept = fold_dtype(cast(nn.Conv2d, self).weight), self._constants
-        if kept is None or not kept.are_of(mean, var, scale, eps, dtype):
-            if _any_unversioned((mean, var, scale)):
+        kept, sources, facts = self._constants, (mean, var, scale), (eps, fold_dtype(cast(nn.Conv2d, self).weight))
+        if kept is None or not kept.is_of(sources, facts):
+            if _any_unversioned(sources):
                 return None
-            kept = KeptConstants(mean, var, scale, eps, dtype)
-            if type(kept.constants.rstd) is Tensor:
+            kept = Kept(partial(constants_of, *sources, *facts), sources, facts)
+            if type(kept.value.rstd) is Tensor:
                 self._constants = kept
-        return kept.constants
+        return kept.value
 
     def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
         """Run the folded pair: with a kept fold where that is constant, or in one differentiable step."""
@@ -147,14 +151,12 @@ class ConvBNLayer(nn.Module):
                 del self._folded
             return conv_bn(input, conv.weight, conv.bias, *affine, spec, self.constants(affine))
         dtype = compute_dtype(input, conv.weight)
-        state = (*sources, dtype, conv.weight.device, affine.eps, *map(_contents, sources))
-        kept = self._folded
-        if kept is None or not _same(kept[0], state):
+        kept, facts = self._folded, (dtype, conv.weight.device, affine.eps)
+        if kept is None or not kept.is_of(sources, facts):
             transposed, groups = layout(spec)
-            with torch.inference_mode(False), torch.no_grad():  # it may be wanted outside of inference mode, too
-                fold = fold_conv_bn(conv.weight, conv.bias, *affine, transposed=transposed, groups=groups, dtype=dtype)
-            kept = self._folded = (state, *fold, _storages(sources))
-        return folded_conv(input, kept[1], kept[2], spec)
+            fold = partial(fold_conv_bn, transposed=transposed, groups=groups, dtype=dtype)
+            kept = self._folded = Kept(partial(fold, conv.weight, conv.bias, *affine), sources, facts)
+        return folded_conv(input, *kept.value, spec)
 
     def _may_keep_fold(self, input: Tensor, sources: Iterable[Tensor | None]) -> bool:
         """Whether a fold may outlive the call, and every write to what is folded would be noticed."""
@@ -196,11 +198,6 @@ def _contents(tensor: Tensor | None) -> tuple[int, int] | None:
     return None if tensor is None else (tensor._version, tensor.data_ptr())
 
 
-def _storages(tensors: Iterable[Tensor | None]) -> list[Tensor]:
-    """Hold the storages of tensors, so that no other gets the address by which `_contents` knows them."""
-    return [tensor.detach() for tensor in tensors if tensor is not None]
-
-
 def _any_trainable(tensors: Iterable[Tensor | None]) -> bool:
     for tensor in tensors:  # noqa: SIM110 - a generator takes longer, for every pair in every step
         if tensor is not None and tensor.requires_grad:
@@ -214,15 +211,8 @@ def _any_unversioned(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def _may_keep() -> bool:
-    """Whether what is computed may outlive the call: not inside a transform, nor in forward-mode differentiation.
-
-    Nor in a graph, where it would go stale (pytorch #108863).
-    """
-    return not is_traced() and peek_interpreter_stack() is None and forward_ad._current_level < 0
-
-
-def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return all(x is y or (not isinstance(x, Tensor) and x == y) for x, y in zip(a, b, strict=True))
+    """Whether what is computed may outlive the call: not inside a transform, nor in a graph (pytorch #108863)."""
+    return not is_watched() and peek_interpreter_stack() is None
 
 
 class ConvGeometry(ConvBNLayer):

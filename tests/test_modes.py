@@ -309,10 +309,10 @@ def test_a_frozen_model_folds_once(mode: Mode) -> None:
     net = small_net().requires_grad_(False)
     set_mode(net, mode)
     output(net)
-    folds = [module._folded[1] for module in net if isinstance(module, ConvBNLayer)]
+    folds = [module._folded.value for module in net if isinstance(module, ConvBNLayer)]
     output(net)
     assert len(folds) == 3
-    assert all(a is b._folded[1] for a, b in zip(folds, (m for m in net if isinstance(m, ConvBNLayer)), strict=True))
+    assert all(a is b._folded.value for a, b in zip(folds, (m for m in net if isinstance(m, ConvBNLayer)), strict=True))
 
 
 def test_a_weight_that_is_sharded_between_two_calls_is_folded_at_each() -> None:
