@@ -116,7 +116,8 @@ BatchNorms use running statistics.
 
 - *Kept* is the allocator's own account after one forward, the batch included if it is kept; *peak* is the most at once
   in forward and backward, the gradients included. Both count beyond what was there before the step.
-- *Step time* is the median of interleaved rounds; a ratio stands with the quartiles of the ratios of single rounds.
+- *Step time* is the median of interleaved rounds, each in an order of its own; a ratio stands with the quartiles of the
+  ratios of single rounds.
 - *Deploy copy* is the trainable fused copy: the floor of any method that keeps the convolutions' inputs, but it does
   not train the parameters of the original.
 - *mmengine* is its `turn_on_efficient_conv_bn_eval`; *inductor's pass* is `efficient_conv_bn_eval_fx_passes` under

@@ -46,6 +46,7 @@ from lightning_convbn.recompute import Recomputed
 # PyTorch 2.6 does not tell whether it compiles or exports, and what is exported can't be recomputed.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
+_CONV_BACKWARD = torch.ops.aten.convolution_backward.default
 LARGE = 2**16  # values from which on a temporary of a weight's size costs more than a few calls
 
 
@@ -156,7 +157,12 @@ def conv_bn(
         gamma = None
     output: Tensor
     if plain:
-        output = _ConvBN.apply(input, weight, bias, gamma, beta, constants, spec, dtype)
+        one_dtype = dtype is weight.dtype is constants.rstd.dtype
+        smaller = one_dtype and _is_output_smaller(input, weight, spec)
+        if one_dtype and not smaller and _is_usual(weight, bias, gamma, beta, spec):
+            output = _UsualConvBN.apply(input, weight, gamma, beta, constants, spec)
+        else:
+            output = _ConvBN.apply(input, weight, bias, gamma, beta, constants, (spec, dtype, smaller))
     else:
         output = _TransformableConvBN.apply(input, weight, bias, gamma, beta, *constants, (spec, dtype))
     return output
@@ -318,6 +324,16 @@ def _is_output_smaller(input: Tensor, weight: Tensor, spec: ConvSpec | None) -> 
     return values < weight.numel()
 
 
+def _is_usual(
+    weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, spec: ConvSpec | None
+) -> bool:
+    """Whether this is a 2d convolution without a bias, all of whose parameters are trained, and are of one dtype."""
+    if bias is not None or gamma is None or beta is None or spec is None or spec.transposed or weight.dim() != 4:
+        return False
+    trained = weight.requires_grad and gamma.requires_grad and beta.requires_grad
+    return trained and weight.dtype is gamma.dtype is beta.dtype
+
+
 def _conv(input: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec | None) -> Tensor:
     if spec is None:
         return F.linear(input, weight, bias)
@@ -335,7 +351,7 @@ def _conv_backward(
             grad.sum(0) if mask[2] else None,
         )
     channels = grad.shape[1]
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward.default(
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = _CONV_BACKWARD(
         grad, input, weight, [channels], *spec, mask
     )
     return gradients
@@ -350,10 +366,10 @@ class _ConvBN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        input, weight, bias, gamma, beta, ctx.constants, spec, dtype = inputs
+        input, weight, bias, gamma, beta, ctx.constants, (spec, dtype, smaller) = inputs
         _keep(ctx, input, weight, bias, gamma, beta, None, None, spec, dtype)
         mean, rstd = ctx.constants
-        if dtype is weight.dtype is rstd.dtype and _is_output_smaller(input, weight, spec):
+        if smaller:
             scale, shift = _scale_and_shift(bias, gamma, beta, mean, rstd)
             output = _conv(input, weight, None, spec)
             return torch.addcmul(_per_channel(shift, output), output, _per_channel(scale, output), out=output)
@@ -362,6 +378,33 @@ class _ConvBN(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _backward(ctx, grad, ctx.constants)
+
+
+class _UsualConvBN(torch.autograd.Function):
+    """The same in straight lines for what `_is_usual`: between two convolutions Python takes longer than arithmetic.
+
+    It computes the same bits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        input, weight, gamma, beta, ctx.constants, ctx.spec = inputs
+        ctx.save_for_backward(input, weight, gamma)
+        scale, shift = _scale_and_shift(None, gamma, beta, *ctx.constants)
+        return torch.convolution(input, weight * scale.view(-1, 1, 1, 1), shift, *ctx.spec)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, gamma = ctx.saved_tensors
+        mean, rstd = ctx.constants
+        final = _is_final()
+        scale = (gamma * rstd).view(-1, 1, 1, 1)
+        mask = (ctx.needs_input_grad[0], True, True)
+        grad_input, grad_folded, grad_beta = _CONV_BACKWARD(grad, input, weight * scale, [1], *ctx.spec, mask)
+        dot = _channel_dot(grad_folded, weight, False, 1, final)
+        grad_gamma = torch.addcmul(dot, grad_beta, mean, value=-1) * rstd
+        grad_weight = grad_folded.mul_(scale) if final else grad_folded * scale
+        return grad_input, grad_weight, grad_gamma, grad_beta, None, None
 
 
 class _TransformableConvBN(torch.autograd.Function):

@@ -68,10 +68,11 @@ def affine_of(bn: nn.Module) -> Affine:
 
     DETR-like models in transformers have a FrozenBatchNorm2d that writes its epsilon, 1e-5, into its forward.
     """
-    norm = cast(nn.BatchNorm2d, bn)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    return Affine(norm.weight, norm.bias, norm.running_mean, norm.running_var, getattr(norm, "eps", 1e-5))
+    norm: Any = bn
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert var is not None
+    return Affine(norm.weight, norm.bias, mean, var, getattr(norm, "eps", 1e-5))
 
 
 class Kept(Generic[Value]):
@@ -104,6 +105,8 @@ class ConvBNLayer(nn.Module):
     A subclass is made of this class's `Tune` or `Deploy`, a geometry, and the plain layer, in this order.
     """
 
+    weight: Tensor
+    bias: Any  # a parameter, or None
     _bn: tuple[nn.Module]
     _constants: Kept[Constants] | None = None
     _folded: Kept[tuple[Tensor, Tensor]] | None = None
@@ -133,7 +136,7 @@ class ConvBNLayer(nn.Module):
         if type(mean) is not Tensor or mean.requires_grad or var.requires_grad:
             return None
         scale = None if gamma is None or gamma.requires_grad else gamma
-        kept, sources, facts = self._constants, (mean, var, scale), (eps, fold_dtype(cast(nn.Conv2d, self).weight))
+        kept, sources, facts = self._constants, (mean, var, scale), (eps, fold_dtype(self.weight))
         if kept is None or not kept.is_of(sources, facts):
             if _any_unversioned(sources):
                 return None
@@ -144,18 +147,18 @@ class ConvBNLayer(nn.Module):
 
     def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
         """Run the folded pair: with a kept fold where that is constant, or in one differentiable step."""
-        conv, affine = cast(nn.Conv2d, self), affine_of(self._bn[0])
-        sources = (conv.weight, conv.bias, affine.weight, affine.bias, affine.running_mean, affine.running_var)
+        weight, bias, affine = self.weight, self.bias, affine_of(self._bn[0])
+        sources = (weight, bias, affine.weight, affine.bias, affine.running_mean, affine.running_var)
         if not self.is_constant(sources) or not self._may_keep_fold(input, sources):
             if self._folded is not None:
                 del self._folded
-            return conv_bn(input, conv.weight, conv.bias, *affine, spec, self.constants(affine))
-        dtype = compute_dtype(input, conv.weight)
-        kept, facts = self._folded, (dtype, conv.weight.device, affine.eps)
+            return conv_bn(input, weight, bias, *affine, spec, self.constants(affine))
+        dtype = compute_dtype(input, weight)
+        kept, facts = self._folded, (dtype, weight.device, affine.eps)
         if kept is None or not kept.is_of(sources, facts):
             transposed, groups = layout(spec)
             fold = partial(fold_conv_bn, transposed=transposed, groups=groups, dtype=dtype)
-            kept = self._folded = Kept(partial(fold, conv.weight, conv.bias, *affine), sources, facts)
+            kept = self._folded = Kept(partial(fold, weight, bias, *affine), sources, facts)
         return folded_conv(input, *kept.value, spec)
 
     def _may_keep_fold(self, input: Tensor, sources: Iterable[Tensor | None]) -> bool:
@@ -220,7 +223,7 @@ class ConvGeometry(ConvBNLayer):
 
     def geometry(self, input: Tensor, output_size: Sequence[int] | None) -> tuple[Tensor, ConvSpec | None]:
         """Pad where ``torch.convolution`` can't: other modes than zeros, and an uneven ``padding="same"``."""
-        conv = cast(nn.Conv2d, self)
+        conv: Any = self
         zeros = (0,) * len(conv.stride)
         padding = conv.padding
         if conv.padding_mode != "zeros":
@@ -235,7 +238,7 @@ class ConvGeometry(ConvBNLayer):
                 uneven = [(0, right - left) for left, right in zip(before, after, strict=True)]
                 input = F.pad(input, [size for pair in reversed(uneven) for size in pair])
             padding = tuple(before)
-        return input, ConvSpec(conv.stride, cast("tuple[int, ...]", padding), conv.dilation, False, zeros, conv.groups)
+        return input, ConvSpec(conv.stride, padding, conv.dilation, False, zeros, conv.groups)
 
 
 class ConvTransposeGeometry(ConvBNLayer):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers import assert_close, gradients, images, relative
 from torch import Tensor
 
+from lightning_convbn import functional
 from lightning_convbn.functional import ConvSpec, conv_bn, fold_conv_bn
 
 EPS = 1e-3
@@ -84,6 +85,23 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(case: str,
 
     assert torch.autograd.gradcheck(function, tuple(wanted.values()), fast_mode=True)
     assert torch.autograd.gradgradcheck(function, tuple(wanted.values()), fast_mode=True)
+
+
+def test_the_usual_pair_in_straight_lines_gives_the_bits_of_the_general_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    operands, spec = draw("grouped conv2d", bias=False)
+    names, found = [], []
+    for usual in (functional._is_usual, lambda *operands: False):
+        monkeypatch.setattr(functional, "_is_usual", usual)
+        leaves = Operands(*(None if tensor is None else tensor.clone() for tensor in operands))
+        wanted = [tensor.requires_grad_() for tensor in (leaves.input, leaves.weight, leaves.gamma, leaves.beta)]
+        output = leaves.of(conv_bn, spec)
+        names.append(output.grad_fn.name())
+        first = torch.autograd.grad(output.square().sum(), wanted, create_graph=True)
+        final = torch.autograd.grad(leaves.of(conv_bn, spec).square().sum(), wanted)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), wanted)
+        found.append([output, *first, *final, *second])
+    assert names == ["_UsualConvBNBackward", "_ConvBNBackward"]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
