@@ -41,13 +41,15 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils.checkpoint import checkpoint
 
-from lightning_convbn.recompute import Recomputed
+from lightning_convbn.recompute import Recomputed, others_hook, save_recipe, saving_recipes, sees_to_recipes
 
 # PyTorch 2.6 does not tell whether it compiles or exports, and what is exported can't be recomputed.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _CONV_BACKWARD = torch.ops.aten.convolution_backward.default
 LARGE = 2**16  # values from which on a temporary of a weight's size costs more than a few calls
+MANY = 32  # values of an input beside which one of a scale is not worth the Python to be spared of it
+BEYOND_CACHE = 2**18  # values from which on going through a weight once more costs more than Python
 
 
 class ConvSpec(NamedTuple):
@@ -100,6 +102,7 @@ def fold_conv_bn(
     return _fold(weight, bias, gamma, beta, mean, rstd, transposed, groups, dtype or weight.dtype)
 
 
+@sees_to_recipes
 def conv_bn(
     input: Tensor,
     weight: Tensor,
@@ -136,7 +139,7 @@ def conv_bn(
         The normalised output, ``(N, C_out, *spatial)`` or ``(N, C_out)``.
     """
     if isinstance(input, Recomputed) and not torch.compiler.is_compiling() and has_torch_function_unary(input):
-        # It calls us back, with hooks for what is saved.
+        # It calls us back as a plain tensor would.
         operands = (weight, bias, gamma, beta, running_mean, running_var, eps, spec, constants)
         called_back: Tensor = handle_torch_function(conv_bn, (input,), input, *operands)
         return called_back
@@ -155,17 +158,20 @@ def conv_bn(
         plain = peek_interpreter_stack() is None and not (constants.mean.requires_grad or constants.rstd.requires_grad)
     if scale is not None:
         gamma = None
-    output: Tensor
-    if plain:
-        one_dtype = dtype is weight.dtype is constants.rstd.dtype
-        smaller = one_dtype and _is_output_smaller(input, weight, spec)
-        if one_dtype and not smaller and _is_usual(weight, bias, gamma, beta, spec):
-            output = _UsualConvBN.apply(input, weight, gamma, beta, constants, spec)
-        else:
-            output = _ConvBN.apply(input, weight, bias, gamma, beta, constants, (spec, dtype, smaller))
-    else:
-        output = _TransformableConvBN.apply(input, weight, bias, gamma, beta, *constants, (spec, dtype))
-    return output
+    if not plain:
+        output: Tensor = _TransformableConvBN.apply(input, weight, bias, gamma, beta, *constants, (spec, dtype))
+        return output
+    smaller = weight.numel() >= BEYOND_CACHE and dtype is weight.dtype is constants.rstd.dtype
+    smaller = smaller and _is_output_smaller(input, weight, spec)
+    if (
+        not (smaller or gamma is None or spec is None or spec.transposed)
+        and bias is None
+        and input.numel() >= MANY * gamma.numel()
+        and not others_hook()
+    ):
+        return _conv_bn_by_autograd(input, weight, gamma, beta, constants, spec, dtype)
+    with saving_recipes(input):
+        return _ConvBN.apply(input, weight, bias, gamma, beta, constants, (spec, dtype, smaller))
 
 
 def folded_conv(input: Tensor, weight: Tensor, bias: Tensor, spec: ConvSpec | None) -> Tensor:
@@ -277,7 +283,14 @@ def _scale_and_shift(
     """What a channel of the convolution without its bias is multiplied by, and what is added: ``s`` and ``b'``."""
     scale = rstd if gamma is None else gamma * rstd
     center = mean if bias is None else mean - bias
-    return scale, -center * scale if beta is None else torch.addcmul(beta.to(scale.dtype), center, scale, value=-1)
+    if beta is None:
+        return scale, -center * scale
+    return scale, torch.addcmul(_as(scale.dtype, beta), center, scale, value=-1)
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """Cast where there is something to cast: asking alone is quicker."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _scaled(weight: Tensor, scale: Tensor, transposed: bool, groups: int, *, in_place: bool = False) -> Tensor:
@@ -324,16 +337,6 @@ def _is_output_smaller(input: Tensor, weight: Tensor, spec: ConvSpec | None) -> 
     return values < weight.numel()
 
 
-def _is_usual(
-    weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, spec: ConvSpec | None
-) -> bool:
-    """Whether this is a 2d convolution without a bias, all of whose parameters are trained, and are of one dtype."""
-    if bias is not None or gamma is None or beta is None or spec is None or spec.transposed or weight.dim() != 4:
-        return False
-    trained = weight.requires_grad and gamma.requires_grad and beta.requires_grad
-    return trained and weight.dtype is gamma.dtype is beta.dtype
-
-
 def _conv(input: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec | None) -> Tensor:
     if spec is None:
         return F.linear(input, weight, bias)
@@ -357,6 +360,32 @@ def _conv_backward(
     return gradients
 
 
+def _conv_bn_by_autograd(
+    input: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None,
+    constants: Constants,
+    spec: ConvSpec,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Fold in plain operations, and have the convolution's node keep how to fold in the place of the folded weight.
+
+    Autograd's own nodes take no Python in the backward pass, which takes longer than the arithmetic between two
+    convolutions. Beside the input they keep the scale, and see to it that nobody has written the weight.
+    """
+    scale, shift = _scale_and_shift(None, gamma, beta, *constants)
+    per_channel = scale.view(-1, *[1] * (weight.dim() - 1))
+    output = torch.convolution(input, _as(dtype, weight * per_channel), _as(dtype, shift), *spec)
+    node: Any = output.grad_fn
+    if node is not None:
+        weight, per_channel = weight.detach(), per_channel.detach()
+        node._raw_saved_weight.register_hooks(id, lambda _: _as(dtype, weight * per_channel))
+        if isinstance(input, Recomputed):
+            save_recipe(node._raw_saved_input, input)
+    return output
+
+
 class _ConvBN(torch.autograd.Function):
     """The convolution whose backward pass recomputes the folded weight instead of keeping it.
 
@@ -378,33 +407,6 @@ class _ConvBN(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _backward(ctx, grad, ctx.constants)
-
-
-class _UsualConvBN(torch.autograd.Function):
-    """The same in straight lines for what `_is_usual`: between two convolutions Python takes longer than arithmetic.
-
-    It computes the same bits.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        input, weight, gamma, beta, ctx.constants, ctx.spec = inputs
-        ctx.save_for_backward(input, weight, gamma)
-        scale, shift = _scale_and_shift(None, gamma, beta, *ctx.constants)
-        return torch.convolution(input, weight * scale.view(-1, 1, 1, 1), shift, *ctx.spec)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, gamma = ctx.saved_tensors
-        mean, rstd = ctx.constants
-        final = _is_final()
-        scale = (gamma * rstd).view(-1, 1, 1, 1)
-        mask = (ctx.needs_input_grad[0], True, True)
-        grad_input, grad_folded, grad_beta = _CONV_BACKWARD(grad, input, weight * scale, [1], *ctx.spec, mask)
-        dot = _channel_dot(grad_folded, weight, False, 1, final)
-        grad_gamma = torch.addcmul(dot, grad_beta, mean, value=-1) * rstd
-        grad_weight = grad_folded.mul_(scale) if final else grad_folded * scale
-        return grad_input, grad_weight, grad_gamma, grad_beta, None, None
 
 
 class _TransformableConvBN(torch.autograd.Function):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 
 import torch
@@ -39,6 +39,7 @@ Mode = Literal["train", "eval", "tune", "deploy"]
 Row = TypeVar("Row")
 Value = TypeVar("Value")
 
+_VERSION = attrgetter("_version")
 KEPT = ("_constants", "_folded")  # attributes of a folded convolution that can be computed anew at any time
 
 
@@ -75,6 +76,21 @@ def affine_of(bn: nn.Module) -> Affine:
     return Affine(norm.weight, norm.bias, mean, var, getattr(norm, "eps", 1e-5))
 
 
+def operands_of(conv: nn.Module, bn: nn.Module) -> tuple[Any, Any, Any, Any, Any, Any, float]:
+    """Weight and bias of a convolution, and what `affine_of` reads of its BatchNorm.
+
+    An attribute that is a parameter or a buffer takes a Python function, and between two convolutions that shows in the
+    time of a step. So they are read from where modules hold them, if they are there.
+    """
+    held, parameters, buffers = conv._parameters, bn._parameters, bn._buffers
+    if "weight" in held and "bias" in held and "weight" in parameters and "bias" in parameters:
+        mean, var = buffers.get("running_mean"), buffers.get("running_var")
+        if mean is not None and var is not None:
+            affine: Any = bn
+            return held["weight"], held["bias"], parameters["weight"], parameters["bias"], mean, var, affine.eps
+    return conv.weight, conv.bias, *affine_of(bn)  # type: ignore[return-value]
+
+
 class Kept(Generic[Value]):
     """What was computed from tensors whose writes are counted, and by what it is known that they are as they were.
 
@@ -84,19 +100,18 @@ class Kept(Generic[Value]):
         facts: What else it was computed from.
     """
 
-    def __init__(
-        self, compute: Callable[[], Value], sources: tuple[Tensor | None, ...], facts: tuple[Any, ...]
-    ) -> None:
+    def __init__(self, compute: Callable[[], Value], sources: tuple[Tensor, ...], facts: tuple[Any, ...]) -> None:
+        self._sources = sources
+        # Their storages are held, so that no other gets an address by which `_state` knows them.
+        self._storages = [tensor.detach() for tensor in sources]
+        self._state = (*facts, *map(_VERSION, sources), *map(Tensor.data_ptr, sources))
         with torch.inference_mode(False), torch.no_grad():  # it may be wanted outside of inference mode, too
             self.value = compute()
-        self._sources = sources
-        # Their storages are held, so that no other gets an address by which `_contents` knows them.
-        self._storages = [tensor.detach() for tensor in sources if tensor is not None]
-        self._state = (*facts, *map(_contents, sources))
 
-    def is_of(self, sources: tuple[Tensor | None, ...], facts: tuple[Any, ...]) -> bool:
+    def is_of(self, sources: tuple[Tensor, ...], facts: tuple[Any, ...]) -> bool:
         """Whether it is what these give, and nobody has written them since."""
-        return all(map(is_, self._sources, sources)) and self._state == (*facts, *map(_contents, sources))
+        state = (*facts, *map(_VERSION, sources), *map(Tensor.data_ptr, sources))
+        return state == self._state and all(map(is_, self._sources, sources))
 
 
 class ConvBNLayer(nn.Module):
@@ -124,44 +139,55 @@ class ConvBNLayer(nn.Module):
         output: Tensor = plain_class(self).forward(self, input, *arguments)
         return output
 
-    def is_constant(self, sources: Iterable[Tensor | None]) -> bool:
+    def is_constant(self, sources: Iterable[Tensor]) -> bool:
         """Whether the fold of ``sources`` holds until one of them changes."""
         raise TypeError(f"{type(self).__name__} must be a Tune or a Deploy class")
 
-    def constants(self, affine: Affine | None = None) -> Constants | None:
+    def constants(
+        self, weight: Tensor, gamma: Tensor | None, mean: Tensor, var: Tensor, eps: float
+    ) -> Constants | None:
         """What is constant in the fold, kept from call to call; None where it can't outlive one."""
-        if not _may_keep():
-            return None
-        gamma, _, mean, var, eps = affine or affine_of(self._bn[0])
-        if type(mean) is not Tensor or mean.requires_grad or var.requires_grad:
+        if not _may_keep() or type(mean) is not Tensor or mean.requires_grad or var.requires_grad:
             return None
         scale = None if gamma is None or gamma.requires_grad else gamma
-        kept, sources, facts = self._constants, (mean, var, scale), (eps, fold_dtype(self.weight))
+        sources = (mean, var) if scale is None else (mean, var, scale)
+        kept, facts = self._constants, (eps, weight.dtype)
         if kept is None or not kept.is_of(sources, facts):
             if _any_unversioned(sources):
                 return None
-            kept = Kept(partial(constants_of, *sources, *facts), sources, facts)
+            kept = Kept(partial(constants_of, mean, var, scale, eps, fold_dtype(weight)), sources, facts)
             if type(kept.value.rstd) is Tensor:
                 self._constants = kept
         return kept.value
 
+    def warm_up(self) -> None:
+        """Compute what stays from call to call."""
+        weight, _, gamma, _, mean, var, eps = operands_of(self, self._bn[0])
+        self.constants(weight, gamma, mean, var, eps)
+
     def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
         """Run the folded pair: with a kept fold where that is constant, or in one differentiable step."""
-        weight, bias, affine = self.weight, self.bias, affine_of(self._bn[0])
-        sources = (weight, bias, affine.weight, affine.bias, affine.running_mean, affine.running_var)
-        if not self.is_constant(sources) or not self._may_keep_fold(input, sources):
-            if self._folded is not None:
-                del self._folded
-            return conv_bn(input, weight, bias, *affine, spec, self.constants(affine))
-        dtype = compute_dtype(input, weight)
-        kept, facts = self._folded, (dtype, weight.device, affine.eps)
+        operands = weight, _, gamma, _, mean, var, eps = operands_of(self, self._bn[0])
+        if not (weight.requires_grad and torch.is_grad_enabled()):  # as it mostly is, and then there is no more to ask
+            sources = tuple(tensor for tensor in operands[:6] if tensor is not None)
+            if self.is_constant(sources) and self._may_keep_fold(input, sources):
+                return folded_conv(input, *self.fold(compute_dtype(input, weight), operands, sources, spec), spec)
+        if self._folded is not None:
+            del self._folded
+        return conv_bn(input, *operands, spec, self.constants(weight, gamma, mean, var, eps))
+
+    def fold(
+        self, dtype: torch.dtype, operands: tuple[Any, ...], sources: tuple[Tensor, ...], spec: ConvSpec | None
+    ) -> tuple[Tensor, Tensor]:
+        """Folded weight and bias, kept from call to call."""
+        kept, facts = self._folded, (dtype, sources[0].device, operands[-1])
         if kept is None or not kept.is_of(sources, facts):
             transposed, groups = layout(spec)
-            fold = partial(fold_conv_bn, transposed=transposed, groups=groups, dtype=dtype)
-            kept = self._folded = Kept(partial(fold, weight, bias, *affine), sources, facts)
-        return folded_conv(input, *kept.value, spec)
+            fold = partial(fold_conv_bn, *operands, transposed=transposed, groups=groups, dtype=dtype)
+            kept = self._folded = Kept(fold, sources, facts)
+        return kept.value
 
-    def _may_keep_fold(self, input: Tensor, sources: Iterable[Tensor | None]) -> bool:
+    def _may_keep_fold(self, input: Tensor, sources: Iterable[Tensor]) -> bool:
         """Whether a fold may outlive the call, and every write to what is folded would be noticed."""
         own = self._owns_weight and type(self.weight) is nn.Parameter and not isinstance(input, FakeTensor)
         return own and _may_keep() and not _any_unversioned(sources)
@@ -183,7 +209,7 @@ class ConvBNLayer(nn.Module):
 class Tune(ConvBNLayer):
     """Folds at every forward where a parameter of the pair is trainable; gradients reach every one of them."""
 
-    def is_constant(self, sources: Iterable[Tensor | None]) -> bool:
+    def is_constant(self, sources: Iterable[Tensor]) -> bool:
         """Whether nothing that is folded wants a gradient."""
         return not _any_trainable(sources)
 
@@ -191,30 +217,25 @@ class Tune(ConvBNLayer):
 class Deploy(ConvBNLayer):
     """Folds once. The fold holds no gradient, so where a parameter wants one this runs as `Tune` does."""
 
-    def is_constant(self, sources: Iterable[Tensor | None]) -> bool:
+    def is_constant(self, sources: Iterable[Tensor]) -> bool:
         """Whether nothing that is folded wants a gradient, or none is taken."""
         return not torch.is_grad_enabled() or not _any_trainable(sources)
 
 
-def _contents(tensor: Tensor | None) -> tuple[int, int] | None:
-    """What changes when a tensor is written in place, or given other storage."""
-    return None if tensor is None else (tensor._version, tensor.data_ptr())
-
-
-def _any_trainable(tensors: Iterable[Tensor | None]) -> bool:
+def _any_trainable(tensors: Iterable[Tensor]) -> bool:
     for tensor in tensors:  # noqa: SIM110 - a generator takes longer, for every pair in every step
-        if tensor is not None and tensor.requires_grad:
+        if tensor.requires_grad:
             return True
     return False
 
 
-def _any_unversioned(tensors: Iterable[Tensor | None]) -> bool:
+def _any_unversioned(tensors: Iterable[Tensor]) -> bool:
     """Whether writes to a tensor leave no trace, because it was made in inference mode or has no data."""
-    return any(tensor.is_inference() or isinstance(tensor, FakeTensor) for tensor in tensors if tensor is not None)
+    return any(tensor.is_inference() or isinstance(tensor, FakeTensor) for tensor in tensors)
 
 
 def _may_keep() -> bool:
-    """Whether what is computed may outlive the call: not inside a transform, nor in a graph (pytorch #108863)."""
+    """Whether what is computed may outlive the call: not in a transform, nor in a graph, say (pytorch #108863)."""
     return not is_watched() and peek_interpreter_stack() is None
 
 
@@ -461,7 +482,8 @@ NORM_LAYERS: dict[type[nn.Module] | str, NormLayer] = {
 
 def swap_of(module: nn.Module) -> Swap | None:
     """What a converted module remembers; None for a plain one."""
-    return cast("Swap | None", module.__dict__.get("_swap"))
+    swap: Swap | None = module.__dict__.get("_swap")
+    return swap
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

@@ -152,7 +152,7 @@ def saved_bytes_by_module(function: Callable[..., Any], *inputs: Any, **kwargs: 
     for module in function.modules() if isinstance(function, nn.Module) else ():
         if isinstance(module, ConvBNLayer):
             with unset_fake_temporarily():
-                module.constants()  # they stay from step to step
+                module.warm_up()
     ledger = _StorageLedger(function)
     with torch.enable_grad(), ledger:
         # Copies, so that an input counts if and only if the graph keeps it, and not because the caller holds it.

@@ -13,7 +13,8 @@ own (saved-tensor hooks do not nest), and an exception or Ctrl-C might leave the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Saved(NamedTuple):
@@ -46,16 +49,14 @@ class Saved(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How to compute a marked tensor again."""
+    """How to compute a tensor again."""
 
     function: Callable[[Tensor], Tensor]
     kept: Saved
-    version: int  # of the marked tensor: a write to it makes the recipe wrong
 
     def value(self) -> Tensor:
-        """Compute the tensor; nobody but the caller holds it."""
-        with torch.no_grad():
-            return self.function(self.kept.value())
+        """Compute the tensor, of a detached one: nobody but the caller holds it, and no graph does."""
+        return self.function(self.kept.value())
 
 
 class Recomputed:
@@ -63,6 +64,7 @@ class Recomputed:
 
     __slots__ = ()
     _recipe: Recipe
+    _marked_at: int  # the version: a write makes the recipe wrong
 
     @classmethod
     def __torch_function__(
@@ -73,12 +75,16 @@ class Recomputed:
         if torch.compiler.is_compiling():  # a compiled part of a model decides by itself what it saves
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        foreign = not all(issubclass(kind, Recomputed) for kind in types)
+        alone = len(types) == 1
+        if alone and func in _NEED_NO_HOOKS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        foreign = not (alone or all(issubclass(kind, Recomputed) for kind in types))
         with torch._C.DisableTorchFunctionSubclass():
             if foreign or func in _ESCAPES:
                 for value in tree_leaves((args, kwargs)):
                     _unmark(value)
-            elif not _reads_attribute(func) and torch.is_grad_enabled() and _may_hook():
+            elif not _reads_attribute(func) and torch.is_grad_enabled() and may_hook():
                 with saved_tensors_hooks(_pack, _unpack):
                     return func(*args, **kwargs)
             if not foreign:
@@ -103,6 +109,13 @@ _MARKED: dict[type[Tensor], type[Tensor]] = {Tensor: RecomputedTensor, FakeTenso
 _PLAIN = {marked: plain for plain, marked in _MARKED.items()}
 # Through `.data` a tensor can be written without a new version, so that a recipe might be wrong without a notice.
 _ESCAPES = {Tensor.data.__get__, Tensor.data.__set__}  # type: ignore[attr-defined]
+_NEED_NO_HOOKS: set[Callable[..., Any]] = {Tensor.dim}  # functions that save nothing, or see to recipes themselves
+
+
+def sees_to_recipes(function: Function) -> Function:
+    """Let a function run on marked tensors without hooks: it saves their recipes itself."""
+    _NEED_NO_HOOKS.add(function)
+    return function
 
 
 def recomputed(output: Tensor, input: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -123,20 +136,38 @@ def recomputed(output: Tensor, input: Tensor, function: Callable[[Tensor], Tenso
     """
     if torch.compiler.is_compiling() or type(output) not in _MARKED or isinstance(input, Recomputed):
         return output
-    if output.grad_fn is None or forward_ad._current_level >= 0 or not _may_hook():
+    if output.grad_fn is None or forward_ad._current_level >= 0 or not may_hook():
         return output
     # Of an activation in place autograd keeps a copy of the input, made before the write.
     kept = getattr(output.grad_fn, "_saved_self", None)
     if kept is None or (kept.dtype, kept.shape, kept.stride()) != (output.dtype, output.shape, output.stride()):
         return output
-    output._recipe = Recipe(function, _saved(kept), output._version)  # type: ignore[attr-defined]
+    output._recipe, output._marked_at = Recipe(function, _saved(kept)), output._version  # type: ignore[attr-defined]
     output.__class__ = _MARKED[type(output)]
     return output
 
 
+def save_recipe(saved: Any, tensor: Tensor) -> None:
+    """Have a node of the graph, which has saved a marked tensor, save its recipe in its place.
+
+    Args:
+        saved: What it has saved, an attribute ``_raw_saved_...`` of the node.
+        tensor: The marked tensor. Nothing happens if it has been written.
+    """
+    packed = _pack(tensor)
+    if isinstance(packed, Recipe):
+        saved.register_hooks(lambda tensor: packed, _unpack)
+
+
+def saving_recipes(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Within, autograd saves the recipe of ``tensor``, if it is a marked one and there are no other hooks."""
+    marked = isinstance(tensor, Recomputed) and torch.is_grad_enabled() and may_hook()
+    return saved_tensors_hooks(_pack, _unpack) if marked else nullcontext()
+
+
 def _unmark(value: object) -> None:
     if isinstance(value, Recomputed):
-        del value._recipe
+        del value._recipe, value._marked_at
         value.__class__ = _PLAIN[type(value)]  # type: ignore[assignment, index]
 
 
@@ -144,14 +175,15 @@ def _reads_attribute(func: Callable[..., Any]) -> bool:
     return getattr(func, "__name__", "") == "__get__"
 
 
-def _may_hook() -> bool:
+def may_hook() -> bool:
     """Whether hooks may be set without being in the way of others."""
     enabled: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     tracing = torch._C._get_tracing_state() is not None or peek_interpreter_stack() is not None
-    return enabled and not tracing and not _others_hook()
+    return enabled and not tracing and not others_hook()
 
 
-def _others_hook() -> bool:
+def others_hook() -> bool:
+    """Whether saved-tensor hooks are in force: those of activation checkpointing, say."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     if top is not None:
         return top(False) is not None
@@ -171,7 +203,7 @@ def _saved(tensor: Tensor) -> Saved:
 
 
 def _pack(tensor: Tensor) -> Saved | Recipe:
-    if isinstance(tensor, Recomputed) and tensor._recipe.version == tensor._version:
+    if isinstance(tensor, Recomputed) and tensor._marked_at == tensor._version:
         return tensor._recipe
     return _saved(tensor)
 

@@ -18,6 +18,7 @@ from boring import LIGHTNING_SAYS, BoringModule, PrintedLines, make_trainer
 from helpers import FAMILIES, Snapshot, images, random_model, randomized, torchvision_model
 from test_memory import _quick_garbage_collection, allocated_by  # noqa: F401 - for every test here, too
 from torch import Tensor, nn
+from torch._functorch import config
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -341,13 +342,17 @@ class TestFallsBack:
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile reads it
     @pytest.mark.parametrize(("first", "last"), [(0, 3), (2, 3), (2, 5), (3, 5)])
     def test_compiled_parts(self, first: int, last: int) -> None:
+        """PyTorch 2.14 looks for aliases at the first call, and fails on any subclass of Tensor; 2.15 does not."""
+        aliases = {"check_custom_op_aliasing": False} if hasattr(config, "check_custom_op_aliasing") else {}
+
         def run(model: nn.Sequential) -> Callable[[Tensor], Tensor]:
             part = torch.compile(model[first:last], backend="aot_eager", fullgraph=True)
             return lambda x: model[last:](part(model[:first](x)))
 
         torch.compiler.reset()
         plain, recomputing = pair_of(net(nn.SiLU(), *conv(6, 4), nn.Conv2d(4, 4, 1)))
-        assert_same_bits(results(recomputing, batch(), run(recomputing)), results(plain, batch(), run(plain)))
+        with config.patch(aliases):
+            assert_same_bits(results(recomputing, batch(), run(recomputing)), results(plain, batch(), run(plain)))
 
     def test_compiles_without_a_graph_break(self) -> None:
         torch.compiler.reset()

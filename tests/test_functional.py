@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from helpers import assert_close, gradients, images, relative
 from torch import Tensor
 
-from lightning_convbn import functional
 from lightning_convbn.functional import ConvSpec, conv_bn, fold_conv_bn
 
 EPS = 1e-3
@@ -87,21 +86,107 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(case: str,
     assert torch.autograd.gradgradcheck(function, tuple(wanted.values()), fast_mode=True)
 
 
-def test_the_usual_pair_in_straight_lines_gives_the_bits_of_the_general_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    operands, spec = draw("grouped conv2d", bias=False)
-    names, found = [], []
-    for usual in (functional._is_usual, lambda *operands: False):
-        monkeypatch.setattr(functional, "_is_usual", usual)
-        leaves = Operands(*(None if tensor is None else tensor.clone() for tensor in operands))
-        wanted = [tensor.requires_grad_() for tensor in (leaves.input, leaves.weight, leaves.gamma, leaves.beta)]
-        output = leaves.of(conv_bn, spec)
+def by_autograd_and_by_us(dtype: torch.dtype = torch.float64) -> list[tuple[Operands, ConvSpec]]:
+    """A pair whose backward pass is left to autograd, and the same one whose output is too small beside a scale."""
+    found = []
+    for size in (16, 3):
+        operands, spec = draw("grouped conv2d", bias=False)
+        operands = operands._replace(input=images(2, 4, size, size, dtype=torch.float64))
+        found.append((Operands(*[None if tensor is None else tensor.to(dtype) for tensor in operands]), spec))
+    return found
+
+
+def trained(operands: Operands, *names: str) -> list[Tensor]:
+    return [getattr(operands, name).requires_grad_() for name in names]
+
+
+def test_what_is_left_to_autograd_is_as_right_as_what_is_not() -> None:
+    names = []
+    for operands, spec in by_autograd_and_by_us():
+        wanted = trained(operands, "input", "weight", "gamma", "beta")
+        output, expected = operands.of(conv_bn, spec), operands.of(plain, spec)
         names.append(output.grad_fn.name())
-        first = torch.autograd.grad(output.square().sum(), wanted, create_graph=True)
-        final = torch.autograd.grad(leaves.of(conv_bn, spec).square().sum(), wanted)
-        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), wanted)
-        found.append([output, *first, *final, *second])
-    assert names == ["_UsualConvBNBackward", "_ConvBNBackward"]
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        first = [torch.autograd.grad(one.tanh().sum(), wanted, create_graph=True) for one in (output, expected)]
+        second = [torch.autograd.grad(sum(one.square().sum() for one in ones), wanted) for ones in first]
+        assert_close([output], [expected], 1e-12)
+        assert_close(*first, 1e-10)
+        assert_close(*second, 1e-10)
+    assert names == ["ConvolutionBackward0", "_ConvBNBackward"]
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight", "beta", None])
+def test_autograd_keeps_no_folded_weight(frozen: str | None) -> None:
+    (operands, spec), _ = by_autograd_and_by_us()
+    trained(operands, *{"input", "weight", "gamma", "beta"} - {frozen})
+    node = operands.of(conv_bn, spec).grad_fn
+    once, again = node._saved_weight, node._saved_weight
+    assert once.data_ptr() != again.data_ptr()  # it is computed when it is asked for
+    assert torch.equal(once, again)
+    assert_close([once], [fold_conv_bn(*operands[1:], EPS)[0]], 1e-12)
+
+
+@pytest.mark.parametrize("name", ["weight", "gamma"])
+def test_a_write_before_the_backward_pass_is_no_silent_error(name: str) -> None:
+    """A weight is read once more, which autograd refuses; a scale is not, and the gradients are of what it was."""
+    for operands, spec in by_autograd_and_by_us():
+        wanted = trained(operands, "input", "weight", "gamma", "beta")
+        expected = gradients(operands.of(conv_bn, spec), *wanted)
+        output = operands.of(conv_bn, spec)
+        with torch.no_grad():
+            getattr(operands, name).add_(1)
+        if name == "gamma" and output.grad_fn.name() == "ConvolutionBackward0":
+            assert_close(gradients(output, *wanted), expected, 1e-12)
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                gradients(output, *wanted)
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradients_again() -> None:
+    for operands, spec in by_autograd_and_by_us():
+        wanted = trained(operands, "input", "weight", "gamma", "beta")
+        loss = operands.of(conv_bn, spec).square().sum()
+        once, again = (torch.autograd.grad(loss, wanted, retain_graph=True) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_a_batch_of_gradients_at_once() -> None:
+    (operands, spec), _ = by_autograd_and_by_us()
+    wanted = trained(operands, "input", "weight", "gamma", "beta")
+    output, expected = operands.of(conv_bn, spec), operands.of(plain, spec)
+    probes = images(3, *output.shape, seed=9, dtype=output.dtype)
+    batches = [torch.autograd.grad(one, wanted, probes, is_grads_batched=True) for one in (output, expected)]
+    assert_close(*batches, 1e-10)
+
+
+def test_beside_other_hooks_nothing_is_left_to_autograd() -> None:
+    """Activation checkpointing and `save_on_cpu` take tensors as they are saved, and no hooks beside theirs."""
+    (operands, spec), _ = by_autograd_and_by_us()
+    wanted = trained(operands, "input", "weight", "gamma", "beta")
+    expected = gradients(operands.of(plain, spec), *wanted)
+    with torch.autograd.graph.save_on_cpu():
+        output = operands.of(conv_bn, spec)
+    assert output.grad_fn.name() == "_ConvBNBackward"
+    assert_close(gradients(output, *wanted), expected, 1e-10)
+    output = torch.utils.checkpoint.checkpoint(operands.of, conv_bn, spec, use_reentrant=False)
+    assert_close(gradients(output, *wanted), expected, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_and_half_precision_are_left_to_autograd_too(dtype: torch.dtype) -> None:
+    (double, _), _ = by_autograd_and_by_us()
+    for half in (True, False):
+        (operands, spec), _ = by_autograd_and_by_us(dtype if half else torch.float32)
+        wanted = trained(operands, "input", "weight", "gamma", "beta")
+        with torch.autocast("cpu", dtype, enabled=not half):
+            output = operands.of(conv_bn, spec)
+        assert output.grad_fn.name() == "ConvolutionBackward0"
+        assert output.dtype is dtype
+        found = gradients(output, *wanted)
+        assert [one.dtype for one in found] == [one.dtype for one in wanted]
+        leaves = trained(double, "input", "weight")
+        expected = double.of(plain, spec), *gradients(double.of(plain, spec), *leaves)
+        errors = [relative(one, other) for one, other in zip((output, *found[:2]), expected, strict=True)]
+        assert max(errors) < 8 * torch.finfo(dtype).eps, errors
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -256,8 +341,12 @@ def test_a_dtype_mismatch_stays_the_callers_error() -> None:
         operands._replace(input=operands.input.float()).of(conv_bn, spec)
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_meta_tensors_give_a_shape(case: str) -> None:
-    operands, spec = draw(case)
+def test_meta_tensors_give_shapes_in_both_directions(case: str, bias: bool) -> None:
+    operands, spec = draw(case, bias=bias)
     operands = Operands(*[None if tensor is None else tensor.float().to("meta") for tensor in operands])
-    assert operands.of(conv_bn, spec).shape == operands.of(plain, spec).shape
+    wanted = [tensor.requires_grad_() for tensor in operands[:5] if tensor is not None]
+    output = operands.of(conv_bn, spec)
+    assert output.shape == operands.of(plain, spec).shape
+    assert [gradient.shape for gradient in torch.autograd.grad(output.sum(), wanted)] == [one.shape for one in wanted]

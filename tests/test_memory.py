@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import FAMILIES, Snapshot, images, small_net, torchvision_model
+from helpers import BATCH_NORMS, FAMILIES, Snapshot, images, small_net, torchvision_model
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
@@ -201,11 +201,13 @@ def test_of_small_images_tune_keeps_what_a_deployed_copy_keeps(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "regnet_x_400mf"])
-def test_what_tune_keeps_beyond_a_deployed_copy_does_not_grow_with_the_batch(name: str) -> None:
-    (one, _, deployed_one), (eight, plain, deployed_eight) = (
-        kept_by_tune_eval_and_copy(name, torch.zeros(batch, 3, 224, 224)) for batch in (1, 8)
+def test_what_tune_keeps_beyond_a_deployed_copy_is_a_value_per_channel_at_most(name: str) -> None:
+    """The scales of the BatchNorms whose backward pass is left to autograd."""
+    channels = sum(module.num_features for module in constant_model(name).modules() if isinstance(module, BATCH_NORMS))
+    (eight, plain, deployed_eight), (sixteen, _, deployed_sixteen) = (
+        kept_by_tune_eval_and_copy(name, torch.zeros(batch, 3, 224, 224)) for batch in (8, 16)
     )
-    assert eight - deployed_eight == one - deployed_one
+    assert eight - deployed_eight <= sixteen - deployed_sixteen <= channels * FLOAT
     assert eight <= 1.01 * deployed_eight
     assert eight <= plain
 
