@@ -127,6 +127,9 @@ BatchNorms use running statistics.
   moves some of them and with them the gradients.
 - A ratio above its target is **bold**."""
 
+ALLOCATOR = """The variables let glibc's allocator keep what is freed. Without them it returns large blocks to the
+kernel and gets them back page by page, in some steps more than in others; whoever keeps most loses most by it."""
+
 
 def as_markdown(measurements: Mapping[str, Any], stem: str) -> str:
     """Draw the page; ``stem`` begins the names of the pictures."""
@@ -140,6 +143,8 @@ def as_markdown(measurements: Mapping[str, Any], stem: str) -> str:
         f"{machine.get('gpu', machine['cpu'])}, threads: {machine['threads']}{allocator}; {known}.",
     ]
     lines += ["Written by `python examples/benchmark_plots.py` from what these commands measured:", "", commands]
+    if machine["allocator"]:
+        lines += ["", ALLOCATOR]
     if all(row["device"] == "cpu" for row in rows):
         lines += ["", "On a GPU: not measured on a GPU yet; `--device cuda` runs the same code."]
     drawn = pictures(rows, stem)

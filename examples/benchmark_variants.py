@@ -10,6 +10,7 @@ import torch
 from benchmark_models import Workload
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -113,7 +114,11 @@ VARIANTS: dict[str, Variant] = {
 
 
 def forget_compiled() -> None:
-    """Drop compiled code and counters, so that one cell of the benchmark knows nothing of the last."""
+    """Drop compiled code and counters, so that one cell of the benchmark knows nothing of the last.
+
+    Nor of what an earlier run has left on the disk: where code is taken from there, nothing is counted.
+    """
+    inductor_config.force_disable_caches = True
     torch._dynamo.reset()
     counters.clear()
 

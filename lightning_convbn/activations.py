@@ -15,12 +15,17 @@ from torch import Tensor, nn
 from lightning_convbn.layers import plain_class, row_of
 from lightning_convbn.recompute import recomputed
 
+EXACT = 256  # up to it bfloat16, the coarsest dtype, has every whole number
+
 
 class RecomputedActivation(nn.Module):
     """Base of the swapped activations: runs the activation as it was found, and marks its output."""
 
-    def out_of_place(self) -> Callable[[Tensor], Tensor]:
-        """Return a function that computes what the activation computes and leaves its input alone."""
+    def out_of_place(self) -> Callable[[Tensor], Tensor] | None:
+        """Return a function that computes what the activation computes and leaves its input alone.
+
+        None if there is no need to: its backward pass reads the same off the output as off the input.
+        """
         raise TypeError(f"{type(self).__name__} must say what it computes")
 
     def forward(self, input: Tensor) -> Tensor:
@@ -62,23 +67,27 @@ class RecomputedGELU(RecomputedActivation, nn.GELU):
 
 
 class RecomputedHardtanh(RecomputedActivation, nn.Hardtanh):
-    """`torch.nn.Hardtanh`, recomputed."""
+    """`torch.nn.Hardtanh`, its output kept in the place of its input; recomputed if its bounds may be rounded."""
 
-    def out_of_place(self) -> Callable[[Tensor], Tensor]:
-        """Return the clamp between the two bounds."""
+    def out_of_place(self) -> Callable[[Tensor], Tensor] | None:
+        """A value is at a bound after the clamp if it was there or beyond before, and the bound is what it says."""
+        bounds = self.min_val, self.max_val
+        if all(float(bound).is_integer() and abs(bound) <= EXACT for bound in bounds):
+            return None
         return partial(F.hardtanh, min_val=self.min_val, max_val=self.max_val)
 
 
 class RecomputedReLU6(RecomputedHardtanh, nn.ReLU6):
-    """`torch.nn.ReLU6`, recomputed."""
+    """`torch.nn.ReLU6`, its output kept in the place of its input."""
 
 
 class RecomputedLeakyReLU(RecomputedActivation, nn.LeakyReLU):
-    """`torch.nn.LeakyReLU`, recomputed unless it works in place."""
+    """`torch.nn.LeakyReLU`, its output kept in the place of its input unless it works in place."""
 
-    def out_of_place(self) -> Callable[[Tensor], Tensor]:
-        """Return LeakyReLU with its slope."""
-        return partial(F.leaky_relu, negative_slope=self.negative_slope)
+    def out_of_place(self) -> Callable[[Tensor], Tensor] | None:
+        """A positive slope leaves signs as they are."""
+        slope = self.negative_slope
+        return None if slope > 0 else partial(F.leaky_relu, negative_slope=slope)
 
 
 class RecomputedELU(RecomputedActivation, nn.ELU):

@@ -23,9 +23,10 @@ Shapes: ``b``, ``mu``, ``sigma^2``, ``gamma``, ``beta`` are ``(C_out,)``; ``w`` 
 convolution, ``(C_in, C_out / groups, *k)`` for a transposed one and ``(C_out, C_in)`` for a linear layer.
 
 Source: You et al., "Efficient ConvBN Blocks for Transfer Learning and Beyond", ICLR 2024, arXiv 2305.11624, section 3.
-The paper's Tune mode lets autograd keep every ``w'``; here the backward pass recomputes it (one elementwise product).
-Weight-sized temporaries cost more than their arithmetic, so there is none but ``w'`` itself, at most one in each
-direction.
+The paper's Tune mode lets autograd keep every ``w'``; here the backward pass recomputes it (one elementwise product) in
+one of two ways. As a rule `_conv_bn_by_autograd` folds in plain operations and has the convolution's node forget
+``w'``: the least Python. Where that would keep too much, go through a large weight too often, or be in the way of
+others, `_ConvBN` is the convolution with a backward pass of its own: the fewest values to keep and to go through.
 """
 
 from __future__ import annotations
@@ -38,18 +39,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 from torch.utils.checkpoint import checkpoint
 
-from lightning_convbn.recompute import Recomputed, others_hook, save_recipe, saving_recipes, sees_to_recipes
+from lightning_convbn.recompute import Recomputed, Saved, others_hook, save_recipe, saving_recipes
 
 # PyTorch 2.6 does not tell whether it compiles or exports, and what is exported can't be recomputed.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _CONV_BACKWARD = torch.ops.aten.convolution_backward.default
 LARGE = 2**16  # values from which on a temporary of a weight's size costs more than a few calls
-MANY = 32  # values of an input beside which one of a scale is not worth the Python to be spared of it
-BEYOND_CACHE = 2**18  # values from which on going through a weight once more costs more than Python
+BEYOND_CACHE = 2**18  # values from which on going through a weight once more costs more than Python does
+MANY = 32  # so many values of the input may be kept together with one of the scale
 
 
 class ConvSpec(NamedTuple):
@@ -102,7 +103,6 @@ def fold_conv_bn(
     return _fold(weight, bias, gamma, beta, mean, rstd, transposed, groups, dtype or weight.dtype)
 
 
-@sees_to_recipes
 def conv_bn(
     input: Tensor,
     weight: Tensor,
@@ -139,14 +139,17 @@ def conv_bn(
         The normalised output, ``(N, C_out, *spatial)`` or ``(N, C_out)``.
     """
     if isinstance(input, Recomputed) and not torch.compiler.is_compiling() and has_torch_function_unary(input):
-        # It calls us back as a plain tensor would.
         operands = (weight, bias, gamma, beta, running_mean, running_var, eps, spec, constants)
-        called_back: Tensor = handle_torch_function(conv_bn, (input,), input, *operands)
-        return called_back
+        if has_torch_function(operands):  # another subclass of Tensor has its say
+            handled: Tensor = handle_torch_function(conv_bn, (input, *operands[:6]), input, *operands)
+            return handled
+        with torch._C.DisableTorchFunctionSubclass():
+            return conv_bn(input, *operands)
     if constants is None and is_watched():
         dtype = compute_dtype(input, weight)
         folded = _fold_in_plain_sight((weight, bias, gamma, beta, running_mean, running_var, eps), spec, dtype)
-        return _conv(_cast(input, dtype), *folded, spec)
+        with saving_recipes(input):
+            return _conv(_cast(input, dtype), *folded, spec)
     dtype = weight.dtype
     if torch._C._is_any_autocast_enabled():
         dtype = compute_dtype(input, weight)
@@ -158,20 +161,17 @@ def conv_bn(
         plain = peek_interpreter_stack() is None and not (constants.mean.requires_grad or constants.rstd.requires_grad)
     if scale is not None:
         gamma = None
-    if not plain:
-        output: Tensor = _TransformableConvBN.apply(input, weight, bias, gamma, beta, *constants, (spec, dtype))
-        return output
-    smaller = weight.numel() >= BEYOND_CACHE and dtype is weight.dtype is constants.rstd.dtype
-    smaller = smaller and _is_output_smaller(input, weight, spec)
-    if (
-        not (smaller or gamma is None or spec is None or spec.transposed)
-        and bias is None
-        and input.numel() >= MANY * gamma.numel()
-        and not others_hook()
-    ):
+    large = weight.numel() >= BEYOND_CACHE and dtype is weight.dtype is constants.rstd.dtype
+    smaller = large and _is_output_smaller(input, weight, spec)
+    if plain and not smaller and _suits_autograd(input, weight, bias, gamma, spec):
         return _conv_bn_by_autograd(input, weight, gamma, beta, constants, spec, dtype)
     with saving_recipes(input):
-        return _ConvBN.apply(input, weight, bias, gamma, beta, constants, (spec, dtype, smaller))
+        output: Tensor
+        if plain:
+            output = _ConvBN.apply(input, weight, bias, gamma, beta, constants, (spec, dtype, smaller))
+        else:
+            output = _TransformableConvBN.apply(input, weight, bias, gamma, beta, *constants, (spec, dtype))
+        return output
 
 
 def folded_conv(input: Tensor, weight: Tensor, bias: Tensor, spec: ConvSpec | None) -> Tensor:
@@ -299,20 +299,20 @@ def _scaled(weight: Tensor, scale: Tensor, transposed: bool, groups: int, *, in_
     if not transposed:
         return multiply(weight, scale.view(-1, *[1] * (weight.dim() - 1)))
     per_channel = scale.view(groups, 1, -1, *[1] * (weight.dim() - 2))
-    return multiply(weight.unflatten(0, (groups, -1)), per_channel).flatten(0, 1)
+    return multiply(weight.reshape(groups, -1, *weight.shape[1:]), per_channel).reshape(weight.shape)
 
 
 def _channel_dot(a: Tensor, b: Tensor, transposed: bool, groups: int, final: bool) -> Tensor:
     """Sum of ``a * b`` over all but the output channel of two weights: ``(C_out,)``."""
     if transposed:
-        return (a * b).unflatten(0, (groups, -1)).flatten(3).sum((1, 3)).flatten()
+        return (a * b).reshape(groups, a.shape[0] // groups, a.shape[1], -1).sum((1, 3)).reshape(-1)
     if final and a.numel() >= LARGE and a.device.type == "cpu" and a.dtype is b.dtype:
         # It is what a frozen BatchNorm of mean 0, variance 0 and epsilon 1 has for a gradient of its weight when `b`
         # goes in and `a` comes back. That kernel goes through both once and writes no product.
         zeros = a.new_zeros(a.shape[0])
         tensors = (a.flatten(1).unsqueeze(0), b.flatten(1).unsqueeze(0), None, zeros, zeros, None, None)
         return torch.ops.aten.native_batch_norm_backward.default(*tensors, False, 1.0, (False, True, False))[1]
-    return (a * b).flatten(1).sum(1)
+    return (a * b).reshape(a.shape[0], -1).sum(1)
 
 
 def _is_final() -> bool:
@@ -360,37 +360,51 @@ def _conv_backward(
     return gradients
 
 
+def _suits_autograd(
+    input: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, spec: ConvSpec | None
+) -> bool:
+    """Whether `_conv_bn_by_autograd` computes the pair, keeps next to nothing beside the input, and disturbs nobody."""
+    if gamma is None or bias is not None or spec is None or spec.transposed:
+        return False
+    return input.numel() >= MANY * gamma.numel() and not (has_torch_function((input, weight, gamma)) or others_hook())
+
+
 def _conv_bn_by_autograd(
     input: Tensor,
     weight: Tensor,
-    gamma: Tensor,
+    gamma: Any,
     beta: Tensor | None,
     constants: Constants,
-    spec: ConvSpec,
+    spec: Any,
     dtype: torch.dtype,
 ) -> Tensor:
     """Fold in plain operations, and have the convolution's node keep how to fold in the place of the folded weight.
 
-    Autograd's own nodes take no Python in the backward pass, which takes longer than the arithmetic between two
-    convolutions. Beside the input they keep the scale, and see to it that nobody has written the weight.
+    Of autograd's own nodes only that one calls Python in the backward pass, once. Between two convolutions Python takes
+    longer than the arithmetic. Beside the input they keep the scale.
     """
     scale, shift = _scale_and_shift(None, gamma, beta, *constants)
-    per_channel = scale.view(-1, *[1] * (weight.dim() - 1))
-    output = torch.convolution(input, _as(dtype, weight * per_channel), _as(dtype, shift), *spec)
+    scale = scale.view(-1, *[1] * (weight.dim() - 1))
+    output = torch.convolution(input, _as(dtype, weight * scale), _as(dtype, shift), *spec)
     node: Any = output.grad_fn
     if node is not None:
-        weight, per_channel = weight.detach(), per_channel.detach()
-        node._raw_saved_weight.register_hooks(id, lambda _: _as(dtype, weight * per_channel))
+        kept = Saved(weight.detach(), weight._version)
+        # The values of the folded weight matter to the gradient of the input alone; the others go by its shape.
+        by = scale.detach() if input.requires_grad else None
+        # What packs must return something; what unpacks has no need of it.
+        node._raw_saved_weight.register_hooks(
+            id, lambda _: _as(dtype, kept.value() if by is None else kept.value() * by)
+        )
         if isinstance(input, Recomputed):
             save_recipe(node._raw_saved_input, input)
     return output
 
 
 class _ConvBN(torch.autograd.Function):
-    """The convolution whose backward pass recomputes the folded weight instead of keeping it.
+    """The convolution whose backward pass recomputes the folded weight, and reads of its operands what it needs only.
 
-    Where there are fewer values to scale in the output (and in its gradient) than in the weight, they are scaled: as on
-    small images, or deep in a network.
+    In the place of a large weight with a smaller output it scales the output, and in the place of any weight that is
+    larger than the gradient of its output that gradient: as on small images, or deep in a network.
     """
 
     @staticmethod

@@ -86,8 +86,8 @@ def operands_of(conv: nn.Module, bn: nn.Module) -> tuple[Any, Any, Any, Any, Any
     if "weight" in held and "bias" in held and "weight" in parameters and "bias" in parameters:
         mean, var = buffers.get("running_mean"), buffers.get("running_var")
         if mean is not None and var is not None:
-            affine: Any = bn
-            return held["weight"], held["bias"], parameters["weight"], parameters["bias"], mean, var, affine.eps
+            eps: float = getattr(bn, "eps", 1e-5)
+            return held["weight"], held["bias"], parameters["weight"], parameters["bias"], mean, var, eps
     return conv.weight, conv.bias, *affine_of(bn)  # type: ignore[return-value]
 
 
@@ -102,7 +102,7 @@ class Kept(Generic[Value]):
 
     def __init__(self, compute: Callable[[], Value], sources: tuple[Tensor, ...], facts: tuple[Any, ...]) -> None:
         self._sources = sources
-        # Their storages are held, so that no other gets an address by which `_state` knows them.
+        # Holds their storages, whose addresses would otherwise be given to others and say nothing.
         self._storages = [tensor.detach() for tensor in sources]
         self._state = (*facts, *map(_VERSION, sources), *map(Tensor.data_ptr, sources))
         with torch.inference_mode(False), torch.no_grad():  # it may be wanted outside of inference mode, too
@@ -110,8 +110,9 @@ class Kept(Generic[Value]):
 
     def is_of(self, sources: tuple[Tensor, ...], facts: tuple[Any, ...]) -> bool:
         """Whether it is what these give, and nobody has written them since."""
-        state = (*facts, *map(_VERSION, sources), *map(Tensor.data_ptr, sources))
-        return state == self._state and all(map(is_, self._sources, sources))
+        if len(sources) != len(self._sources) or not all(map(is_, self._sources, sources)):
+            return False
+        return self._state == (*facts, *map(_VERSION, sources), *map(Tensor.data_ptr, sources))
 
 
 class ConvBNLayer(nn.Module):
@@ -180,7 +181,7 @@ class ConvBNLayer(nn.Module):
         self, dtype: torch.dtype, operands: tuple[Any, ...], sources: tuple[Tensor, ...], spec: ConvSpec | None
     ) -> tuple[Tensor, Tensor]:
         """Folded weight and bias, kept from call to call."""
-        kept, facts = self._folded, (dtype, sources[0].device, operands[-1])
+        kept, facts = self._folded, (dtype, sources[0].device, *(operand is None for operand in operands), operands[-1])
         if kept is None or not kept.is_of(sources, facts):
             transposed, groups = layout(spec)
             fold = partial(fold_conv_bn, *operands, transposed=transposed, groups=groups, dtype=dtype)

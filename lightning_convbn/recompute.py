@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,8 +23,6 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Saved(NamedTuple):
@@ -63,7 +61,7 @@ class Recomputed:
     """Mixin of the marked tensors."""
 
     __slots__ = ()
-    _recipe: Recipe
+    _recipe: Recipe | None  # None where the activation can go by its output
     _marked_at: int  # the version: a write makes the recipe wrong
 
     @classmethod
@@ -75,16 +73,12 @@ class Recomputed:
         if torch.compiler.is_compiling():  # a compiled part of a model decides by itself what it saves
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        alone = len(types) == 1
-        if alone and func in _NEED_NO_HOOKS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        foreign = not (alone or all(issubclass(kind, Recomputed) for kind in types))
+        foreign = not all(issubclass(kind, Recomputed) for kind in types)
         with torch._C.DisableTorchFunctionSubclass():
             if foreign or func in _ESCAPES:
                 for value in tree_leaves((args, kwargs)):
                     _unmark(value)
-            elif not _reads_attribute(func) and torch.is_grad_enabled() and may_hook():
+            elif not _saves_nothing(func) and torch.is_grad_enabled() and may_hook():
                 with saved_tensors_hooks(_pack, _unpack):
                     return func(*args, **kwargs)
             if not foreign:
@@ -109,17 +103,13 @@ _MARKED: dict[type[Tensor], type[Tensor]] = {Tensor: RecomputedTensor, FakeTenso
 _PLAIN = {marked: plain for plain, marked in _MARKED.items()}
 # Through `.data` a tensor can be written without a new version, so that a recipe might be wrong without a notice.
 _ESCAPES = {Tensor.data.__get__, Tensor.data.__set__}  # type: ignore[attr-defined]
-_NEED_NO_HOOKS: set[Callable[..., Any]] = {Tensor.dim}  # functions that save nothing, or see to recipes themselves
 
 
-def sees_to_recipes(function: Function) -> Function:
-    """Let a function run on marked tensors without hooks: it saves their recipes itself."""
-    _NEED_NO_HOOKS.add(function)
-    return function
-
-
-def recomputed(output: Tensor, input: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+def recomputed(output: Tensor, input: Tensor, function: Callable[[Tensor], Tensor] | None) -> Tensor:
     """Mark what an activation has put out, so that those who save it for their backward pass save a recipe.
+
+    Of a clamp the backward pass reads the same off the output as off the input. Then there is nothing to compute: once
+    somebody saves the output, and so nobody may write it any more, the activation keeps it too, and drops its input.
 
     The tensor is left plain where that can't work or saves nothing: no gradient is wanted, the activation's backward
     pass does not keep its input, other saved-tensor hooks are in force (``save_on_cpu``, activation checkpointing), or
@@ -129,7 +119,7 @@ def recomputed(output: Tensor, input: Tensor, function: Callable[[Tensor], Tenso
         output: What the activation has made of its input; the input itself if it works in place.
         input: Its input.
         function: The activation, out of place. Elementwise and deterministic: given what the activation keeps, it must
-            compute the same bits.
+            compute the same bits. None if its backward pass, given the output for the input, does so.
 
     Returns:
         ``output`` itself.
@@ -142,7 +132,8 @@ def recomputed(output: Tensor, input: Tensor, function: Callable[[Tensor], Tenso
     kept = getattr(output.grad_fn, "_saved_self", None)
     if kept is None or (kept.dtype, kept.shape, kept.stride()) != (output.dtype, output.shape, output.stride()):
         return output
-    output._recipe, output._marked_at = Recipe(function, _saved(kept)), output._version  # type: ignore[attr-defined]
+    output._recipe = Recipe(function, _saved(kept)) if function else None  # type: ignore[attr-defined]
+    output._marked_at = output._version  # type: ignore[attr-defined]
     output.__class__ = _MARKED[type(output)]
     return output
 
@@ -152,7 +143,7 @@ def save_recipe(saved: Any, tensor: Tensor) -> None:
 
     Args:
         saved: What it has saved, an attribute ``_raw_saved_...`` of the node.
-        tensor: The marked tensor. Nothing happens if it has been written.
+        tensor: The marked tensor. It stays saved if it has been written, or has no recipe.
     """
     packed = _pack(tensor)
     if isinstance(packed, Recipe):
@@ -161,8 +152,9 @@ def save_recipe(saved: Any, tensor: Tensor) -> None:
 
 def saving_recipes(tensor: Tensor) -> AbstractContextManager[Any]:
     """Within, autograd saves the recipe of ``tensor``, if it is a marked one and there are no other hooks."""
-    marked = isinstance(tensor, Recomputed) and torch.is_grad_enabled() and may_hook()
-    return saved_tensors_hooks(_pack, _unpack) if marked else nullcontext()
+    if torch.compiler.is_compiling() or not (isinstance(tensor, Recomputed) and torch.is_grad_enabled() and may_hook()):
+        return nullcontext()
+    return saved_tensors_hooks(_pack, _unpack)
 
 
 def _unmark(value: object) -> None:
@@ -171,8 +163,8 @@ def _unmark(value: object) -> None:
         value.__class__ = _PLAIN[type(value)]  # type: ignore[assignment, index]
 
 
-def _reads_attribute(func: Callable[..., Any]) -> bool:
-    return getattr(func, "__name__", "") == "__get__"
+def _saves_nothing(func: Callable[..., Any]) -> bool:
+    return func is Tensor.dim or getattr(func, "__name__", "") == "__get__"
 
 
 def may_hook() -> bool:
@@ -204,8 +196,17 @@ def _saved(tensor: Tensor) -> Saved:
 
 def _pack(tensor: Tensor) -> Saved | Recipe:
     if isinstance(tensor, Recomputed) and tensor._marked_at == tensor._version:
-        return tensor._recipe
+        if tensor._recipe is not None:
+            return tensor._recipe
+        _share(tensor)
     return _saved(tensor)
+
+
+def _share(output: Tensor) -> None:
+    """Have an activation keep its output, which somebody has just saved, in the place of its input."""
+    saved, node = _saved(output), cast(Any, output.grad_fn)
+    node._raw_saved_self.register_hooks(id, lambda _: saved.value())
+    _unmark(output)
 
 
 def _unpack(packed: Saved | Recipe) -> Tensor:

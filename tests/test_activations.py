@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import pytest
 import timm
@@ -28,6 +29,7 @@ from lightning_convbn import (
     Mode,
     conv_bn_mode,
     find_conv_bn_pairs,
+    functional,
     get_mode,
     measure_memory,
     set_mode,
@@ -104,10 +106,10 @@ def batch(dtype: torch.dtype = torch.float32) -> Tensor:
     return images(2, 3, 8, 8, dtype=dtype)
 
 
-@pytest.fixture
-def marked() -> Tensor:
-    """The output of an activation that is recomputed, of shape ``(2, 6, 8, 8)``."""
-    model = net(nn.SiLU())
+@pytest.fixture(params=[nn.SiLU, nn.ReLU6])
+def marked(request: pytest.FixtureRequest) -> Tensor:
+    """The output of an activation that is recomputed, or that goes by its output, of shape ``(2, 6, 8, 8)``."""
+    model = net(request.param())
     set_mode(model, "tune", recompute_activations=True)
     output = model(batch())
     assert isinstance(output, RecomputedTensor)
@@ -132,9 +134,10 @@ class TestSameNumbers:
         [nn.GELU(approximate="tanh"), nn.Hardtanh(-0.3, 0.7), nn.LeakyReLU(0.3), nn.ELU(alpha=2.0)],
         ids=str,
     )
-    def test_of_activations_with_arguments(self, activation: nn.Module) -> None:
-        plain, recomputing = pair_of(net(activation, *conv(6, 4)))
-        assert_same_bits(results(recomputing, batch()), results(plain, batch()))
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # which has no 0.7, so that a clamp rounds it
+    def test_of_activations_with_arguments(self, activation: nn.Module, dtype: torch.dtype) -> None:
+        plain, recomputing = pair_of(net(activation, *conv(6, 4), dtype=dtype))
+        assert_same_bits(results(recomputing, batch(dtype)), results(plain, batch(dtype)))
 
     @pytest.mark.parametrize("inplace", [False, True])
     @pytest.mark.parametrize("consumer", CONSUMERS)
@@ -191,7 +194,7 @@ class TestSameNumbers:
         first = torch.autograd.grad(loss, parameters, retain_graph=True)
         assert_same_bits(list(torch.autograd.grad(loss, parameters)), list(first))
 
-    @pytest.mark.parametrize("act", [nn.SiLU(inplace=True), nn.Mish(), nn.GELU()], ids=str)
+    @pytest.mark.parametrize("act", [nn.SiLU(inplace=True), nn.Mish(), nn.GELU(), nn.LeakyReLU(0.2)], ids=str)
     def test_double_backward(self, act: nn.Module) -> None:
         model = net(act, Gated(6), *conv(6, 2), dtype=torch.float64)
         set_mode(model, "tune", recompute_activations=True)
@@ -212,7 +215,7 @@ ACTIVATED, IMAGE = 2 * 6 * 8 * 8 * FLOAT, 2 * 3 * 8 * 8 * FLOAT
 class TestBytes:
     @pytest.mark.parametrize("inplace", [False, True])
     @pytest.mark.parametrize("cls", [nn.SiLU, nn.Hardswish, nn.Mish, nn.ReLU6])
-    def test_the_input_alone_is_kept(self, cls: Any, inplace: bool) -> None:
+    def test_one_of_input_and_output_is_kept(self, cls: Any, inplace: bool) -> None:
         model = net(cls(inplace=inplace), nn.Conv2d(6, 4, 1))
         kept = [
             measure_memory(model, batch(), mode="tune", recompute_activations=flag).saved_bytes
@@ -302,6 +305,37 @@ class TestBytes:
         set_mode(model, "tune", recompute_activations=True)
         model(batch()).sum().backward()
         assert alive == [0, 0, 0]
+
+
+class TestSavedByEveryPath:
+    """The pair behind an activation saves how to compute its input, however its own backward pass is done."""
+
+    def saves_a_recipe(self, run: Callable[[nn.Module, Tensor], Tensor]) -> bool:
+        model = net(nn.SiLU(), *conv(6, 4))
+        set_mode(model, "tune", recompute_activations=True)
+        activated = model[:3](batch())
+        node = run(model[3], activated).grad_fn
+        saved = node._saved_input if hasattr(node, "_saved_input") else node.saved_tensors[0]
+        return bool(saved.data_ptr() != activated.data_ptr() and torch.equal(saved, activated))
+
+    def test_by_autograd_and_by_a_function_of_ours(self) -> None:
+        assert self.saves_a_recipe(lambda pair, x: pair(x))
+        with mock.patch.object(functional, "_suits_autograd", return_value=False):
+            assert self.saves_a_recipe(lambda pair, x: pair(x))
+
+    def test_of_trainable_statistics(self) -> None:
+        def run(pair: nn.Module, x: Tensor) -> Tensor:
+            pair._bn[0].running_mean.requires_grad_()
+            return pair(x)
+
+        assert self.saves_a_recipe(run)
+
+    def test_within_forward_mode(self) -> None:
+        def run(pair: nn.Module, x: Tensor) -> Tensor:
+            with forward_ad.dual_level():
+                return pair(x)
+
+        assert self.saves_a_recipe(run)
 
 
 class TestFallsBack:
@@ -430,13 +464,38 @@ class TestWritesInPlace:
         assert torch.equal(gradient, marked.detach().sum((0, 2, 3))[:, None, None])
 
     def test_to_the_output_after_it_is_saved(self, marked: Tensor) -> None:
-        """Autograd would refuse this; the recipe computes what was saved."""
-        expected = marked.detach().sum((0, 2, 3))[:, None, None]
+        """Autograd refuses this, unless there is a recipe: it computes what was saved."""
+        expected, computed = marked.detach().sum((0, 2, 3))[:, None, None], marked._recipe is not None
         weight, loss = self.loss(marked)
         with torch.no_grad():
             marked.mul_(2)
-        (gradient,) = torch.autograd.grad(loss, weight)
-        assert torch.equal(gradient, expected)
+        if computed:
+            (gradient,) = torch.autograd.grad(loss, weight)
+            assert torch.equal(gradient, expected)
+        else:
+            with pytest.raises(
+                RuntimeError, match=r"modified by an inplace operation: a tensor of shape \[2, 6, 8, 8\]"
+            ):
+                loss.backward()
+
+    def test_to_the_output_of_a_clamp_that_nobody_saves(self) -> None:
+        """A skip connection is added in place, say: the activation keeps its input, as in the plain model."""
+
+        def run(model: nn.Module) -> Callable[[Tensor], Tensor]:
+            return lambda x: model[2](model[:2](x)).add_(1)
+
+        plain, recomputing = pair_of(net(nn.ReLU6(inplace=True)))
+        assert_same_bits(results(recomputing, batch(), run(recomputing)), results(plain, batch(), run(plain)))
+
+    def test_a_clamp_drops_its_input_when_its_output_is_saved(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = net(nn.ReLU6())
+        set_mode(model, "tune", recompute_activations=True)
+        output = model(batch())
+        node = output.grad_fn
+        assert node._saved_self.data_ptr() != output.data_ptr()
+        self.loss(output)
+        assert type(output) is Tensor
+        assert node._saved_self.data_ptr() == output.data_ptr()
 
     def test_to_the_input_of_the_activation(self) -> None:
         model = net(nn.SiLU())
@@ -480,7 +539,7 @@ class TestTheMarkedTensor:
         assert len(pickle.dumps(marked)) < 1.5 * marked.nbytes  # and without what it was made of
 
     def test_holds_no_cycle(self, marked: Tensor) -> None:
-        assert marked._recipe.kept.tensor.grad_fn is None
+        assert marked._recipe is None or marked._recipe.kept.tensor.grad_fn is None
 
 
 class TestSwitching:

@@ -262,6 +262,11 @@ def new_eps(net: nn.Module) -> None:
     net[1].eps = 0.5
 
 
+def statistics_of_inference_mode(net: nn.Module) -> None:
+    with torch.inference_mode():
+        net[1].running_mean, net[1].running_var = net[1].running_mean + 1, net[1].running_var * 2
+
+
 def to_float32(net: nn.Module) -> None:
     net.float()
 
@@ -287,6 +292,7 @@ def data_and_the_same_mode(net: nn.Module) -> None:
         write_statistics,
         new_gamma,
         new_eps,
+        statistics_of_inference_mode,
         to_float32,
         data_and_a_switch,
         data_and_the_same_mode,
@@ -302,6 +308,16 @@ def test_what_is_kept_is_never_stale(change: Callable[[nn.Module], None], mode: 
     after = output(net)
     assert_close([after], [eval_output(net)], 1e-12 if after.dtype is torch.float64 else 1e-5)
     assert after.dtype is not before.dtype or not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("mode", ["deploy", "tune"])
+def test_a_tensor_that_takes_another_part_is_noticed(mode: Mode) -> None:
+    net = small_net().double().requires_grad_(False)
+    vector, net[1].weight = net[1].bias, None
+    set_mode(net, mode)
+    output(net)
+    net[1].weight, net[1].bias = vector, None
+    assert_close([output(net)], [eval_output(net)], 1e-12)
 
 
 @pytest.mark.parametrize("mode", ["deploy", "tune"])
