@@ -49,8 +49,8 @@ INTRODUCTION = """# Memory kept for the backward pass
 MiB that one forward pass keeps for the backward pass, in float32, parameters and buffers excluded. Written by
 `python examples/memory_table.py`, which counts; nothing here is estimated. *Tune by autograd* leaves the folding to
 autograd, which keeps every folded weight, as the published implementations do. *Tune + recompute* is Tune mode with
-`recompute_activations=True`, which keeps the inputs of activations such as SiLU, Hardswish and ReLU6 and not their
-outputs. *Deploy copy* is the trainable copy that `fuse_for_deploy` makes: the floor of any method that keeps the
+`recompute_activations=True`, which keeps either the input or the output of activations such as SiLU, Hardswish and ReLU6
+and not both. *Deploy copy* is the trainable copy that `fuse_for_deploy` makes: the floor of any method that keeps the
 convolutions' inputs."""
 EXCERPTS = {  # the mark of a table in a page -> the models in it
     "memory": ["resnet50", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "densenet121"],

@@ -48,8 +48,9 @@ class ConvBNModeCallback(Callback):
         start_epoch: Train in Train mode until this epoch, then freeze and switch.
         freeze_untrained: A BatchNorm still at mean 0 and variance 1 was never trained, a fresh head's for instance. It
             stays in Train mode, with a warning, unless this is True.
-        recompute_activations: Keep of SiLU, Hardswish, GELU, ReLU6 and their kin only the input for the backward pass,
-            which computes their output again: the same numbers, less memory. Needs the mode ``"eval"`` or ``"tune"``.
+        recompute_activations: Keep of SiLU, Hardswish, GELU and their kin only the input for the backward pass, which
+            computes their output again, and of ReLU6 and its kin only the output: the same numbers, less memory. Needs
+            the mode ``"eval"`` or ``"tune"``.
         verify: Compare Tune with Eval at the first batch; pairs that differ go back to Eval mode, with a warning.
         log_memory: Count the memory at the first batch, print and log it.
         export_path: At the end of fit, write what the LightningModule's ``forward`` computes (or, if it has none, the

@@ -117,10 +117,11 @@ def conv_bn(
 ) -> Tensor:
     """Compute ``bn(conv(input))`` with frozen statistics as ONE convolution: Tune mode.
 
-    Kept for the backward pass: the input (only if a parameter wants a gradient) and the constants. Neither the
-    convolution's output nor the folded weight is kept. The statistics may be written before the backward pass, which
-    goes by what they were (``DistributedDataParallel`` writes them in every forward). Under autocast the convolution
-    runs in the autocast dtype and the cast input is what is kept; parameters get gradients of their own dtype.
+    Kept for the backward pass: the input (only if a parameter wants a gradient), the constants and, where it is next to
+    nothing beside the input, the scale. Neither the convolution's output nor the folded weight is kept. The statistics
+    may be written before the backward pass, which goes by what they were (``DistributedDataParallel`` writes them in
+    every forward). Under autocast the convolution runs in the autocast dtype and the cast input is what is kept;
+    parameters get gradients of their own dtype.
 
     Args:
         input: ``(N, C_in, *spatial)``, or ``(N, C_in)`` for a linear layer.
@@ -194,8 +195,14 @@ def _fold_in_plain_sight(operands: tuple[Any, ...], spec: ConvSpec | None, dtype
         return fold(*operands)
     # A compiler merges a product that the backward pass takes again with the forward's, and keeps it. It recomputes
     # what it is told to.
-    folded: tuple[Tensor, Tensor] = checkpoint(fold, *operands, use_reentrant=False, preserve_rng_state=False)
-    return folded
+    folded: Tensor
+    folded, shift = checkpoint(fold, *operands, use_reentrant=False, preserve_rng_state=False)
+    if folded.device.type == "cpu" and folded.dim() == 4 and folded.shape[1] == 1 and folded.is_contiguous():
+        # Inductor lays all else out as channels last. oneDNN goes by strides, and those of a depthwise weight fit both
+        # layouts: taken for the other one, its backward pass takes half as long again.
+        height, width = folded.shape[2:]
+        folded = folded.as_strided(folded.shape, (height * width, 1, width, 1))
+    return folded, shift
 
 
 def is_watched() -> bool:
@@ -391,7 +398,7 @@ def _conv_bn_by_autograd(
         kept = Saved(weight.detach(), weight._version)
         # The values of the folded weight matter to the gradient of the input alone; the others go by its shape.
         by = scale.detach() if input.requires_grad else None
-        # What packs must return something; what unpacks has no need of it.
+        # Of `id`: what packs a tensor must return something, and what unpacks it here has no need of that.
         node._raw_saved_weight.register_hooks(
             id, lambda _: _as(dtype, kept.value() if by is None else kept.value() * by)
         )

@@ -48,8 +48,9 @@ def set_mode(
         mode: ``"train"``, ``"eval"``, ``"tune"`` or ``"deploy"``.
         pairs: What to fold; None for the pairs in force, or, in a plain model, for what `find_conv_bn_pairs` finds.
         recompute_activations: In Eval or Tune mode, keep of SiLU, Hardswish, GELU and their kin (``ACTIVATION_LAYERS``)
-            only the input for the backward pass, and compute the output again for each layer that would have kept it.
-            The numbers are the same, the memory is less, the backward pass does a little more. Each call decides anew.
+            only the input for the backward pass, and compute the output again for each layer that would have kept it;
+            of ReLU6 and its kin only the output. The numbers are the same, the memory is less, the backward pass does a
+            little more. Each call decides anew.
 
     Returns:
         The pairs, and why every other BatchNorm is in none.
