@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from lightning_convbn import fuse_for_deploy, layers, measure_memory
-from lightning_convbn.functional import fold_conv_bn, folded_conv
+from lightning_convbn.functional import fold_conv_bn
 from lightning_convbn.memory import MIB, count_saved_bytes
 
 NAMES = [
@@ -49,9 +49,9 @@ INTRODUCTION = """# Memory kept for the backward pass
 MiB that one forward pass keeps for the backward pass, in float32, parameters and buffers excluded. Written by
 `python examples/memory_table.py`, which counts; nothing here is estimated. *Tune by autograd* leaves the folding to
 autograd, which keeps every folded weight, as the published implementations do. *Tune + recompute* is Tune mode with
-`recompute_activations=True`, which keeps either the input or the output of activations such as SiLU, Hardswish and ReLU6
-and not both. *Deploy copy* is the trainable copy that `fuse_for_deploy` makes: the floor of any method that keeps the
-convolutions' inputs."""
+`recompute_activations=True`, which keeps either the input or the output of activations such as SiLU, Hardswish and
+ReLU6, not both. *Deploy copy* is the trainable copy that `fuse_for_deploy` makes: the floor of any method that keeps
+the convolutions' inputs."""
 EXCERPTS = {  # the mark of a table in a page -> the models in it
     "memory": ["resnet50", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "densenet121"],
     "recompute": ["mobilenet_v2", "efficientnet_b0", "efficientnet_v2_s", "mobilenet_v3_large", "mnasnet1_0"],
@@ -103,8 +103,8 @@ def folding_by_autograd() -> Iterator[None]:
     """Leave the fold of Tune mode to autograd, which then keeps every folded weight: the published way."""
 
     def conv_bn(input: Tensor, *operands: Any) -> Tensor:
-        *pair, spec = operands
-        return folded_conv(input, *fold_conv_bn(*pair), spec)
+        *pair, spec, _ = operands
+        return torch.convolution(input, *fold_conv_bn(*pair), *spec)
 
     with mock.patch.object(layers, "conv_bn", conv_bn):
         yield

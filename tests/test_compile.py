@@ -20,8 +20,10 @@ from boring import (
     state_of,
 )
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn import functional as F
 
 from lightning_convbn import ConvBNModeCallback, find_conv_bn_pairs, measure_memory, set_mode
@@ -253,3 +255,20 @@ def test_training_compiled_by_inductor_is_eager_training(where: str) -> None:
     assert compiled.graphs == [2] * EPOCHS
     for stage in ("fit", "validate"):
         torch.testing.assert_close(compiled.losses[stage], eager.losses[stage], rtol=1e-4, atol=0)
+
+
+def test_a_depthwise_weight_has_the_layout_that_inductor_gives_all_else() -> None:
+    """Its own strides fit both layouts, and oneDNN takes them for the other one."""
+    strides: list[tuple[int, ...]] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nodes = [node for node in graph.graph.nodes if node.target is torch.ops.aten.convolution_backward.default]
+        strides.extend(node.args[2].meta["val"].stride() for node in nodes)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4)).eval()
+    set_mode(net, "tune")
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    torch.compile(net, backend=backend, fullgraph=True)(torch.ones(2, 3, 9, 9)).sum().backward()
+    assert strides == [(9, 1, 3, 1), (27, 9, 3, 1)]
