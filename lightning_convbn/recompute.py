@@ -180,7 +180,7 @@ def others_hook() -> bool:
     if top is not None:
         return top(False) is not None
     # Before PyTorch 2.8 one has to try: what is saved under hooks takes no others.
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         node: Any = torch.ones((), requires_grad=True).sin().grad_fn
     try:
         node._raw_saved_self.register_hooks(Tensor.detach, Tensor.detach)

@@ -314,7 +314,8 @@ class TestSavedByEveryPath:
         model = net(nn.SiLU(), *conv(6, 4))
         set_mode(model, "tune", recompute_activations=True)
         activated = model[:3](batch())
-        node = run(model[3], activated).grad_fn
+        output = run(model[3], activated)
+        node = output.grad_fn
         saved = node._saved_input if hasattr(node, "_saved_input") else node.saved_tensors[0]
         return bool(saved.data_ptr() != activated.data_ptr() and torch.equal(saved, activated))
 
@@ -377,6 +378,8 @@ class TestFallsBack:
     @pytest.mark.parametrize(("first", "last"), [(0, 3), (2, 3), (2, 5), (3, 5)])
     def test_compiled_parts(self, first: int, last: int) -> None:
         """PyTorch 2.14 looks for aliases at the first call, and fails on any subclass of Tensor; 2.15 does not."""
+        if first == 3 and not hasattr(torch.compiler, "is_exporting"):
+            pytest.skip("PyTorch 2.6 can't trace a subclass of Tensor that is the input")
         aliases = {"check_custom_op_aliasing": False} if hasattr(config, "check_custom_op_aliasing") else {}
 
         def run(model: nn.Sequential) -> Callable[[Tensor], Tensor]:

@@ -257,6 +257,7 @@ def test_training_compiled_by_inductor_is_eager_training(where: str) -> None:
         torch.testing.assert_close(compiled.losses[stage], eager.losses[stage], rtol=1e-4, atol=0)
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="PyTorch 2.6: what is compiled loses strides")
 def test_a_depthwise_weight_has_the_layout_that_inductor_gives_all_else() -> None:
     """Its own strides fit both layouts, and oneDNN takes them for the other one."""
     strides: list[tuple[int, ...]] = []
