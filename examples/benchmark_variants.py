@@ -10,7 +10,6 @@ import torch
 from benchmark_models import Workload
 from torch import nn
 from torch._dynamo.utils import counters
-from torch._inductor import config as inductor_config
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -59,8 +58,9 @@ def _deploy(workload: Workload) -> nn.Module:
 
 def _compiled(workload: Workload, build: Callable[[Workload], nn.Module], **options: Any) -> nn.Module:
     model = build(workload)
-    # Without dynamic shapes, or the second batch size would be compiled for any size, unlike the first.
-    model.get_submodule(workload.part).compile(dynamic=False, options=options or None)
+    # Without dynamic shapes, or the second batch size would be compiled for any size, unlike the first. Without what an
+    # earlier run has left on the disk: of code that is taken from there no folds are counted.
+    model.get_submodule(workload.part).compile(dynamic=False, options={"fx_graph_cache": False, **options})
     return model
 
 
@@ -114,11 +114,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def forget_compiled() -> None:
-    """Drop compiled code and counters, so that one cell of the benchmark knows nothing of the last.
-
-    Nor of what an earlier run has left on the disk: where code is taken from there, nothing is counted.
-    """
-    inductor_config.force_disable_caches = True
+    """Drop compiled code and counters, so that one cell of the benchmark knows nothing of the last."""
     torch._dynamo.reset()
     counters.clear()
 
