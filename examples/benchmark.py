@@ -32,9 +32,9 @@ from benchmark_results import SETTING, cell_table, title
 from benchmark_variants import INDUCTOR_PASS, VARIANTS, folded_by_inductor, forget_compiled
 from torch import Tensor, nn
 
-from lightning_convbn.errors import CommandError, first_line
-from lightning_convbn.files import check_writable
-from lightning_convbn.measurement import count_norms
+from lightning_convbn.command.errors import CommandError, first_line
+from lightning_convbn.command.measurement import count_norms
+from lightning_convbn.exporting.whole_file import check_writable
 
 SIZES = {"cpu": ["1:224", "8:224", "32:96"], "cuda": ["1:224", "8:224", "32:224"]}
 REFERENCES = ("eval", "deploy")

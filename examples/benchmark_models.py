@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from weights import give_statistics
 
 from lightning_convbn import ConvBNPairs, find_conv_bn_pairs, fuse_for_deploy
-from lightning_convbn.layers import is_norm
-from lightning_convbn.model_spec import load_model
+from lightning_convbn.command.model_argument import load_model
+from lightning_convbn.layers.layers import is_norm
 
 DETECTOR = "fasterrcnn_resnet50"
 MODELS = [

@@ -23,7 +23,7 @@ from benchmark_variants import VARIANTS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_convbn.files import written_whole
+from lightning_convbn.exporting.whole_file import written_whole
 from lightning_convbn.memory import MIB
 
 # One opaque panel with dark text: it reads the same on a light and on a dark page.

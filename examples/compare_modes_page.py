@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from report import BENCHMARKS, ROOT, with_table
 
-from lightning_convbn.plot import COLOURS
+from lightning_convbn.command.plot import COLOURS
 
 PAGE = ROOT / "docs" / "experiment.md"
 RESULTS = BENCHMARKS / "compare_modes.json"

@@ -25,7 +25,7 @@ from torch.fx.experimental.optimization import fuse
 from weights import give_statistics
 
 from lightning_convbn import find_conv_bn_pairs, fuse_for_deploy
-from lightning_convbn.formats import to_onnx
+from lightning_convbn.exporting.formats import to_onnx
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "regnet_y_400mf", "densenet121")
 PIXELS = 224

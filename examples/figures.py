@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from report import BENCHMARKS, ROOT
 
-from lightning_convbn.plot import COLOURS
+from lightning_convbn.command.plot import COLOURS
 
 FOLDER = ROOT / "docs" / "figures"
 BATCH, PIXELS = 8, 224

@@ -21,9 +21,10 @@ from report import BENCHMARKS, ROOT
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from lightning_convbn import fuse_for_deploy, layers, measure_memory
-from lightning_convbn.functional import fold_conv_bn
+from lightning_convbn import fuse_for_deploy, measure_memory
+from lightning_convbn.layers import layers
 from lightning_convbn.memory import MIB, count_saved_bytes
+from lightning_convbn.ops.fold import fold_conv_bn
 
 NAMES = [
     "resnet18",

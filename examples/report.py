@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lightning_convbn.files import written_whole
+from lightning_convbn.exporting.whole_file import written_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "docs" / "benchmarks"

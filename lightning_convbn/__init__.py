@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_convbn.callback import ConvBNModeCallback
-    from lightning_convbn.deploy import export, fuse_for_deploy
-    from lightning_convbn.layers import Mode
+    from lightning_convbn.exporting.deploy_copy import export, fuse_for_deploy
+    from lightning_convbn.layers.layers import Mode
     from lightning_convbn.memory import MemoryUse, measure_memory
     from lightning_convbn.modes import conv_bn_mode, get_mode, set_mode
-    from lightning_convbn.pairs import ConvBNPair, ConvBNPairs, find_conv_bn_pairs
+    from lightning_convbn.pairs.find import ConvBNPair, ConvBNPairs, find_conv_bn_pairs
 
 __all__ = [
     "ConvBNModeCallback",
@@ -29,14 +29,14 @@ __all__ = [
 # A name is imported when it is first used: every Trainer asks `entry_point.py`, and the command needs no Lightning.
 _HOMES = {
     "ConvBNModeCallback": "callback",
-    "ConvBNPair": "pairs",
-    "ConvBNPairs": "pairs",
+    "ConvBNPair": "pairs.find",
+    "ConvBNPairs": "pairs.find",
     "MemoryUse": "memory",
-    "Mode": "layers",
+    "Mode": "layers.layers",
     "conv_bn_mode": "modes",
-    "export": "deploy",
-    "find_conv_bn_pairs": "pairs",
-    "fuse_for_deploy": "deploy",
+    "export": "exporting.deploy_copy",
+    "find_conv_bn_pairs": "pairs.find",
+    "fuse_for_deploy": "exporting.deploy_copy",
     "get_mode": "modes",
     "measure_memory": "memory",
     "set_mode": "modes",

@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_convbn.fit_export import FitExport
-from lightning_convbn.layers import Mode, is_norm
+from lightning_convbn.layers.layers import Mode, is_norm
 from lightning_convbn.memory import MIB
 from lightning_convbn.modes import check_mode, check_recompute
-from lightning_convbn.reasons import UNTRAINED
-from lightning_convbn.target import Target
-from lightning_convbn.trainers import Callback, LightningModule, Trainer, rank_zero_info, rank_zero_warn
+from lightning_convbn.pairs.reasons import UNTRAINED
+from lightning_convbn.trainer.export_at_end import FitExport
+from lightning_convbn.trainer.lightning_api import Callback, LightningModule, Trainer, rank_zero_info, rank_zero_warn
+from lightning_convbn.trainer.part import Target
 
 _CHECKPOINT_KEY = "lightning_convbn"
 

@@ -6,8 +6,8 @@ from dataclasses import asdict, make_dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Union, get_type_hints
 
-from lightning_convbn.autoload import ConvBNFromEnvironment
 from lightning_convbn.callback import ConvBNModeCallback
+from lightning_convbn.environment import ConvBNFromEnvironment
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -16,6 +16,6 @@ def callbacks() -> list[Any]:
     mode = os.environ.get("LIGHTNING_CONVBN", "").strip().lower()
     if mode in OFF:
         return []
-    from lightning_convbn.autoload import ConvBNFromEnvironment
+    from lightning_convbn.environment import ConvBNFromEnvironment
 
     return [ConvBNFromEnvironment(mode)]

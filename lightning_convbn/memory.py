@@ -18,10 +18,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_convbn.layers import ConvBNLayer, Mode
+from lightning_convbn.layers.layers import ConvBNLayer, Mode
 from lightning_convbn.modes import conv_bn_mode
-from lightning_convbn.pairs import ConvBNPairs
-from lightning_convbn.state import state_kept
+from lightning_convbn.pairs.find import ConvBNPairs
+from lightning_convbn.pairs.side_effects import state_kept
 
 MIB = 2**20
 INPUT = "(input)"

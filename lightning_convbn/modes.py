@@ -9,9 +9,8 @@ from typing import get_args
 import torch
 from torch import nn
 
-from lightning_convbn import reasons
-from lightning_convbn.activations import activation_layer, recomputes_activations
-from lightning_convbn.layers import (
+from lightning_convbn.layers.activations import activation_layer, recomputes_activations
+from lightning_convbn.layers.layers import (
     Mode,
     conv_layer,
     is_norm,
@@ -21,7 +20,8 @@ from lightning_convbn.layers import (
     swap_class,
     swap_of,
 )
-from lightning_convbn.pairs import ConvBNPairs, find_conv_bn_pairs, mismatch, pairs_in_force, statistics_missing
+from lightning_convbn.pairs import reasons
+from lightning_convbn.pairs.find import ConvBNPairs, find_conv_bn_pairs, mismatch, pairs_in_force, statistics_missing
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 RECOMPUTING_MODES: tuple[Mode, ...] = ("eval", "tune")

@@ -96,7 +96,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save weights of a MobileNetV2 that look trained, so that no network is needed."""
-    from boring import pretend_trained  # not above: that would import Lightning before what is set there
+    from helpers.runs import pretend_trained  # not above: that would import Lightning before what is set there
     from torchvision.models import mobilenet_v2
 
     network = mobilenet_v2()

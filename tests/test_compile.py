@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from boring import (
+from helpers.runs import (
     BATCHES_PER_EPOCH,
     LIGHTNING_SAYS,
     BoringModule,
@@ -151,7 +151,7 @@ def test_a_pair_of_a_compiled_part_that_is_wrong_is_not_exported(
 ) -> None:
     """Its name has no trace of the wrapper."""
     told = {"stem.1": "told so by another process"}
-    monkeypatch.setattr("lightning_convbn.target.merged_over_processes", lambda notes, processes: told)
+    monkeypatch.setattr("lightning_convbn.trainer.part.merged_over_processes", lambda notes, processes: told)
     with pytest.warns(UserWarning, match="`backbone.stem.1` goes back to Eval mode"):
         fit("backbone", compiler, quick(export_path=tmp_path / "model.pt"))
     names = torch.load(tmp_path / "model.pt", weights_only=True)

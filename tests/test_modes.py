@@ -10,14 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BATCH_NORMS, Snapshot, assert_close, gradients, images, randomized, small_net, torchvision_model
+from helpers.models import (
+    BATCH_NORMS,
+    Snapshot,
+    assert_close,
+    gradients,
+    images,
+    randomized,
+    small_net,
+    torchvision_model,
+)
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_convbn import ConvBNPairs, Mode, conv_bn_mode, find_conv_bn_pairs, get_mode, set_mode
-from lightning_convbn.layers import ConvBNLayer, FoldedNorm
+from lightning_convbn.layers.layers import ConvBNLayer, FoldedNorm
 from lightning_convbn.modes import MODES
 
 FROZEN: tuple[Mode, ...] = ("eval", "tune", "deploy")

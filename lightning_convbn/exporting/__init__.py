@@ -1,0 +1,1 @@
+"""The Deploy copy and its files: fuse, write whole, read back, compare."""

@@ -1,0 +1,139 @@
+"""The activations whose output can be recomputed in the backward pass, and the classes that they are swapped to.
+
+In the table stand elementwise activations whose backward pass keeps their input. `torch.nn.ReLU` keeps its output,
+which the next layer keeps anyway, so it has nothing to gain; neither has an activation in place that does so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_convbn.layers.layers import plain_class, row_of
+from lightning_convbn.ops.recompute import recomputed
+
+EXACT = 256  # up to it bfloat16, the coarsest dtype, has every whole number
+
+
+class RecomputedActivation(nn.Module):
+    """Base of the swapped activations: runs the activation as it was found, and marks its output."""
+
+    def out_of_place(self) -> Callable[[Tensor], Tensor] | None:
+        """Return a function that computes what the activation computes and leaves its input alone.
+
+        None if there is no need to: its backward pass reads the same off the output as off the input.
+        """
+        raise TypeError(f"{type(self).__name__} must say what it computes")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the activated input; whoever saves it for the backward pass saves how to compute it."""
+        output: Tensor = plain_class(self).forward(self, input)
+        return recomputed(output, input, self.out_of_place()) if isinstance(output, Tensor) else output
+
+
+class RecomputedSiLU(RecomputedActivation, nn.SiLU):
+    """`torch.nn.SiLU`, recomputed."""
+
+    def out_of_place(self) -> Callable[[Tensor], Tensor]:
+        """Return SiLU."""
+        return F.silu
+
+
+class RecomputedHardswish(RecomputedActivation, nn.Hardswish):
+    """`torch.nn.Hardswish`, recomputed."""
+
+    def out_of_place(self) -> Callable[[Tensor], Tensor]:
+        """Return Hardswish."""
+        return F.hardswish
+
+
+class RecomputedMish(RecomputedActivation, nn.Mish):
+    """`torch.nn.Mish`, recomputed."""
+
+    def out_of_place(self) -> Callable[[Tensor], Tensor]:
+        """Return Mish."""
+        return F.mish
+
+
+class RecomputedGELU(RecomputedActivation, nn.GELU):
+    """`torch.nn.GELU`, recomputed."""
+
+    def out_of_place(self) -> Callable[[Tensor], Tensor]:
+        """Return GELU in its approximation."""
+        return partial(F.gelu, approximate=self.approximate)
+
+
+class RecomputedHardtanh(RecomputedActivation, nn.Hardtanh):
+    """`torch.nn.Hardtanh`, its output kept in the place of its input; recomputed if its bounds may be rounded."""
+
+    def out_of_place(self) -> Callable[[Tensor], Tensor] | None:
+        """A value is at a bound after the clamp if it was there or beyond before, and the bound is what it says."""
+        bounds = self.min_val, self.max_val
+        if all(float(bound).is_integer() and abs(bound) <= EXACT for bound in bounds):
+            return None
+        return partial(F.hardtanh, min_val=self.min_val, max_val=self.max_val)
+
+
+class RecomputedReLU6(RecomputedHardtanh, nn.ReLU6):
+    """`torch.nn.ReLU6`, its output kept in the place of its input."""
+
+
+class RecomputedLeakyReLU(RecomputedActivation, nn.LeakyReLU):
+    """`torch.nn.LeakyReLU`, its output kept in the place of its input unless it works in place."""
+
+    def out_of_place(self) -> Callable[[Tensor], Tensor] | None:
+        """A positive slope leaves signs as they are."""
+        slope = self.negative_slope
+        return None if slope > 0 else partial(F.leaky_relu, negative_slope=slope)
+
+
+class RecomputedELU(RecomputedActivation, nn.ELU):
+    """`torch.nn.ELU`, recomputed unless it works in place."""
+
+    def out_of_place(self) -> Callable[[Tensor], Tensor]:
+        """Return ELU with its alpha."""
+        return partial(F.elu, alpha=self.alpha)
+
+
+class RecomputedExactGELU(RecomputedActivation):
+    """timm's ``GELU``, which takes an argument ``inplace`` and ignores it, recomputed."""
+
+    def out_of_place(self) -> Callable[[Tensor], Tensor]:
+        """Return GELU."""
+        return F.gelu
+
+
+class RecomputedTanhGELU(RecomputedActivation):
+    """timm's ``GELUTanh``, recomputed."""
+
+    def out_of_place(self) -> Callable[[Tensor], Tensor]:
+        """Return GELU by its tanh approximation."""
+        return partial(F.gelu, approximate="tanh")
+
+
+# Keys are exact classes, or their qualified names, as in the tables of convolutions and BatchNorms.
+ACTIVATION_LAYERS: dict[type[nn.Module] | str, type[RecomputedActivation]] = {
+    nn.SiLU: RecomputedSiLU,
+    nn.Hardswish: RecomputedHardswish,
+    nn.Mish: RecomputedMish,
+    nn.GELU: RecomputedGELU,
+    nn.Hardtanh: RecomputedHardtanh,
+    nn.ReLU6: RecomputedReLU6,
+    nn.LeakyReLU: RecomputedLeakyReLU,
+    nn.ELU: RecomputedELU,
+    "timm.layers.activations.GELU": RecomputedExactGELU,
+    "timm.layers.activations.GELUTanh": RecomputedTanhGELU,
+}
+
+
+def activation_layer(module: nn.Module) -> type[RecomputedActivation] | None:
+    """The table's row of an activation: of its exact class, a subclass may compute something else."""
+    return row_of(ACTIVATION_LAYERS, module)
+
+
+def recomputes_activations(model: nn.Module) -> bool:
+    """Whether `set_mode` has put a model in a mode with ``recompute_activations=True``."""
+    return any(isinstance(module, RecomputedActivation) for module in model.modules())

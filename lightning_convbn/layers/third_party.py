@@ -1,0 +1,168 @@
+"""Convolutions and BatchNorms of other packages, recognised without importing them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_convbn.layers.layers import (
+    CONV_LAYERS,
+    FROZEN,
+    NORM_LAYERS,
+    ConvGeometry,
+    ConvLayer,
+    Deploy,
+    EvalNorm,
+    FoldedNorm,
+    NormLayer,
+    Tune,
+    plain_class,
+)
+from lightning_convbn.ops.fold import ConvSpec
+
+
+class SameGeometry(ConvGeometry):
+    """TensorFlow's SAME padding, which depends on the input's size: timm's ``Conv2dSame``."""
+
+    def geometry(self, input: Tensor, output_size: Sequence[int] | None) -> tuple[Tensor, ConvSpec | None]:
+        """Pad so that an output has ``ceil(size / stride)`` elements; what is uneven goes to the end."""
+        conv = cast(nn.Conv2d, self)
+        padding: list[int] = []
+        sizes = zip(input.shape[2:], conv.kernel_size, conv.stride, conv.dilation, strict=True)
+        for size, kernel, stride, dilation in reversed(list(sizes)):
+            total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+            padding += [total // 2, total - total // 2]
+        if any(padding):
+            input = F.pad(input, padding)
+        zeros = (0,) * len(conv.stride)
+        return input, ConvSpec(conv.stride, zeros, conv.dilation, False, zeros, conv.groups)
+
+
+class StaticSameGeometry(ConvGeometry):
+    """SAME padding for a size known beforehand, by a module: ``efficientnet_lite_pytorch``'s convolution."""
+
+    def geometry(self, input: Tensor, output_size: Sequence[int] | None) -> tuple[Tensor, ConvSpec | None]:
+        """Pad by ``static_padding``, then as an ordinary convolution does."""
+        pad = cast(nn.Module, cast(Any, self).static_padding)
+        return super().geometry(pad(input), output_size)
+
+
+class TuneConv2dSame(Tune, SameGeometry, nn.Conv2d):
+    """A convolution with SAME padding, with its BatchNorm folded on the fly."""
+
+    dims = 4
+
+
+class DeployConv2dSame(Deploy, SameGeometry, nn.Conv2d):
+    """A convolution with SAME padding, with its BatchNorm folded once."""
+
+    dims = 4
+
+
+class TuneConv2dStaticSame(Tune, StaticSameGeometry, nn.Conv2d):
+    """A convolution with static SAME padding, with its BatchNorm folded on the fly."""
+
+    dims = 4
+
+
+class DeployConv2dStaticSame(Deploy, StaticSameGeometry, nn.Conv2d):
+    """A convolution with static SAME padding, with its BatchNorm folded once."""
+
+    dims = 4
+
+
+DROP_AND_ACT = ("drop", "act")
+
+
+def activated(bn: nn.Module, input: Tensor) -> Tensor:
+    """Run what timm's BatchNorms hold beside the normalisation: drop and activation."""
+    for name in DROP_AND_ACT:
+        module = getattr(bn, name, None)
+        if module is not None:
+            input = module(input)
+    return input
+
+
+class EvalNormAct(EvalNorm):
+    """A frozen BatchNorm with an activation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise, drop, activate."""
+        return activated(self, super().forward(input))
+
+
+class FoldedNormAct(FoldedNorm):
+    """A folded BatchNorm with an activation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Drop and activate what is normalised already."""
+        return activated(self, input)
+
+
+class EvalBatchNormAct2d(EvalNormAct, nn.BatchNorm2d):
+    """timm's ``BatchNormAct2d``, frozen."""
+
+
+class FoldedBatchNormAct2d(FoldedNormAct, nn.BatchNorm2d):
+    """timm's ``BatchNormAct2d``, folded into its convolution but for its drop and activation."""
+
+
+class EvalSyncBatchNormAct(EvalNormAct, nn.SyncBatchNorm):
+    """timm's ``SyncBatchNormAct``, frozen."""
+
+
+class FoldedSyncBatchNormAct(FoldedNormAct, nn.SyncBatchNorm):
+    """timm's ``SyncBatchNormAct``, folded into its convolution but for its drop and activation."""
+
+
+class FoldedFrozenBatchNorm2d(FoldedNorm):
+    """A ``FrozenBatchNorm2d``, folded into its convolution. Its affine map, in buffers, stays untrained."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # These classes load checkpoints of BatchNorm2d, which have a key too many, by a method of their own.
+        folded = type(self)
+        self.__class__ = plain_class(self)  # type: ignore[assignment]
+        try:
+            self._load_from_state_dict(*args, **kwargs)
+        finally:
+            self.__class__ = folded  # type: ignore[assignment]
+
+
+class FoldedFrozenBatchNormAct2d(FoldedNormAct, FoldedFrozenBatchNorm2d):
+    """timm's ``FrozenBatchNormAct2d``, folded into its convolution but for its drop and activation."""
+
+
+class EvalBatchNormXd(EvalNorm, nn.SyncBatchNorm):
+    """Lightning's ``_BatchNormXd``, which ``sync_batchnorm=True`` leaves behind, frozen."""
+
+
+class FoldedBatchNormXd(FoldedNorm, nn.SyncBatchNorm):
+    """Lightning's ``_BatchNormXd``, folded into its convolution."""
+
+
+# These choose the arguments of Conv3d and change nothing else.
+CONV_LAYERS["torchvision.models.video.resnet.Conv3DSimple"] = CONV_LAYERS[nn.Conv3d]
+CONV_LAYERS["torchvision.models.video.resnet.Conv3DNoTemporal"] = CONV_LAYERS[nn.Conv3d]
+CONV_LAYERS["timm.layers.conv2d_same.Conv2dSame"] = ConvLayer(TuneConv2dSame, DeployConv2dSame)
+
+_STATIC_SAME = ConvLayer(TuneConv2dStaticSame, DeployConv2dStaticSame)
+CONV_LAYERS["efficientnet_lite_pytorch.utils.Conv2dStaticSamePadding"] = _STATIC_SAME
+CONV_LAYERS["segmentation_models_pytorch.encoders._efficientnet.Conv2dStaticSamePadding"] = _STATIC_SAME
+
+_IMAGES = frozenset({4})
+_ANY_DIMENSION = NormLayer(EvalBatchNormXd, FoldedBatchNormXd, frozenset({2, 3, 4, 5}))
+NORM_LAYERS["timm.layers.norm_act.BatchNormAct2d"] = NormLayer(
+    EvalBatchNormAct2d, FoldedBatchNormAct2d, _IMAGES, DROP_AND_ACT
+)
+NORM_LAYERS["timm.layers.norm_act.SyncBatchNormAct"] = NormLayer(
+    EvalSyncBatchNormAct, FoldedSyncBatchNormAct, _IMAGES, DROP_AND_ACT
+)
+NORM_LAYERS["timm.layers.norm_act.FrozenBatchNormAct2d"] = NormLayer(
+    None, FoldedFrozenBatchNormAct2d, _IMAGES, DROP_AND_ACT
+)
+NORM_LAYERS["lightning.pytorch.plugins.layer_sync._BatchNormXd"] = _ANY_DIMENSION
+NORM_LAYERS["pytorch_lightning.plugins.layer_sync._BatchNormXd"] = _ANY_DIMENSION
+NORM_LAYERS[FROZEN] = NormLayer(None, FoldedFrozenBatchNorm2d, _IMAGES)

@@ -1,0 +1,174 @@
+"""The export at the end of a fit: which module, which inputs, which weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import fsspec
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_convbn.exporting.checked_file import (
+    batch_sizes,
+    check_model,
+    check_path,
+    check_suffix,
+    checked_inputs,
+    write_proven,
+)
+from lightning_convbn.exporting.deploy_copy import fuse_for_deploy, plain_copy
+from lightning_convbn.pairs.find import find_conv_bn_pairs
+from lightning_convbn.trainer.part import runs_its_forward
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+_SHARDING = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
+
+
+class FitExport:
+    """Exports what a LightningModule's ``forward`` computes, or, if it has none of its own, its single target.
+
+    Example inputs are ``example_input_array`` if the LightningModule has one, else two rows of what that forward gets
+    in the first training batch.
+
+    Args:
+        path: The file to write.
+
+    Attributes:
+        path: The file to write.
+        inputs: The example inputs; None as long as they are not known.
+        wrong: Qualified names of BatchNorms that must not be folded, and why.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        check_suffix("export_path", self.path)
+        self.wrong: dict[str, str] = {}
+        self._module = ""  # what is exported, by its qualified name
+        self.inputs: tuple[Any, ...] | None = None
+        self._remove_hook: Callable[[], None] | None = None
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule, targets: Sequence[str]) -> None:
+        """Refuse before any training what can't be exported after it.
+
+        Args:
+            trainer: The Trainer, at the start of fit.
+            pl_module: What it trains.
+            targets: Paths of what the callback converts.
+
+        Raises:
+            ValueError: If the path, the strategy or the module can't be used.
+            ImportError: If a package that the format needs is missing.
+        """
+        where = f"export_path={str(self.path)!r}"
+        strategies = {cls.__name__ for cls in type(trainer.strategy).__mro__} & _SHARDING
+        if strategies:
+            raise ValueError(
+                f"{where}: {strategies.pop()} shards the weights; call export on a consolidated checkpoint"
+            )
+        if trainer.is_global_zero:
+            check_path("export_path", self.path)
+        owner = next(cls for cls in type(pl_module).__mro__ if "forward" in vars(cls))
+        has_forward = owner.__name__ not in ("LightningModule", "Module")
+        if not has_forward and (len(targets) > 1 or not targets[0]):
+            raise ValueError(
+                f"{where}: {type(pl_module).__name__} has no forward that says what to export; define one, or name a "
+                f"single part with target=..., not {list(targets)}"
+            )
+        self._module = "" if has_forward else targets[0]
+        self.wrong = {}
+        check_model(pl_module.get_submodule(self._module), self.path)
+        self.inputs = None
+        example = pl_module.example_input_array
+        if example is not None:
+            args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
+            self._record(pl_module.get_submodule(self._module), args if isinstance(args, tuple) else (args,), kwargs)
+
+    def watch(self, pl_module: LightningModule) -> None:
+        """Record the example inputs at the next call of what is exported."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.inputs is None and runs_its_forward(module):
+                self._record(module, args, kwargs)
+
+        self.unwatch()
+        module = pl_module.get_submodule(self._module)
+        self._remove_hook = module.register_forward_pre_hook(before, with_kwargs=True).remove
+
+    def unwatch(self) -> None:
+        """Take the watch back."""
+        if self._remove_hook is not None:
+            self._remove_hook()
+            self._remove_hook = None
+
+    def check_recorded(self, pl_module: LightningModule) -> None:
+        """Raise a ValueError if the first training batch has brought no example inputs."""
+        if self.inputs is None:
+            raise ValueError(
+                f"export_path={str(self.path)!r}: the first training batch did not pass through the forward of "
+                f"{_described(self._module, pl_module)}, so there are no example inputs; set `example_input_array` in "
+                f"{type(pl_module).__name__}"
+            )
+
+    def write(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Export at the end of fit, and say what was exported.
+
+        The weights are those of the best checkpoint of the first ModelCheckpoint that monitors something, or the last.
+        """
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return f"nothing is exported to {self.path} in a fast_dev_run"
+        if self.inputs is None:
+            raise RuntimeError("not one batch was trained on, so there are no example inputs")
+        copied = plain_copy(pl_module)
+        best = _best_checkpoint(trainer)
+        if best:
+            with fsspec.open(best, "rb") as file:  # written by this Trainer's own run, so trusted
+                checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+            cast(Any, copied.model).on_load_checkpoint(checkpoint)
+            copied.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+        model = copied.model.cpu().get_submodule(copied.names[self._module])
+        pairs = find_conv_bn_pairs(model, example_inputs=self.inputs)
+        prefix = f"{self._module}." if self._module else ""
+        # What was compiled is named without its wrapper already, as in the copy.
+        wrong = {copied.names.get(name, name).removeprefix(prefix): reason for name, reason in self.wrong.items()}
+        fused = fuse_for_deploy(model, pairs=pairs.unfold(wrong))
+        write_proven(fused, model, self.path, self.inputs, dynamic_batch=_is_batched(self.inputs))
+        weights = f"the best checkpoint, {best}" if best else "the last weights"
+        return f"exported {_described(self._module, pl_module)} with {weights}, to {self.path}"
+
+    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        if bound.kwargs:
+            bound.apply_defaults()
+        if bound.kwargs:
+            raise ValueError(
+                f"export_path={str(self.path)!r}: the forward of {type(module).__name__} takes "
+                f"{', '.join(bound.kwargs)} by keyword only, which a file can't; let it take them by position"
+            )
+        inputs = bound.args
+        if _is_batched(inputs):  # two rows are a batch, and held for as long as the fit lasts
+            inputs = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() else leaf, inputs)
+        self.inputs = checked_inputs(inputs, dynamic_batch=False)
+
+
+def _is_batched(inputs: tuple[Any, ...]) -> bool:
+    """Whether all tensors are arguments of one batch size; those in lists, as a detector's images, are no batch."""
+    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    return len(batch_sizes(inputs)) == 1 and len(leaves) == sum(isinstance(argument, Tensor) for argument in inputs)
+
+
+def _described(module: str, pl_module: nn.Module) -> str:
+    return f"`{module}`" if module else type(pl_module).__name__
+
+
+def _best_checkpoint(trainer: Trainer) -> str:
+    for callback in trainer.checkpoint_callbacks:
+        if getattr(callback, "monitor", None) and getattr(callback, "best_model_path", ""):
+            return str(callback.best_model_path)  # type: ignore[attr-defined]
+    return ""

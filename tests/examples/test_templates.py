@@ -1,0 +1,225 @@
+"""The templates run on tiny data, and do what they are there to show."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import adversarial
+import adversarial_plain
+import classification_plain
+import numpy as np
+import pytest
+import segmentation
+import segmentation_plain
+import torch
+from adversarial import Attack, fgsm, pgd
+from backbones import BackboneError, build_backbone, build_classifier
+from digit_scenes import write_digit_masks
+from helpers.runs import LIGHTNING_SAYS, pretend_trained
+from PIL import Image
+from report import as_table
+from torch import nn
+from torchvision.models import mobilenet_v2
+from weights import WeightsError
+
+from lightning_convbn import conv_bn_mode, measure_memory
+
+pytestmark = [
+    *LIGHTNING_SAYS,
+    pytest.mark.usefixtures("own_folder"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Draw a few tiny scenes."""
+    folder = tmp_path_factory.mktemp("masks") / "digits"
+    write_digit_masks(folder, {"train": 8, "val": 2, "test": 2}, size=32, seed=0)
+    return folder
+
+
+def typed(main: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["template.py", *args])
+    main()
+
+
+def test_classification_in_plain_python(
+    images: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = [f"--data=imagefolder:{images}", f"--weights={weights}", "--image-size=32", "--batch-size=7", "--epochs=1"]
+    typed(classification_plain.main, monkeypatch, *tiny)
+    printed = capsys.readouterr().out
+    assert "ConvBN: `backbone` trains in Tune mode" in printed
+    assert "test_acc" in printed
+
+
+def test_segmentation_trains_first_and_then_folds_the_head(
+    digits: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = [f"--data.folder={digits}", f"--model.weights={weights}", "--data.image_size=32", "--data.batch_size=4"]
+    tiny += ["--trainer.max_epochs=2", "--convbn.start_epoch=1"]
+    typed(segmentation.main, monkeypatch, "fit", *tiny, *QUIET, "--results=scores.json")
+    (score,) = json.loads(Path("scores.json").read_text())["rows"]
+    assert 0 <= score["test_miou"] <= 1
+    with Image.open("runs/segmentation.png") as image:
+        picture = np.asarray(image)
+    assert picture.shape == (3 * 34 + 2, 2 * 34 + 2, 3)
+    assert not (picture[2:34, 2:34] == picture[36:68, 2:34]).all()  # a digit is coloured
+
+
+@pytest.mark.filterwarnings("ignore:ConvBN. 7 BatchNorm.s. of `network` stay in Train mode")
+def test_segmentation_in_plain_python_tries_each_way(
+    digits: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = [f"--folder={digits}", f"--weights={weights}", "--image-size=32", "--epochs=1", "--out=out"]
+    typed(segmentation_plain.main, monkeypatch, *tiny)
+    rows = json.loads(Path("out/results.json").read_text())["rows"]
+    assert [row["way"] for row in rows] == list(segmentation_plain.ways(1))
+    assert {path.stem for path in Path("out").glob("*.png")} == set(segmentation_plain.ways(1))
+
+
+def test_features_are_mobilenets_at_a_finer_resolution() -> None:
+    """Dilation keeps what a filter sees: every fourth feature is that of the plain network, away from the border."""
+    network = mobilenet_v2().eval()
+    pretend_trained(network)
+    images = torch.randn(1, 3, 512, 512, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = network.features[:18](images)
+        found = segmentation.Features(network)(images)["out"]
+    assert found.shape == (1, 320, 64, 64)
+    middle = slice(7, 9)
+    torch.testing.assert_close(
+        found[..., ::4, ::4][..., middle, middle], expected[..., middle, middle], rtol=1e-3, atol=1e-4
+    )
+
+
+def small_classifier() -> nn.Module:
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
+    torch.manual_seed(0)
+    for module in network:
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.running_mean, 0, 0.2)
+    return network.double().eval().requires_grad_(requires_grad=False)
+
+
+@pytest.mark.parametrize("mode", ["tune", "deploy"])
+def test_examples_are_evals_in_double_precision(mode: str) -> None:
+    network = small_classifier()
+    images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    labels = network(images).argmax(1)
+    found = {}
+    for each in ("eval", mode):
+        with conv_bn_mode(network, each):
+            found[each] = fgsm(network, images, labels, 0.1), pgd(network, images, labels, 0.1, 0.03, 5)
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        assert 0.09 < (one - images).abs().max() <= 0.1 + 1e-12
+        assert one.min() >= 0
+        assert one.max() <= 1
+
+
+def test_attacks_raise_the_loss_and_pgd_the_most() -> None:
+    network = small_classifier()
+    images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    labels = network(images).argmax(1)
+    losses = [
+        nn.functional.cross_entropy(network(each), labels).item()
+        for each in (images, fgsm(network, images, labels, 0.1), pgd(network, images, labels, 0.1, 0.02, 20))
+    ]
+    assert losses == sorted(losses)
+    assert losses[0] < losses[1]
+
+
+def test_a_frozen_network_in_tune_keeps_no_input_of_a_convolution() -> None:
+    network = small_classifier()
+    images = torch.rand(6, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    kept = {mode: measure_memory(network, images, mode=mode).saved_by_module for mode in ("eval", "tune")}
+    activation = 6 * 8 * 8 * 8 * 8  # images, channels, height, width, bytes
+    assert "(input)" not in kept["tune"]
+    assert kept["eval"]["0"] >= activation
+    assert all(kept["tune"].get(name, 0) < activation for name in "0134")
+    assert kept["tune"]["2"] == kept["tune"]["5"] == activation  # by which ReLU knows where it let values pass
+
+
+def test_adversarial_examples_are_saved(
+    images: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = [f"--data.source=imagefolder:{images}", "--data.image_size=32", "--data.batch_size=4", "--model.steps=2"]
+    args = [*tiny, f"--model.weights={weights}", *QUIET, "--results=scores.json"]
+    typed(adversarial.main, monkeypatch, "predict", *args)
+    (row,) = json.loads(Path("scores.json").read_text())["rows"]
+    assert f"{row['fooled']} of {row['images']} images are taken for something else" in capsys.readouterr().out
+    typed(adversarial.main, monkeypatch, "predict", *args)  # and again, over what the first run has left
+    assert {path.name for path in Path().iterdir()} == {"runs", "scores.json"}
+    with Image.open("runs/adversarial.png") as picture:
+        assert picture.width == 750
+
+
+def test_adversarial_in_plain_python_compares_the_modes(
+    images: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [f"--data=imagefolder:{images}", f"--weights={weights}", "--image-size=32", "--rounds=1", "--out=out.json"]
+    typed(adversarial_plain.main, monkeypatch, *args)
+    rows = json.loads(Path("out.json").read_text())["rows"]
+    assert [(row["attack"], row["mode"]) for row in rows] == [
+        (attack, mode) for attack in ("fgsm", "pgd") for mode in adversarial_plain.MODES
+    ]
+    assert all(row["kept MiB"] < rows[0]["kept MiB"] for row in rows if row["mode"] != "eval")
+
+
+def test_an_attack_without_gradients_says_what_to_do(weights: Path) -> None:
+    batch = torch.zeros(1, 3, 32, 32), torch.zeros(1)
+    attack = Attack(weights=str(weights))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="make the Trainer with inference_mode=False"):
+        attack.predict_step(batch, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "error", "message"),
+    [
+        ("resnet18", "none", BackboneError, "--backbone resnet18: give torchvision:NAME or timm:NAME"),
+        ("torchvision:resnet19", "none", BackboneError, "no such classifier; did you mean .*resnet18"),
+        ("timm:eficientnet_b0", "none", BackboneError, "no such classifier; did you mean efficientnet_b0"),
+        ("torchvision:resnet18", "nowhere.pth", WeightsError, "--weights nowhere.pth: no such file"),
+        ("torchvision:resnet18", __file__, WeightsError, "test_templates.py: not weights of torchvision:resnet18"),
+    ],
+)
+def test_a_wrong_backbone_is_refused_by_name(name: str, weights: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        build_classifier(name, weights)
+
+
+def test_weights_of_another_network_are_refused(weights: Path) -> None:
+    with pytest.raises(WeightsError, match=r"mobilenet_v2.pth: not weights of torchvision:resnet18 \(Error"):
+        build_classifier("torchvision:resnet18", str(weights))
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision:googlenet", "torchvision:vgg11_bn", "timm:mobilenetv3_small_050", "timm:resnet18"]
+)
+def test_a_backbone_gives_its_features(name: str) -> None:
+    backbone, features = build_backbone(name, "none")
+    assert backbone(torch.zeros(2, 3, 64, 64)).shape == (2, features)
+
+
+def test_a_table_is_laid_out_in_columns() -> None:
+    rows = [{"mode": "eval", "MiB": 123.45, "same": True}, {"mode": "tune", "MiB": 0.5, "same": False}]
+    assert as_table(rows).splitlines() == ["mode    MiB   same", "eval  123.5   True", "tune    0.5  False"]

@@ -1,0 +1,105 @@
+"""What the tests of whole model libraries share: realistic statistics, the two provers side by side, comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from helpers.models import assert_close
+from lightning_convbn import ConvBNPairs, Mode, conv_bn_mode, find_conv_bn_pairs
+from lightning_convbn.layers.layers import is_norm
+from lightning_convbn.pairs.data_flow import DataFlow
+from lightning_convbn.pairs.find import _proven
+from lightning_convbn.pairs.recording import record_data_flow
+
+
+class Counts(NamedTuple):
+    """What becomes of the BatchNorms of a model."""
+
+    folded: int
+    frozen: int
+    left: int = 0
+
+    @classmethod
+    def of(cls, pairs: ConvBNPairs) -> Counts:
+        """Count."""
+        return cls(len(pairs), len(pairs.frozen), len(pairs.left))
+
+
+def norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Every BatchNorm of a model, of whatever class, by qualified name."""
+    return {name: module for name, module in model.named_modules() if is_norm(module)}
+
+
+def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every BatchNorm, frozen ones included, statistics and an affine map that training might leave behind."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in norms(model).values():
+            tensors = {**module._parameters, **module._buffers}
+            for name, low, high in (("running_var", 0.5, 2.0), ("weight", 0.7, 1.3)):
+                if (tensor := tensors.get(name)) is not None:
+                    tensor.uniform_(low, high, generator=generator)
+            for name in ("running_mean", "bias"):
+                if (tensor := tensors.get(name)) is not None:
+                    tensor.normal_(0, 0.2, generator=generator)
+    return model
+
+
+def recorded_pairs(model: nn.Module, *inputs: Any, **kwargs: Any) -> ConvBNPairs:
+    """What the recording of one forward pass proves, tracing left out."""
+    flow = record_data_flow(model, inputs, kwargs)
+    return _proven(model, DataFlow(flow.names), flow)
+
+
+def assert_provers_agree(model: nn.Module, *inputs: Any, untraced: int | None = 0) -> ConvBNPairs:
+    """Find a model's pairs by tracing and by recording: no pair of one may be missing from the other.
+
+    A pair that tracing finds and the data flow of a real pass contradicts, a false pair, fails; so does a missed one,
+    unless its BatchNorm is in a region that can't be traced. There both provers together must find it.
+
+    Args:
+        model: Any plain module.
+        inputs: Positional arguments of its forward.
+        untraced: How many pairs only the recording can prove; None for any number.
+    """
+    traced, recorded = find_conv_bn_pairs(model), recorded_pairs(model, *inputs)
+    assert not {*traced} - {*recorded}, {pair: recorded.unpaired.get(pair.bn) for pair in {*traced} - {*recorded}}
+    missed = {pair: traced.unpaired[pair.bn] for pair in recorded if pair not in traced}
+    assert untraced is None or len(missed) == untraced, missed
+    assert all("can't be traced" in reason for reason in missed.values()), missed
+    both = find_conv_bn_pairs(model, example_inputs=inputs) if missed else traced
+    assert list(both) == list(recorded)
+    assert sorted([*(pair.bn for pair in both), *both.unpaired]) == sorted(norms(model))
+    return both
+
+
+def floats(output: Any) -> list[Tensor]:
+    """Every floating-point tensor of an output, however nested."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def outputs(
+    model: nn.Module, mode: Mode, *inputs: Any, pairs: ConvBNPairs | None = None, **kwargs: Any
+) -> list[Tensor]:
+    """Run a model in a mode, without gradients."""
+    with conv_bn_mode(model, mode, pairs=pairs), torch.no_grad():
+        return floats(model(*inputs, **kwargs))
+
+
+def assert_folded_equals_eval(
+    model: nn.Module,
+    *inputs: Any,
+    pairs: ConvBNPairs | None = None,
+    tolerance: float = 1e-4,
+    kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Compare the outputs in Tune and in Deploy mode with those in Eval mode."""
+    expected = outputs(model, "eval", *inputs, pairs=pairs, **(kwargs or {}))
+    assert expected
+    for mode in ("tune", "deploy"):
+        assert_close(outputs(model, mode, *inputs, pairs=pairs, **(kwargs or {})), expected, tolerance)

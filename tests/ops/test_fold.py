@@ -1,0 +1,373 @@
+"""The arithmetic against plain ``batch_norm(convolution(x))``, derivatives of every kind included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.models import assert_close, gradients, images, relative
+from torch import Tensor
+
+from lightning_convbn.ops.fold import ConvSpec, conv_bn, fold_conv_bn
+
+EPS = 1e-3
+
+
+class Operands(NamedTuple):
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor
+    var: Tensor
+
+    def of(self, output: Callable[..., Tensor], spec: ConvSpec | None) -> Tensor:
+        return output(*self, EPS, spec)
+
+
+# name -> geometry, shape of the input, shape of the weight, output channels
+CASES: dict[str, tuple[ConvSpec | None, tuple[int, ...], tuple[int, ...], int]] = {
+    "linear": (None, (3, 4), (5, 4), 5),
+    "conv1d": (ConvSpec((2,), (1,), (1,), False, (0,), 1), (2, 3, 6), (4, 3, 3), 4),
+    "grouped conv2d": (ConvSpec((2, 1), (1, 0), (1, 2), False, (0, 0), 2), (2, 4, 5, 5), (6, 2, 3, 2), 6),
+    "grouped transposed": (ConvSpec((2, 1), (1, 0), (1, 1), True, (1, 0), 2), (2, 4, 3, 3), (4, 3, 3, 2), 6),
+    "conv3d": (ConvSpec((1, 1, 1), (0, 1, 0), (1, 1, 1), False, (0, 0, 0), 1), (1, 2, 3, 3, 3), (2, 2, 2, 2, 2), 2),
+}
+
+
+def plain(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    spec: ConvSpec | None,
+) -> Tensor:
+    output = F.linear(input, weight, bias) if spec is None else torch.convolution(input, weight, bias, *spec)
+    return F.batch_norm(output, mean, var, gamma, beta, False, 0.0, eps)
+
+
+def draw(case: str, *, bias: bool = True, affine: bool = True) -> tuple[Operands, ConvSpec | None]:
+    spec, input, weight, channels = CASES[case]
+    vectors = [images(channels, seed=seed, dtype=torch.float64) for seed in range(3, 7)]
+    return (
+        Operands(
+            images(*input, dtype=torch.float64),
+            images(*weight, seed=2, dtype=torch.float64),
+            vectors[0] if bias else None,
+            vectors[1] if affine else None,
+            vectors[2] if affine else None,
+            vectors[3],
+            torch.linspace(0.5, 2, channels, dtype=torch.float64),
+        ),
+        spec,
+    )
+
+
+@pytest.mark.parametrize(("bias", "affine"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("case", CASES)
+def test_first_and_second_derivatives_are_those_of_finite_differences(case: str, bias: bool, affine: bool) -> None:
+    operands, spec = draw(case, bias=bias, affine=affine)
+    named = dict(zip(Operands._fields[:5], operands, strict=False))
+    wanted = {name: tensor.requires_grad_() for name, tensor in named.items() if tensor is not None}
+
+    def function(*tensors: Tensor) -> Tensor:
+        return operands._replace(**dict(zip(wanted, tensors, strict=True))).of(conv_bn, spec)
+
+    assert torch.autograd.gradcheck(function, tuple(wanted.values()), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tuple(wanted.values()), fast_mode=True)
+
+
+def by_autograd_and_by_us(dtype: torch.dtype = torch.float64) -> list[tuple[Operands, ConvSpec]]:
+    """A pair whose backward pass is left to autograd, and the same one whose output is too small beside a scale."""
+    found = []
+    for size in (16, 3):
+        operands, spec = draw("grouped conv2d", bias=False)
+        operands = operands._replace(input=images(2, 4, size, size, dtype=torch.float64))
+        found.append((Operands(*[None if tensor is None else tensor.to(dtype) for tensor in operands]), spec))
+    return found
+
+
+def trained(operands: Operands, *names: str) -> list[Tensor]:
+    return [getattr(operands, name).requires_grad_() for name in names]
+
+
+def test_what_is_left_to_autograd_is_as_right_as_what_is_not() -> None:
+    names = []
+    for operands, spec in by_autograd_and_by_us():
+        wanted = trained(operands, "input", "weight", "gamma", "beta")
+        output, expected = operands.of(conv_bn, spec), operands.of(plain, spec)
+        names.append(output.grad_fn.name())
+        first = [torch.autograd.grad(one.tanh().sum(), wanted, create_graph=True) for one in (output, expected)]
+        second = [torch.autograd.grad(sum(one.square().sum() for one in ones), wanted) for ones in first]
+        assert_close([output], [expected], 1e-12)
+        assert_close(*first, 1e-10)
+        assert_close(*second, 1e-10)
+    assert names == ["ConvolutionBackward0", "_ConvBNBackward"]
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight", "beta", None])
+def test_autograd_keeps_no_folded_weight(frozen: str | None) -> None:
+    (operands, spec), _ = by_autograd_and_by_us()
+    trained(operands, *{"input", "weight", "gamma", "beta"} - {frozen})
+    node = operands.of(conv_bn, spec).grad_fn
+    once, again = node._saved_weight, node._saved_weight
+    assert (once.data_ptr() != again.data_ptr()) == (frozen != "input")  # it is computed when it is asked for
+    assert torch.equal(once, again)
+    if frozen != "input":  # for whose gradient alone it matters what the values are
+        assert_close([once], [fold_conv_bn(*operands[1:], EPS)[0]], 1e-12)
+
+
+@pytest.mark.parametrize("name", ["weight", "gamma"])
+def test_a_write_before_the_backward_pass_is_no_silent_error(name: str) -> None:
+    """A weight is read once more, which autograd refuses; a scale is not, and the gradients are of what it was."""
+    for operands, spec in by_autograd_and_by_us():
+        wanted = trained(operands, "input", "weight", "gamma", "beta")
+        expected = gradients(operands.of(conv_bn, spec), *wanted)
+        output = operands.of(conv_bn, spec)
+        with torch.no_grad():
+            getattr(operands, name).add_(1)
+        if name == "gamma" and output.grad_fn.name() == "ConvolutionBackward0":
+            assert_close(gradients(output, *wanted), expected, 1e-12)
+        else:
+            for leaf in wanted[:2]:  # whichever gradient is asked for
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    gradients(output, leaf)
+
+
+class Labelled(Tensor):
+    """A subclass of Tensor as that of a library of images."""
+
+
+@pytest.mark.parametrize("name", ["input", "weight", "gamma"])
+def test_another_subclass_of_tensor_goes_through(name: str) -> None:
+    (operands, spec), _ = by_autograd_and_by_us()
+    labelled = operands._replace(**{name: getattr(operands, name).as_subclass(Labelled)})
+    wanted, expected = (trained(one, "input", "weight", "gamma", "beta") for one in (labelled, operands))
+    outputs = labelled.of(conv_bn, spec), operands.of(plain, spec)
+    assert type(outputs[0]) is Labelled
+    assert_close([outputs[0].as_subclass(Tensor)], outputs[1:], 1e-12)
+    assert_close(
+        [gradient.as_subclass(Tensor) for gradient in gradients(outputs[0], *wanted)],
+        gradients(outputs[1], *expected),
+        1e-10,
+    )
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradients_again() -> None:
+    for operands, spec in by_autograd_and_by_us():
+        wanted = trained(operands, "input", "weight", "gamma", "beta")
+        loss = operands.of(conv_bn, spec).square().sum()
+        once, again = (torch.autograd.grad(loss, wanted, retain_graph=True) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_a_batch_of_gradients_at_once() -> None:
+    for operands, spec in [*by_autograd_and_by_us(), *map(draw, CASES)]:
+        wanted = [tensor.requires_grad_() for tensor in operands[:5] if tensor is not None]
+        output, expected = operands.of(conv_bn, spec), operands.of(plain, spec)
+        probes = images(3, *output.shape, seed=9, dtype=output.dtype)
+        batches = [torch.autograd.grad(one, wanted, probes, is_grads_batched=True) for one in (output, expected)]
+        assert_close(*batches, 1e-10)
+
+
+def test_beside_other_hooks_nothing_is_left_to_autograd() -> None:
+    """Activation checkpointing and `save_on_cpu` take tensors as they are saved, and no hooks beside theirs."""
+    (operands, spec), _ = by_autograd_and_by_us()
+    wanted = trained(operands, "input", "weight", "gamma", "beta")
+    expected = gradients(operands.of(plain, spec), *wanted)
+    with torch.autograd.graph.save_on_cpu():
+        output = operands.of(conv_bn, spec)
+    assert output.grad_fn.name() == "_ConvBNBackward"
+    assert_close(gradients(output, *wanted), expected, 1e-10)
+    output = torch.utils.checkpoint.checkpoint(operands.of, conv_bn, spec, use_reentrant=False)
+    assert_close(gradients(output, *wanted), expected, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_and_half_precision_are_left_to_autograd_too(dtype: torch.dtype) -> None:
+    (double, _), _ = by_autograd_and_by_us()
+    for half in (True, False):
+        (operands, spec), _ = by_autograd_and_by_us(dtype if half else torch.float32)
+        wanted = trained(operands, "input", "weight", "gamma", "beta")
+        with torch.autocast("cpu", dtype, enabled=not half):
+            output = operands.of(conv_bn, spec)
+        assert output.grad_fn.name() == "ConvolutionBackward0"
+        assert output.dtype is dtype
+        found = gradients(output, *wanted)
+        assert [one.dtype for one in found] == [one.dtype for one in wanted]
+        leaves = trained(double, "input", "weight")
+        expected = double.of(plain, spec), *gradients(double.of(plain, spec), *leaves)
+        errors = [relative(one, other) for one, other in zip((output, *found[:2]), expected, strict=True)]
+        assert max(errors) < 8 * torch.finfo(dtype).eps, errors
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_subset_of_wanted_gradients_is_right(case: str) -> None:
+    for mask in product((False, True), repeat=5):
+        operands, spec = draw(case)
+        for tensor, wanted in zip(operands, mask, strict=False):
+            assert tensor is not None
+            tensor.requires_grad_(wanted)
+        wanted = [tensor for tensor in operands if tensor is not None and tensor.requires_grad]
+        output, expected = operands.of(conv_bn, spec), operands.of(plain, spec)
+        assert_close([output], [expected], 1e-12)
+        assert output.requires_grad == any(mask)
+        if wanted:
+            assert_close(gradients(output, *wanted), gradients(expected, *wanted), 1e-10)
+
+
+def test_gradient_of_a_gradient_penalty_equals_the_plain_one() -> None:
+    operands, spec = draw("grouped conv2d")
+    wanted = [tensor.requires_grad_() for tensor in operands[:5] if tensor is not None]
+
+    def penalty(function: Callable[..., Tensor]) -> Tensor:
+        loss = operands.of(function, spec).tanh().square().sum()
+        first = torch.autograd.grad(loss, wanted, create_graph=True)
+        return torch.stack([gradient.square().sum() for gradient in first]).sum()
+
+    expected = torch.autograd.grad(penalty(plain), wanted)
+    assert_close(torch.autograd.grad(penalty(conv_bn), wanted), expected, 1e-10)
+
+
+def test_gradients_of_trainable_statistics_are_right() -> None:
+    """Nobody trains them through ``nn.BatchNorm2d``, whose buffers they are; a caller of the function may."""
+    operands, spec = draw("grouped conv2d")
+    mean, var = operands.mean.requires_grad_(), operands.var.requires_grad_()
+    output = torch.convolution(*operands[:3], *spec)
+    shape = (1, -1, 1, 1)
+    output = (output - mean.view(shape)) / (var.view(shape) + EPS).sqrt()
+    expected = output * operands.gamma.view(shape) + operands.beta.view(shape)
+    assert_close(gradients(operands.of(conv_bn, spec), mean, var), gradients(expected, mean, var), 1e-10)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_folded_weight_and_bias_give_the_normalised_output(case: str) -> None:
+    operands, spec = draw(case)
+    transposed, groups = (spec.transposed, spec.groups) if spec else (False, 1)
+    weight, bias = fold_conv_bn(*operands[1:], EPS, transposed=transposed, groups=groups)
+    output = (
+        F.linear(operands.input, weight, bias)
+        if spec is None
+        else torch.convolution(operands.input, weight, bias, *spec)
+    )
+    assert_close([output], [operands.of(plain, spec)], 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_folded_in_single_precision(dtype: torch.dtype) -> None:
+    operands, _ = draw("linear")
+    half = [None if tensor is None else tensor.to(dtype) for tensor in operands[1:]]
+    expected = fold_conv_bn(*[None if tensor is None else tensor.float() for tensor in half], EPS)
+    assert_close(fold_conv_bn(*half, EPS, dtype=torch.float32), expected, 1e-6)
+    assert_close(fold_conv_bn(*half, EPS), [tensor.to(dtype) for tensor in expected], 1e-6)
+
+
+def test_statistics_rewritten_with_equal_values_do_not_disturb_backward() -> None:
+    """DistributedDataParallel broadcasts buffers in place before every forward pass."""
+    operands, spec = draw("grouped conv2d")
+    assert operands.gamma is not None
+    operands.gamma.requires_grad_()
+    expected = gradients(operands.of(conv_bn, spec), operands.gamma)
+    output = operands.of(conv_bn, spec)
+    operands.mean.copy_(operands.mean.clone())
+    operands.var.copy_(operands.var.clone())
+    assert torch.equal(*gradients(output, operands.gamma), *expected)
+
+
+@pytest.mark.parametrize("changed", ["mean", "var"])
+def test_statistics_changed_between_forward_and_backward_do_not_disturb_backward(changed: str) -> None:
+    """By a pass in Train mode, or by loading weights: the gradients are those of the forward pass that was made."""
+    operands, spec = draw("grouped conv2d")
+    assert operands.gamma is not None
+    operands.gamma.requires_grad_()
+    expected = gradients(operands.of(conv_bn, spec), operands.gamma)
+    output = operands.of(conv_bn, spec)
+    getattr(operands, changed).add_(1)
+    assert torch.equal(*gradients(output, operands.gamma), *expected)
+    (after,) = gradients(operands.of(conv_bn, spec), operands.gamma)
+    assert not torch.equal(after, *expected)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # torch's own, in its jvp
+class TestTransforms:
+    """torch.func of the function against torch.func of plain operations."""
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_per_sample_gradients(self, case: str) -> None:
+        operands, spec = draw(case)
+
+        def per_sample(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+            def loss(*differentiated: Tensor) -> Tensor:
+                input, *parameters = differentiated
+                output = function(input.unsqueeze(0), *parameters, operands.mean, operands.var, EPS, spec)
+                return output.tanh().sum()
+
+            gradient = torch.func.grad(loss, argnums=tuple(range(5)))
+            rows = torch.func.vmap(gradient, in_dims=(0, None, None, None, None))
+            return rows(*operands[:5])
+
+        assert_close(per_sample(conv_bn), per_sample(plain), 1e-10)
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_forward_mode(self, case: str) -> None:
+        operands, spec = draw(case)
+        tangents = tuple(torch.ones_like(tensor) for tensor in operands[:5] if tensor is not None)
+
+        def jvp(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+            return torch.func.jvp(lambda *primals: function(*primals, *operands[5:], EPS, spec), operands[:5], tangents)
+
+        assert_close(jvp(conv_bn), jvp(plain), 1e-12)
+
+    def test_hessian_forward_over_reverse(self) -> None:
+        operands, spec = draw("conv1d")
+
+        def hessian(function: Callable[..., Tensor]) -> Tensor:
+            def loss(gamma: Tensor) -> Tensor:
+                return operands._replace(gamma=gamma).of(function, spec).tanh().sum()
+
+            return torch.func.hessian(loss)(operands.gamma)
+
+        assert_close([hessian(conv_bn)], [hessian(plain)], 1e-10)
+
+    def test_a_batch_of_models(self) -> None:
+        operands, spec = draw("grouped conv2d")
+        stacked = [torch.stack([tensor, tensor * 1.5]) for tensor in operands[1:] if tensor is not None]
+
+        def ensemble(function: Callable[..., Tensor]) -> Tensor:
+            return torch.func.vmap(lambda *tensors: function(operands.input, *tensors, EPS, spec))(*stacked)
+
+        assert_close([ensemble(conv_bn)], [ensemble(plain)], 1e-12)
+
+
+def test_a_float64_input_or_weight_is_not_cast_by_autocast() -> None:
+    operands, spec = draw("grouped conv2d")
+    with torch.autocast("cpu", torch.bfloat16):
+        output = operands.of(conv_bn, spec)
+    assert output.dtype is torch.float64
+    assert relative(output, operands.of(plain, spec)) < 1e-12
+
+
+def test_a_dtype_mismatch_stays_the_callers_error() -> None:
+    operands, spec = draw("grouped conv2d")
+    with pytest.raises(RuntimeError, match="type"):
+        operands._replace(input=operands.input.float()).of(conv_bn, spec)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_meta_tensors_give_shapes_in_both_directions(case: str, bias: bool) -> None:
+    operands, spec = draw(case, bias=bias)
+    operands = Operands(*[None if tensor is None else tensor.float().to("meta") for tensor in operands])
+    wanted = [tensor.requires_grad_() for tensor in operands[:5] if tensor is not None]
+    output = operands.of(conv_bn, spec)
+    assert output.shape == operands.of(plain, spec).shape
+    assert [gradient.shape for gradient in torch.autograd.grad(output.sum(), wanted)] == [one.shape for one in wanted]

@@ -1,0 +1,373 @@
+"""What is folded and what is refused: every reason, and that a refusal leaves the output right."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+import warnings
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from helpers.models import Snapshot, images, randomized, relative, torchvision_model
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from lightning_convbn import ConvBNPair, ConvBNPairs, find_conv_bn_pairs, set_mode
+
+
+def conv(channels: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(3, channels, 3, padding=1)
+
+
+class OddConv2d(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class OddBatchNorm2d(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class Net(nn.Module):
+    """A model whose forward is a function of itself and the input, so that a test can say it in a line."""
+
+    def __init__(self, forward: Callable[..., Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.run = forward
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.run(self, input)
+
+
+def shared_conv(net: Net, x: Tensor) -> Tensor:
+    return net.second(net.conv(net.bn(net.conv(x))))
+
+
+def norm_used_twice(net: Net, x: Tensor) -> Tensor:
+    return net.bn(net.second(net.bn(net.conv(x))))
+
+
+def output_added(net: Net, x: Tensor) -> Tensor:
+    features = net.conv(x)
+    return torch.add(net.bn(features), features)
+
+
+def output_returned(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+    features = net.conv(x)
+    return net.bn(features), features
+
+
+def output_given_to_a_module(net: Net, x: Tensor) -> Tensor:
+    features = net.conv(x)
+    return net.bn(features) + net.relu(features)
+
+
+def output_given_to_a_method(net: Net, x: Tensor) -> Tensor:
+    features = net.conv(x)
+    return net.bn(features) + features.mean()
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
+    "shared convolution": (
+        lambda: Net(shared_conv, conv=conv(), bn=nn.BatchNorm2d(3), second=nn.BatchNorm2d(3)),
+        dict.fromkeys(("bn", "second"), "its convolution `conv` is called 2 times"),
+    ),
+    "BatchNorm used twice": (
+        lambda: Net(norm_used_twice, conv=conv(), bn=nn.BatchNorm2d(3), second=conv()),
+        {"bn": "is called 2 times"},
+    ),
+    "output also added": (
+        lambda: Net(output_added, conv=conv(), bn=nn.BatchNorm2d(3)),
+        {"bn": "the output of its convolution `conv` is also used by `add`"},
+    ),
+    "output also returned": (
+        lambda: Net(output_returned, conv=conv(), bn=nn.BatchNorm2d(3)),
+        {"bn": "the output of its convolution `conv` is also used by the caller, as it is returned"},
+    ),
+    "output also given to a module": (
+        lambda: Net(output_given_to_a_module, conv=conv(), bn=nn.BatchNorm2d(3), relu=nn.ReLU()),
+        {"bn": "the output of its convolution `conv` is also used by `relu`"},
+    ),
+    "output also given to a method": (
+        lambda: Net(output_given_to_a_method, conv=conv(), bn=nn.BatchNorm2d(3)),
+        {"bn": "the output of its convolution `conv` is also used by `mean`"},
+    ),
+    "behind an activation": (
+        lambda: nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(3)),
+        {"2": "its input comes from `1` (ReLU), not from a convolution"},
+    ),
+    "behind a function": (
+        lambda: Net(lambda net, x: net.bn(torch.cat([net.conv(x), x], 1)), conv=conv(), bn=nn.BatchNorm2d(6)),
+        {"bn": "its input comes from `cat`, not from a convolution"},
+    ),
+    "first layer": (
+        lambda: nn.Sequential(nn.BatchNorm2d(3), conv()),
+        {"0": "its input comes from the argument `input` of forward, not from a convolution"},
+    ),
+    "convolution of a class of its own": (
+        lambda: nn.Sequential(OddConv2d(3, 3, 1), nn.BatchNorm2d(3)),
+        {"1": "`0` is a OddConv2d, which is not in the table of supported layers"},
+    ),
+    "parametrized convolution": (
+        lambda: nn.Sequential(weight_norm(conv()), nn.BatchNorm2d(3)),
+        {"1": "`0` is a ParametrizedConv2d, which is not in the table of supported layers"},
+    ),
+    "BatchNorm of a class of its own": (
+        lambda: nn.Sequential(conv(), OddBatchNorm2d(3)),
+        {"1": "is a OddBatchNorm2d, which is not in the table of supported layers"},
+    ),
+    "BatchNorm of other dimensions": (
+        lambda: nn.Sequential(nn.Linear(8, 3), nn.BatchNorm2d(3)),
+        {"1": "`0` (Linear) does not give a BatchNorm2d the input it wants"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_proven_is_refused_with_its_reason_and_computes_as_eval(case: str) -> None:
+    build, reasons = REFUSED[case]
+    model = randomized(build())
+    plain = copy.deepcopy(model).eval()
+    pairs = set_mode(model, "tune")
+    assert (list(pairs), pairs.unpaired, pairs.left) == ([], reasons, frozenset())
+    outputs, expected = model.train()(images(2, 3, 8, 8)), plain(images(2, 3, 8, 8))
+    for output, other in zip(outputs, expected, strict=True):
+        assert torch.equal(output, other)
+
+
+def test_a_channel_mismatch_is_refused() -> None:
+    pairs = find_conv_bn_pairs(nn.Sequential(conv(4), nn.BatchNorm2d(3)))
+    assert pairs.unpaired == {"1": "`0` gives 4 channels, not the 3 that it has"}
+
+
+def test_a_norm_without_statistics_is_left_alone_and_still_normalises_with_the_batch() -> None:
+    model = nn.Sequential(conv(), nn.BatchNorm2d(3, track_running_stats=False))
+    plain = copy.deepcopy(model)
+    pairs = set_mode(model, "tune")
+    assert pairs.unpaired == {"1": "has no running statistics, so it always normalises with the batch's"}
+    assert pairs.left == {"1"}
+    assert type(model[1]) is nn.BatchNorm2d
+    assert torch.equal(model(images(2, 3, 8, 8)), plain(images(2, 3, 8, 8)))
+
+
+def test_a_lazy_norm_is_left_alone_until_it_is_initialised() -> None:
+    model = nn.Sequential(conv(), nn.LazyBatchNorm2d())
+    pairs = find_conv_bn_pairs(model)
+    assert pairs.unpaired == {"1": "is lazy and not initialised yet: run one batch through the model first"}
+    assert pairs.left == {"1"}
+    model(images(2, 3, 8, 8))
+    assert list(find_conv_bn_pairs(model)) == [("0", "1")]
+
+
+def test_a_norm_of_a_class_of_its_own_stays_frozen_through_train() -> None:
+    model = randomized(nn.Sequential(conv(), OddBatchNorm2d(3)))
+    plain = copy.deepcopy(model).eval()
+    found = Snapshot.of(model)
+    set_mode(model, "tune")
+    assert torch.equal(model.train()(images(2, 3, 8, 8)), plain(images(2, 3, 8, 8)))
+    assert Snapshot.of(model).tensors == found.tensors
+    set_mode(model, "train")
+    assert Snapshot.of(model) == found
+    assert not torch.equal(model(images(2, 3, 8, 8)), plain(images(2, 3, 8, 8)))
+
+
+@pytest.mark.parametrize("read", ["x.shape[0]", "x.size(1)", "x.dim()", "x.ndim", "x.dtype == x.dtype"])
+def test_reading_what_folding_leaves_unchanged_is_allowed(read: str) -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = net.conv(x)
+        return net.bn(x) * eval(read, {"x": x})
+
+    assert list(find_conv_bn_pairs(Net(forward, conv=conv(), bn=nn.BatchNorm2d(3)))) == [("conv", "bn")]
+
+
+class AuxiliaryHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv(), nn.BatchNorm2d(3))
+        self.head = nn.Sequential(conv(), nn.BatchNorm2d(3))
+
+    def forward(self, input: Tensor) -> Tensor:
+        features = self.body(input)
+        return features + self.head(features) if self.training else features
+
+
+def test_a_head_that_eval_never_calls_is_named_so_and_paired_in_training() -> None:
+    model = AuxiliaryHead()
+    assert list(find_conv_bn_pairs(model)) == [("body.0", "body.1"), ("head.0", "head.1")]
+    pairs = find_conv_bn_pairs(model.eval())
+    assert list(pairs) == [("body.0", "body.1")]
+    assert pairs.unpaired == {"head.1": "is never called by the model's forward in its eval state"}
+
+
+class ControlFlow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(conv(), nn.BatchNorm2d(3))
+        self.blocks = nn.ModuleList([nn.Sequential(conv(), nn.BatchNorm2d(3)), conv(), nn.BatchNorm2d(3)])
+        self.conv, self.bn = conv(), nn.BatchNorm2d(3)
+
+    def forward(self, input: Tensor) -> Tensor:
+        features = self.bn(self.conv(self.block(input)))
+        if features.sum() > 0:
+            features = -features
+        for block in self.blocks:
+            features = block(features)
+        return features
+
+
+def test_children_of_what_does_not_trace_are_traced_and_the_rest_is_told_why() -> None:
+    model = randomized(ControlFlow())
+    plain = copy.deepcopy(model).eval()
+    pairs = set_mode(model, "tune")
+    why = "the model` (ControlFlow) can't be traced: symbolically traced variables cannot be used as inputs to control"
+    assert list(pairs) == [("block.0", "block.1"), ("blocks.0.0", "blocks.0.1")]
+    assert set(pairs.unpaired) == {"bn", "blocks.2"}
+    assert all(why in reason for reason in pairs.unpaired.values())
+    assert relative(model(images(2, 3, 8, 8)), plain(images(2, 3, 8, 8))) < 1e-5
+
+
+class OptionalArgument(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(), nn.BatchNorm2d(3)
+
+    def forward(self, input: Tensor, skip: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        features = self.conv(input)
+        if skip is not None:
+            features = features + skip
+        return self.bn(features) if scale == 1.0 else features * scale
+
+
+def test_optional_arguments_are_traced_at_their_defaults() -> None:
+    assert list(find_conv_bn_pairs(OptionalArgument())) == [("conv", "bn")]
+
+
+class LeavesTraces(nn.Module):
+    """Its forward does all that a trace must undo."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.dropout = conv(), nn.BatchNorm2d(3), nn.Dropout()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("average", torch.zeros(()))
+        self.history: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        warnings.warn("called", stacklevel=1)
+        self.history = input
+        self.new = input
+        self.calls += 1
+        self.average = self.average * 0.9 + 1
+        return self.dropout(self.bn(self.conv(input))) * random.random() + torch.rand(1)
+
+
+def test_tracing_leaves_the_model_and_random_states_as_found() -> None:
+    model = LeavesTraces()
+    found, attributes = Snapshot.of(model), dict(model.__dict__)
+    states = torch.get_rng_state(), random.getstate()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(find_conv_bn_pairs(model)) == [("conv", "bn")]
+    assert model.__dict__ == attributes
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert Snapshot.of(model) == found
+
+
+def test_one_block_under_two_names_that_is_called_once_is_paired_once() -> None:
+    block = nn.Sequential(conv(), nn.BatchNorm2d(3))
+    model = Net(lambda net, x: net.second(x), first=block, second=block)
+    assert list(find_conv_bn_pairs(model)) == [("first.0", "first.1")]
+
+
+@pytest.mark.parametrize(
+    ("name", "folded", "others"),
+    [
+        ("resnet50", 53, 0),
+        ("mobilenet_v2", 52, 0),
+        ("densenet121", 59, 62),
+        ("inception_v3", 94, 2),
+        ("googlenet", 57, 2),
+        ("efficientnet_b0", 49, 0),
+        ("regnet_y_400mf", 53, 0),
+        ("mnasnet0_5", 52, 0),
+        ("shufflenet_v2_x0_5", 56, 0),
+        ("mobilenet_v3_small", 34, 0),
+    ],
+)
+def test_all_pairs_of_torchvisions_classifiers_are_found(name: str, folded: int, others: int) -> None:
+    pairs = find_conv_bn_pairs(torchvision_model(name))
+    assert (len(pairs), len(pairs.unpaired)) == (folded, others)
+    reasons = {
+        "its input comes from `cat`, not from a convolution",
+        "is never called by the model's forward in its eval state",
+    }
+    assert set(pairs.unpaired.values()) <= reasons
+
+
+class TestConvBNPairs:
+    PAIRS = ConvBNPairs([ConvBNPair("a", "b"), ConvBNPair("c", "d")], {"e": "why", "f": "why", "g": "other"}, ["g"])
+
+    def test_is_a_sequence(self) -> None:
+        pairs = self.PAIRS
+        assert isinstance(pairs, Sequence)
+        assert len(pairs) == 2
+        assert pairs[0] == ConvBNPair(conv="a", bn="b")
+        assert pairs[-1].bn == "d"
+        assert pairs[:1] == (("a", "b"),)
+        assert ("c", "d") in pairs
+        assert [bn for _, bn in reversed(pairs)] == ["d", "b"]
+        assert pairs.index(("c", "d")) == 1
+
+    def test_plain_tuples_become_pairs(self) -> None:
+        assert ConvBNPairs([("a", "b")])[0].conv == "a"
+
+    def test_equality_covers_reasons_and_what_is_left_alone(self) -> None:
+        pairs = self.PAIRS
+        assert pairs == ConvBNPairs(list(pairs), dict(pairs.unpaired), pairs.left)
+        assert pairs != ConvBNPairs(pairs[:1], pairs.unpaired, pairs.left)
+        assert pairs != ConvBNPairs(pairs, {**pairs.unpaired, "e": "another reason"}, pairs.left)
+        assert pairs != ConvBNPairs(pairs, pairs.unpaired)
+        assert pairs != list(pairs)
+        with pytest.raises(TypeError, match="unhashable"):
+            hash(pairs)
+
+    def test_unfold_freezes_and_leave_does_not(self) -> None:
+        unfolded, left = self.PAIRS.unfold({"d": "wrong", "g": "now frozen"}), self.PAIRS.leave({"d": "untrained"})
+        assert list(unfolded) == list(left) == [("a", "b")]
+        assert unfolded.frozen == {"e": "why", "f": "why", "g": "now frozen", "d": "wrong"}
+        assert unfolded.left == frozenset()
+        assert left.left == {"d", "g"}
+        assert left.unpaired["d"] == "untrained"
+        assert left.frozen == {"e": "why", "f": "why"}
+        assert len(self.PAIRS) == 2
+
+    def test_prints_a_table(self) -> None:
+        assert str(self.PAIRS).splitlines() == [
+            "state   BatchNorm  how or why",
+            "folded  b          into a",
+            "folded  d          into c",
+            "frozen  e          why",
+            "frozen  f          why",
+            "left    g          other",
+        ]
+
+    def test_summary_groups_equal_reasons(self) -> None:
+        pairs = self.PAIRS.unfold(dict.fromkeys(("h", "i"), "why"))
+        assert pairs.summary() == [
+            "folded         2 of 7 BatchNorms",
+            "frozen         4",
+            "     4 × why: e, f, h, …",
+            "left alone     1",
+            "     1 × other: g",
+        ]
+
+    def test_repr_can_be_evaluated_and_pickle_gives_an_equal_copy(self) -> None:
+        assert eval(repr(self.PAIRS)) == self.PAIRS
+        assert pickle.loads(pickle.dumps(self.PAIRS)) == self.PAIRS
+        assert copy.deepcopy(self.PAIRS) == self.PAIRS

@@ -1,0 +1,137 @@
+"""torchvision: what tracing finds is what a recorded forward pass proves, and folding it changes no output.
+
+The provers look at the data flow alone, so where a model looks at no values they run on the meta device.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from helpers.libraries import Counts, assert_folded_equals_eval, assert_provers_agree, norms, randomized
+from helpers.models import images
+from torch import nn
+from torchvision import models
+
+from lightning_convbn import find_conv_bn_pairs
+
+# What other libraries deprecate from release to release is no failure of these tests.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CLASSIFIERS = {
+    "densenet121": Counts(59, 62),
+    "efficientnet_b0": Counts(49, 0),
+    "efficientnet_v2_s": Counts(110, 0),
+    "googlenet": Counts(57, 2),
+    "inception_v3": Counts(94, 2),
+    "maxvit_t": Counts(23, 11),
+    "mnasnet0_5": Counts(52, 0),
+    "mobilenet_v2": Counts(52, 0),
+    "mobilenet_v3_small": Counts(34, 0),
+    "regnet_x_400mf": Counts(71, 0),
+    "regnet_y_400mf": Counts(53, 0),
+    "resnet18": Counts(20, 0),
+    "resnet50": Counts(53, 0),
+    "resnext50_32x4d": Counts(53, 0),
+    "shufflenet_v2_x0_5": Counts(56, 0),
+    "vgg11_bn": Counts(8, 0),
+    "wide_resnet50_2": Counts(53, 0),
+}
+SEGMENTERS = {
+    "deeplabv3_mobilenet_v3_large": Counts(53, 0),
+    "deeplabv3_resnet50": Counts(60, 0),
+    "fcn_resnet50": Counts(54, 0),
+    "lraspp_mobilenet_v3_large": Counts(47, 0),
+}
+VIDEO = {"r2plus1d_18": Counts(37, 0), "s3d": Counts(77, 0)}
+DETECTORS = {
+    "fasterrcnn_mobilenet_v3_large_320_fpn": Counts(46, 0),
+    "fasterrcnn_mobilenet_v3_large_fpn": Counts(46, 0),
+    "fasterrcnn_resnet50_fpn": Counts(53, 0),
+    "fasterrcnn_resnet50_fpn_v2": Counts(65, 0),
+    "fcos_resnet50_fpn": Counts(53, 0),
+    "keypointrcnn_resnet50_fpn": Counts(53, 0),
+    "maskrcnn_resnet50_fpn": Counts(53, 0),
+    "maskrcnn_resnet50_fpn_v2": Counts(69, 0),
+    "retinanet_resnet50_fpn": Counts(53, 0),
+    "retinanet_resnet50_fpn_v2": Counts(53, 0),
+    "ssdlite320_mobilenet_v3_large": Counts(70, 0),
+}
+FAST = {**CLASSIFIERS, **SEGMENTERS, **VIDEO, **DETECTORS}
+
+
+def build(name: str, **options: Any) -> nn.Module:
+    """Build a model in its eval state without weights from anywhere; a detector is told to find little."""
+    takes = inspect.signature(models.get_model_builder(name)).parameters
+    options = {"weights": None, **({"weights_backbone": None} if "weights_backbone" in takes else {}), **options}
+    if "rcnn" in name:
+        options |= {"rpn_pre_nms_top_n_test": 10, "rpn_post_nms_top_n_test": 5, "box_detections_per_img": 2}
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
+    model = models.get_model(name, **options).eval()
+    if name in DETECTORS and "ssd" not in name:
+        model.transform.min_size, model.transform.max_size = (96,), 96
+    return model
+
+
+def prepared(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    """Build a model and the arguments of its forward; what looks at no values is without data."""
+    if name in DETECTORS:
+        return build(name, num_classes=3), ([torch.rand(3, 96, 96)],)
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):  # a RegNet computes its widths with tensors
+        model = build(name).to("meta")
+    kind = models.get_model_builder(name).__module__
+    if "raft" in name:
+        return model, (torch.empty(1, 3, 128, 128, device="meta"),) * 2
+    size = 299 if "inception" in name else 224
+    return model, (torch.empty(1, 3, *((16,) if ".video" in kind else ()), size, size, device="meta"),)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_counts(name: str) -> None:
+    model, inputs = prepared(name)
+    assert Counts.of(assert_provers_agree(model, *inputs)) == FAST[name]
+
+
+def test_optical_flow() -> None:
+    """RAFT's small member has no BatchNorm with running statistics; its large one has some among InstanceNorms."""
+    assert not norms(prepared("raft_small")[0])
+    model, _ = prepared("raft_large")
+    assert Counts.of(find_conv_bn_pairs(model)) == Counts(15, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*models.list_models()} - FAST.keys()))
+def test_provers_agree_on_all_of_torchvision(name: str) -> None:
+    model, inputs = prepared(name)
+    if norms(model):  # or else there is nothing to record
+        assert_provers_agree(model, *inputs, untraced=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("densenet121", (2, 3, 64, 64)),
+        ("maxvit_t", (1, 3, 224, 224)),
+        ("mobilenet_v3_small", (2, 3, 64, 64)),
+        ("regnet_y_400mf", (2, 3, 64, 64)),
+        ("shufflenet_v2_x0_5", (2, 3, 64, 64)),
+        ("deeplabv3_mobilenet_v3_large", (2, 3, 64, 64)),
+        ("fcn_resnet50", (1, 3, 64, 64)),
+        ("lraspp_mobilenet_v3_large", (2, 3, 64, 64)),
+        ("r2plus1d_18", (1, 3, 4, 32, 32)),
+    ],
+)
+def test_folded_equals_eval(name: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    assert_folded_equals_eval(randomized(build(name)), images(*shape))
+
+
+def test_folded_equals_eval_in_optical_flow() -> None:
+    torch.manual_seed(0)
+    model = randomized(build("raft_large"))
+    assert_folded_equals_eval(
+        model, images(1, 3, 128, 128), images(1, 3, 128, 128, seed=2), kwargs={"num_flow_updates": 1}
+    )

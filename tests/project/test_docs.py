@@ -1,0 +1,210 @@
+"""The README and the docs say what is so: their code runs, their tables agree with code and committed counts."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+from unittest import mock
+
+import coverage_table
+import deploy_table
+import figures
+import memory_table
+import overhead_table
+import pytest
+import test_loggers
+import test_other_callbacks
+import test_precision
+import torch
+import torchvision
+from helpers import several_processes
+from helpers.runs import LIGHTNING_SAYS
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from lightning_convbn import measure_memory
+from lightning_convbn.layers import activations, layers
+from lightning_convbn.pairs import reasons
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# A block of Python, with the comment in front of it that names another test which runs it.
+PYTHON = re.compile(r"(?:<!-- run by (\S+) -->\n+)?^ *```py.*?\n(.*?)```", re.DOTALL | re.MULTILINE)
+BLOCKS = [
+    pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
+    for page in PAGES
+    for number, (elsewhere, block) in enumerate(PYTHON.findall(page.read_text()))
+    if not elsewhere
+]
+
+pytestmark = LIGHTNING_SAYS
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_code_block_runs(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    tables = (layers.CONV_LAYERS, layers.NORM_LAYERS, activations.ACTIVATION_LAYERS)
+    with mock.patch.dict(tables[0]), mock.patch.dict(tables[1]), mock.patch.dict(tables[2]):
+        exec(compile(block, "docs", "exec"), types.ModuleType("docs").__dict__)
+
+
+def test_blocks_run_elsewhere_are_read_there() -> None:
+    marked = {
+        (page.name, test)
+        for page in PAGES
+        for test, _ in PYTHON.findall(page.read_text())
+        if test and page.name in (ROOT / test).read_text()
+    }
+    assert marked == {("cli.md", "tests/trainer/test_cli.py"), ("export.md", "tests/project/test_docs.py")}
+
+
+def test_exported_files_load_as_the_docs_say_where_the_package_can_not_be_imported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page = (ROOT / "docs" / "export.md").read_text()
+    exports = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    loads = re.findall(r"```python title=.*?\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(exports, "docs", "exec"), namespace := {})
+    with torch.no_grad():
+        expected = namespace["model"].eval()(torch.ones(5, 3, 64, 64))
+    torch.save(expected, "expected")
+    checks = [
+        "images[:] = 1; (output,) = session.run(None, {session.get_inputs()[0].name: images})",
+        "output = model(torch.ones(5, 3, 64, 64))",
+        "output = model(torch.ones(5, 3, 64, 64))",
+    ]
+    compared = (
+        "import torch\n"
+        "found, expected = torch.as_tensor(output).detach(), torch.load('expected')\n"
+        "torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)"
+    )
+    blocked = "import sys; sys.modules['lightning_convbn'] = None"
+    script = [line for load, check in zip(loads, checks, strict=True) for line in (load, check, compared)]
+    command = [sys.executable, "-c", "\n".join([blocked, *script])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize(
+    ("row", "table"),
+    [
+        ("convolutions", layers.CONV_LAYERS),
+        ("BatchNorms", layers.NORM_LAYERS),
+        ("activations recomputed", activations.ACTIVATION_LAYERS),
+    ],
+)
+def test_readme_names_the_table_of_supported_layers(row: str, table: dict[type | str, object]) -> None:
+    (claim,) = re.findall(rf"^\| {row} \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    supported = {key.rpartition(".")[2] if isinstance(key, str) else key.__name__ for key in table}
+    assert set(re.findall(r"`(\w+)`", claim)) == supported
+
+
+def test_every_reason_is_in_the_troubleshooting_table() -> None:
+    documented = re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    for name, reason in vars(reasons).items():
+        if name.isupper():
+            assert re.sub(r"`?\{.*?\}`?", "…", reason) in documented, name
+
+
+def test_memory_tables_come_from_the_committed_counts() -> None:
+    rows = json.loads((ROOT / "docs" / "benchmarks" / "memory.json").read_text())["rows"]
+    for page, mark in memory_table.MARKS.items():
+        assert memory_table.with_table(page.read_text(), mark, rows) == page.read_text()
+    assert memory_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "memory.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["memory", "modes"])
+def test_pictures_are_what_the_script_draws(name: str, tmp_path: Path) -> None:
+    """By their texts, which matplotlib notes beside the outlines; those differ from release to release."""
+    rows = json.loads((ROOT / "docs" / "benchmarks" / "memory.json").read_text())["rows"]
+    drawn = tmp_path / "drawn.svg"
+    if name == "memory":
+        figures.draw_memory(rows, drawn)
+    else:
+        figures.draw_modes(drawn)
+    texts = [re.findall("<!-- (.*?) -->", file.read_text()) for file in (drawn, figures.FOLDER / f"{name}.svg")]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 15
+
+
+def test_what_is_kept_with_frozen_parameters_is_what_the_table_of_choices_says() -> None:
+    def kept(model: nn.Module, images: torch.Tensor) -> tuple[int, int]:
+        eval_use, tune_use = (measure_memory(model, images, mode=mode) for mode in ("eval", "tune"))
+        return eval_use.saved_bytes, tune_use.saved_bytes
+
+    images = torch.randn(2, 3, 32, 32)
+    resnet = torchvision.models.resnet18().eval()
+    trained = kept(resnet, images)
+    for module in resnet.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
+    assert kept(resnet, images)[0] == pytest.approx(trained[0], rel=0.01)
+    assert kept(resnet, images)[1] < 0.6 * trained[0]
+    frozen = kept(torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d).eval(), images)
+    assert frozen[0] == pytest.approx(frozen[1], rel=0.05)
+    pair = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval().requires_grad_(False)
+    output = 2 * 8 * 30 * 30 * 4
+    eval_bytes, tune_bytes = kept(pair, images.requires_grad_())
+    assert eval_bytes - tune_bytes >= output
+    assert tune_bytes < 0.01 * output
+
+
+def test_deploy_table_comes_from_the_committed_times() -> None:
+    rows = json.loads((ROOT / "docs" / "benchmarks" / "deploy.json").read_text())["rows"]
+    assert deploy_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "deploy.md").read_text()
+    assert all(row["onnx_nodes"]["deploy"] <= row["onnx_nodes"]["eval"] for row in rows)
+
+
+def test_overhead_table_comes_from_the_committed_times_and_is_within_the_noise() -> None:
+    rows = json.loads((ROOT / "docs" / "benchmarks" / "overhead.json").read_text())["rows"]
+    assert overhead_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "overhead.md").read_text()
+    assert all(0.99 <= row["ratio"] <= 1.01 for row in rows)
+
+
+def test_coverage_table_comes_from_the_committed_counts() -> None:
+    rows = json.loads((ROOT / "docs" / "benchmarks" / "coverage.json").read_text())["rows"]
+    assert coverage_table.as_markdown(rows) == (ROOT / "docs" / "coverage.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["timm:efficientnet_b0", "timm:repvgg_a0", "torchvision:retinanet_resnet50_fpn"])
+def test_committed_coverage_is_still_so(name: str) -> None:
+    rows = json.loads((ROOT / "docs" / "benchmarks" / "coverage.json").read_text())["rows"]
+    assert coverage_table.count(name) == next(row for row in rows if row["model"] == name)
+
+
+def test_lightning_matrix_and_tests_are_in_step() -> None:
+    """Every row that works names a test that exists; whatever those tests run over has a row; refusals are quoted."""
+    page = (ROOT / "docs" / "lightning.md").read_text()
+    rows = [row.strip("| ").split(" | ") for row in re.findall(r"^\| .* \|$", page, re.MULTILINE)]
+    rows = [row for row in rows if row[1] != "state"]
+    sources = "".join(path.read_text() for path in (ROOT / "lightning_convbn").glob("*.py"))
+    said = re.sub(r'"\s*\n\s*f?"', "", sources)
+    named = set()
+    for feature, state, test in rows:
+        assert state.startswith(("works", "refused: `", "not tested here", "that pair is frozen")), feature
+        if state.startswith("refused"):
+            assert state.split("`")[1] in said, feature
+        if not state.startswith("not tested"):
+            file, _, rest = test.strip("`").partition("::")
+            function, _, parameter = rest.partition("[")
+            assert (ROOT / "tests" / file).exists(), test
+            assert not function or f"def {function}(" in (ROOT / "tests" / file).read_text(), test
+            named.add((function, parameter.rstrip("]")))
+    for function, parameters in (
+        ("test_the_loss_curve_in_several_processes_is_evals", {*several_processes.RUNS} - {"ddp", "deceptive"}),
+        ("test_the_error_of_tune_is_evals", {getattr(one, "values", [one])[0] for one in test_precision.PRECISIONS}),
+        ("test_a_run_with_another_callback_is_evals", {*test_other_callbacks.OTHERS}),
+        ("test_every_key_arrives_once", {*test_loggers.LOGGERS, "+".join(test_loggers.LOGGERS)}),
+    ):
+        assert {parameter for name, parameter in named if name == function} == parameters

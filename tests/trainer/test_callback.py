@@ -1,0 +1,724 @@
+"""What the callback does in runs that go well: modes in force, frozen statistics, targets, verification, logging."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch
+import pytest
+import pytorch_lightning
+import torch
+from helpers.runs import (
+    BATCHES_PER_EPOCH,
+    LIGHTNING_SAYS,
+    Backbone,
+    BoringModule,
+    BoringSteps,
+    PrintedLines,
+    Snapshot,
+    conv_bn,
+    csv_metrics,
+    differing,
+    half_in_eval,
+    make_trainer,
+    pretend_trained,
+    quick,
+    state_of,
+    statistics_of,
+    with_fresh_norm,
+)
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+
+from lightning_convbn import ConvBNModeCallback
+
+pytestmark = LIGHTNING_SAYS
+
+KEYS = {f"convbn/activations_{name}" for name in ("eval_mib", "tune_mib", "saved_mib", "saved_percent")}
+
+
+# ------------------------------------------------------------------------------------------------ modes in force
+
+
+@pytest.mark.parametrize("eval_mode", ["eval", "tune", "deploy"])
+@pytest.mark.parametrize("mode", ["train", "eval", "tune"])
+def test_every_stage_runs_in_its_mode_and_gives_back_the_plain_module(mode: Any, eval_mode: Any) -> None:
+    """Validation, test and predict before the fit, test after it, and the fit itself with its sanity check."""
+    module = half_in_eval()
+    before = Snapshot.of(module)
+    trainer = make_trainer(quick(mode, eval_mode=eval_mode), max_epochs=2, num_sanity_val_steps=1)
+    for stage in ("validate", "test", "predict", "fit", "test"):
+        module.forget()
+        getattr(trainer, stage)(module)
+        expected = {stage: [eval_mode]}
+        if stage == "fit":
+            expected = {"sanity": [eval_mode], "fit": [mode] * 2 * BATCHES_PER_EPOCH, "validate": [eval_mode] * 2}
+        assert module.modes == expected
+        assert Snapshot.of(module) == before, f"after {stage}"
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "tune"])
+def test_predictions_without_a_fit_equal_the_plain_models(mode: Any) -> None:
+    """In Deploy mode, from the running statistics."""
+    plain, module = (make_trainer(*given).predict(BoringModule())[0] for given in ((), [quick(mode)]))
+    assert not torch.equal(module, torch.zeros_like(module))
+    torch.testing.assert_close(module, plain)
+
+
+@pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning])
+def test_runs_in_the_trainers_of_both_packages(package: Any) -> None:
+    """One class of callback for ``lightning`` and ``pytorch_lightning``."""
+
+    class Module(BoringSteps, package.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.build()
+
+    module = Module()
+    before = Snapshot.of(module)
+    bar = type("Lines", (PrintedLines, package.callbacks.ProgressBar), {})()
+    trainer = make_trainer(quick(), bar, trainer_class=package.Trainer, num_sanity_val_steps=1)
+    trainer.fit(module)
+    trainer.test(module)
+    assert module.modes["fit"] == ["tune"] * BATCHES_PER_EPOCH
+    assert module.modes["sanity"] == module.modes["validate"] == module.modes["test"] == ["deploy"]
+    assert "verified: Tune equals Eval" in bar.text
+    assert Snapshot.of(module) == before
+
+
+# ------------------------------------------------------------------------------------------------ frozen for good
+
+
+class CallsTrain(BoringModule):
+    """Switches itself to train state, as many a recipe does."""
+
+    def on_train_epoch_start(self) -> None:
+        """The line that un-freezes a BatchNorm frozen by ``.eval()``."""
+        self.train()
+
+
+@pytest.mark.parametrize("mode", ["eval", "tune"])
+def test_statistics_stay_bit_identical_whatever_train_is_called(mode: Any) -> None:
+    """Paired and unpaired BatchNorms alike, while the weights do move."""
+    module = CallsTrain()
+    statistics, state = statistics_of(module), state_of(module)
+    make_trainer(quick(mode), max_epochs=2).fit(module)
+    assert differing(statistics_of(module), statistics) == []
+    assert set(differing(state_of(module), state)) == {name for name, _ in module.named_parameters()}
+
+
+def test_validation_in_the_middle_of_an_epoch_leaves_training_as_it_was() -> None:
+    """Lightning puts flags back past any ``.train()``; with a learning rate of 0 every epoch has the same losses."""
+    module = BoringModule()
+    module.learning_rate = 0.0
+    make_trainer(quick(), max_epochs=2, val_check_interval=1).fit(module)
+    first, second = module.losses["fit"][:BATCHES_PER_EPOCH], module.losses["fit"][BATCHES_PER_EPOCH:]
+    assert first == second
+    assert module.modes["fit"] == ["tune"] * 2 * BATCHES_PER_EPOCH
+    assert module.modes["validate"] == ["deploy"] * 2 * BATCHES_PER_EPOCH
+
+
+def test_validation_sees_the_weights_of_the_moment() -> None:
+    """A fold that is kept from one validation to the next would repeat the first loss."""
+    tune, plain = BoringModule(), BoringModule()
+    make_trainer(quick(), max_epochs=3, precision="64-true").fit(tune)
+    make_trainer(quick("eval", eval_mode="eval"), max_epochs=3, precision="64-true").fit(plain)
+    assert len(set(tune.losses["validate"])) == 3
+    assert tune.losses["validate"] == pytest.approx(plain.losses["validate"], rel=1e-9)
+
+
+class Branching(nn.Module):
+    """Has an auxiliary output in train state, so that its pair may be folded in eval state only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = conv_bn(3, 8)
+        self.conv = nn.Conv2d(8, 8, 1)
+        self.bn = nn.BatchNorm2d(8)
+        pretend_trained(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """In train state the convolution's output is read twice."""
+        maps = self.conv(self.first(images))
+        features = self.bn(maps)
+        return (features + maps if self.training else features).mean((2, 3))
+
+
+@pytest.mark.parametrize("val_check_interval", [1, 1.0])
+@pytest.mark.parametrize("in_eval_before", [False, True], ids=["train_before", "eval_before"])
+def test_what_is_folded_follows_the_state_that_the_module_is_in(
+    val_check_interval: float, in_eval_before: bool
+) -> None:
+    """Training folds what is proven for train state, also after a validation that came in the middle of an epoch."""
+    losses = {}
+    for mode in ("eval", "tune"):
+        module = CallsTrain(Branching)
+        module.train(not in_eval_before)
+        callback = quick(mode, verify=False)
+        make_trainer(callback, precision="64-true", val_check_interval=val_check_interval, max_epochs=2).fit(module)
+        losses[mode] = module.losses
+    assert losses["tune"]["fit"] == pytest.approx(losses["eval"]["fit"], rel=1e-9)
+    assert losses["tune"]["validate"] == pytest.approx(losses["eval"]["validate"], rel=1e-9)
+
+
+# -------------------------------------------------------------------------------- start_epoch, freeze_untrained
+
+
+class KeepsStatistics(BoringModule):
+    """Remembers the running statistics at the start of every epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        """Remember."""
+        self.at_start = [*getattr(self, "at_start", []), statistics_of(self)]
+
+
+@pytest.mark.parametrize("mode", ["eval", "tune"])
+def test_before_start_epoch_batchnorm_is_ordinary_and_then_frozen(mode: Any) -> None:
+    """Epochs 0 and 1 in Train mode, 2 and 3 frozen at what these have left."""
+    module = KeepsStatistics()
+    before = Snapshot.of(module)
+    lines = PrintedLines()
+    make_trainer(quick(mode, start_epoch=2), lines, max_epochs=4).fit(module)
+    assert module.modes["fit"] == ["train"] * 2 * BATCHES_PER_EPOCH + [mode] * 2 * BATCHES_PER_EPOCH
+    assert module.modes["validate"] == ["deploy"] * 4
+    zero, one, two, three = module.at_start
+    assert set(differing(zero, one)) == set(differing(one, two)) == set(zero)
+    assert differing(two, three) == differing(three, statistics_of(module)) == []
+    assert lines.text.count("folded") == 1
+    assert Snapshot.of(module) == before
+
+
+def test_an_untrained_batchnorm_stays_in_train_mode_with_a_warning() -> None:
+    """Its statistics move, those of the others don't; validation uses its running statistics, folded."""
+    module = with_fresh_norm()
+    before, statistics = Snapshot.of(module), statistics_of(module)
+    lines = PrintedLines()
+    with pytest.warns(
+        UserWarning, match=r"1 BatchNorm\(s\) of `backbone` stay in Train mode: `middle.1` was never trained"
+    ):
+        make_trainer(quick(), lines, max_epochs=2).fit(module)
+    moved = {f"backbone.middle.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert set(differing(statistics_of(module), statistics)) == moved
+    assert module.backbone.middle[1].num_batches_tracked == 2 * BATCHES_PER_EPOCH
+    assert "left alone     1" in lines.text
+    assert module.modes["validate"] == ["deploy"] * 2
+    loss = module.losses["validate"][-1]
+    module.forget()
+    make_trainer().validate(module)
+    assert module.losses["validate"] == [pytest.approx(loss, rel=1e-5)]
+    assert Snapshot.of(module) == before
+
+
+@pytest.mark.filterwarnings(r"ignore:ConvBN. 1 BatchNorm.s. of `backbone` stay in Train mode")
+def test_looking_at_the_first_batch_does_not_move_the_statistics_in_train_mode() -> None:
+    """The number of batches tracked included, which is what a BatchNorm without momentum averages by."""
+    module, expected = with_fresh_norm(), with_fresh_norm()
+    make_trainer(ConvBNModeCallback()).fit(module)
+    make_trainer(ConvBNModeCallback(verify=False, log_memory=False)).fit(expected)
+    assert differing(state_of(module), state_of(expected)) == []
+
+
+def test_freeze_untrained_freezes_it_too(recwarn: pytest.WarningsRecorder) -> None:
+    """And says nothing."""
+    module = with_fresh_norm()
+    statistics = statistics_of(module)
+    make_trainer(quick(freeze_untrained=True)).fit(module)
+    assert differing(statistics_of(module), statistics) == []
+    assert not [warning for warning in recwarn if "never trained" in str(warning.message)]
+
+
+# ---------------------------------------------------------------------------------------------------------- target
+
+
+def norms(module: nn.Module, *, converted: bool = False) -> set[str]:
+    """Name the BatchNorms of a model, or those of them that are not plain."""
+    return {
+        name
+        for name, child in module.named_modules()
+        if isinstance(child, nn.BatchNorm2d) and not (converted and type(child) is nn.BatchNorm2d)
+    }
+
+
+class Parts(BoringSteps, LightningModule):
+    """Two parts with BatchNorms in a network that is not called ``backbone``."""
+
+    def __init__(self, *, calls_network: bool = False) -> None:
+        super().__init__()
+        self.network = nn.Sequential()
+        self.network.add_module("neck", conv_bn(3, 3))
+        self.network.add_module("encoder", Backbone())
+        self.head = nn.Linear(8, 4)
+        self.calls_network = calls_network
+        pretend_trained(self)
+        self.forget()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Predict."""
+        return self.head(self.network(images))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Go by forward, or call the network directly, as many do."""
+        self.converted = norms(self, converted=True)
+        if self.calls_network:
+            return (self.head(self.network(batch[0])) - batch[1]).square().mean()
+        return self.step("fit", batch)
+
+
+class OwnNorm(BoringSteps, LightningModule):
+    """A convolution and a BatchNorm that are its own attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+        self.after = conv_bn(4, 4)
+        pretend_trained(self)
+        self.forget()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Predict."""
+        return self.after(self.bn(self.conv(images))).mean((2, 3))
+
+
+@pytest.mark.parametrize("calls_network", [False, True], ids=["by_forward", "called_directly"])
+def test_without_a_target_every_child_with_a_batchnorm_is_converted(calls_network: bool) -> None:
+    """It is verified and counted, whether the LightningModule's forward is called or not."""
+    module = Parts(calls_network=calls_network)
+    before = Snapshot.of(module)
+    lines = PrintedLines()
+    make_trainer(ConvBNModeCallback(), lines).fit(module)
+    assert module.converted == norms(module)
+    assert "ConvBN: `network` trains in Tune mode and is evaluated in Deploy mode" in lines.text
+    assert "folded         4 of 5 BatchNorms" in lines.text
+    assert "verified: Tune equals Eval" in lines.text
+    assert re.search(r"kept for backward: Eval 0\.\d{3} MiB, Tune 0\.\d{3} MiB, ", lines.text)
+    assert Snapshot.of(module) == before
+
+
+def test_without_a_target_a_backbone_alone_is_converted() -> None:
+    """A BatchNorm elsewhere is left as it is."""
+    module = BoringModule()
+    module.head = nn.Sequential(module.head, nn.BatchNorm1d(4))
+    lines = PrintedLines()
+    make_trainer(quick(), lines).fit(module)
+    assert "ConvBN: `backbone` trains in Tune mode" in lines.text
+    assert module.head[1].num_batches_tracked == BATCHES_PER_EPOCH
+
+
+def test_a_batchnorm_of_the_lightningmodule_itself_is_converted() -> None:
+    """Then the whole LightningModule is the target."""
+    module = OwnNorm()
+    before, statistics = Snapshot.of(module), statistics_of(module)
+    lines = PrintedLines()
+    make_trainer(quick(), lines).fit(module)
+    assert module.modes["fit"] == ["tune"] * BATCHES_PER_EPOCH
+    assert "ConvBN: the whole module trains in Tune mode" in lines.text
+    assert "folded         2 of 2 BatchNorms" in lines.text
+    assert "verified: Tune equals Eval" in lines.text
+    assert differing(statistics_of(module), statistics) == []
+    assert Snapshot.of(module) == before
+
+
+@pytest.mark.parametrize(
+    ("target", "prefixes"),
+    [
+        ("network", ["network."]),
+        ("network.encoder", ["network.encoder."]),
+        (["network.neck"], ["network.neck."]),
+        (("network.neck", "network.encoder.stem"), ["network.neck.", "network.encoder.stem."]),
+    ],
+)
+def test_a_target_names_what_is_converted(target: Any, prefixes: list[str]) -> None:
+    """One path or several, at any depth; each is verified and reported."""
+    module = Parts()
+    before = Snapshot.of(module)
+    lines = PrintedLines()
+    make_trainer(ConvBNModeCallback(target=target), lines).fit(module)
+    assert module.converted == {name for name in norms(module) if name.startswith(tuple(prefixes))}
+    for prefix in prefixes:
+        assert f"ConvBN: `{prefix[:-1]}` trains in Tune mode" in lines.text
+    assert lines.text.count("verified: Tune equals Eval") == len(prefixes)
+    assert Snapshot.of(module) == before
+
+
+class SkipsFirstEpoch(BoringModule):
+    """Trains from its second epoch on."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Lightning's way to skip the rest of an epoch."""
+        return -1 if self.current_epoch == 0 else None
+
+
+def test_the_first_batch_is_one_that_is_trained_on() -> None:
+    """An epoch that is skipped has none."""
+    module, lines = SkipsFirstEpoch(), PrintedLines()
+    make_trainer(ConvBNModeCallback(), lines, max_epochs=2).fit(module)
+    assert module.modes == {"fit": ["tune"] * BATCHES_PER_EPOCH, "validate": ["deploy"]}
+    assert lines.text.count("verified: Tune equals Eval") == 1
+    assert "% saved" in lines.text
+
+
+def test_a_target_that_training_does_not_use_is_reported_so() -> None:
+    """At the end of the first batch, with the others' numbers."""
+    module, lines = Parts(), PrintedLines()
+    module.spare = conv_bn(3, 3)
+    pretend_trained(module)
+    make_trainer(quick(target=["network", "spare"]), lines).fit(module)
+    used, spare = lines.text.split("ConvBN: `spare`")
+    assert "verified: Tune equals Eval" in used
+    assert "neither verified nor counted: the first batch did not pass through its forward" in spare
+    assert module.converted == norms(module)
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("network.nek", r"target='network.nek': Parts has no such module; its attributes are 'network', 'head'"),
+        ("head", r"target='head': Linear has no BatchNorm; name the part that has, or leave ConvBNModeCallback out"),
+        (["network", "network.neck"], r"target=\['network', 'network.neck'\]: 'network.neck' lies within 'network'"),
+        (["network.neck", "network"], r"'network.neck' lies within 'network'; name one of them"),
+        (["network", "network"], r"'network' lies within 'network'"),
+    ],
+)
+def test_a_target_that_does_not_fit_is_refused(stage: str, target: Any, message: str) -> None:
+    """With the module as it was."""
+    module = Parts()
+    before, state = Snapshot.of(module), state_of(module)
+    trainer = make_trainer(quick(target=target))
+    with pytest.raises(ValueError, match=message):
+        getattr(trainer, stage)(module)
+    assert Snapshot.of(module) == before
+    assert differing(state_of(module), state) == []
+
+
+def test_parts_of_a_like_name_do_not_overlap() -> None:
+    """``last`` is no part of ``lastly``."""
+    module = BoringModule()
+    module.backbone.lastly = conv_bn(3, 3)
+    pretend_trained(module)
+    make_trainer(quick(target=["backbone.last", "backbone.lastly"])).fit(module)
+    assert module.modes["fit"] == ["tune"] * BATCHES_PER_EPOCH
+
+
+def test_a_module_without_a_batchnorm_is_refused() -> None:
+    """Where no target is named, the message says None."""
+    module = BoringModule(lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 8)))
+    with pytest.raises(ValueError, match="target='backbone': Sequential has no BatchNorm"):
+        make_trainer(ConvBNModeCallback()).fit(module)
+    module = Parts()
+    module.network = nn.Sequential(nn.Flatten(), nn.Linear(192, 8))
+    with pytest.raises(ValueError, match="target=None: Parts has no BatchNorm"):
+        make_trainer(ConvBNModeCallback()).fit(module)
+
+
+# ------------------------------------------------------------------------------------------------- other arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "deploy"}, r"mode must be one of 'train', 'eval', 'tune'; got 'deploy'\. .*unstable .*: use 'tune'"),
+        ({"mode": "tuned"}, r"mode must be one of 'train', 'eval', 'tune'; got 'tuned'\.$"),
+        ({"mode": None}, r"mode must be one of 'train', 'eval', 'tune'; got None"),
+        ({"eval_mode": "train"}, r"eval_mode must be one of 'eval', 'tune', 'deploy'; got 'train'"),
+        ({"eval_mode": "Deploy"}, r"eval_mode must be one of 'eval', 'tune', 'deploy'; got 'Deploy'"),
+        ({"start_epoch": -1}, r"start_epoch must be an epoch, 0 or later; got -1"),
+        ({"start_epoch": 1.0}, r"start_epoch must be an epoch, 0 or later; got 1\.0"),
+        ({"start_epoch": True}, r"start_epoch must be an epoch, 0 or later; got True"),
+        (
+            {"mode": "train", "recompute_activations": True},
+            r"recompute_activations=True needs the mode to be 'eval' or 'tune'; got 'train'",
+        ),
+        (
+            {"export_path": "x.tflite"},
+            r"export_path='x\.tflite': the suffix must be one of \.onnx, \.pt2, \.pt, \.safet",
+        ),
+        ({"target": ""}, r"target must be one or more attribute paths such as 'backbone'; got ''"),
+        ({"target": []}, r"target must be one or more attribute paths such as 'backbone'; got \[\]"),
+        ({"target": ["backbone", ""]}, r"target must be one or more attribute paths .*; got \['backbone', ''\]"),
+        ({"target": ["backbone", 3]}, r"target must be one or more attribute paths .*; got \['backbone', 3\]"),
+        ({"target": 3}, r"target must be one or more attribute paths such as 'backbone'; got 3"),
+    ],
+    ids=str,
+)
+def test_an_argument_that_cannot_be_used_is_refused(arguments: dict[str, Any], message: str) -> None:
+    """By name and value, with what to do instead."""
+    with pytest.raises(ValueError, match=message):
+        ConvBNModeCallback(**arguments)
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_two_callbacks_are_refused(stage: str) -> None:
+    """They would convert each other's work."""
+    module = BoringModule()
+    before = Snapshot.of(module)
+    trainer = make_trainer(quick(), quick("eval", target="backbone.last"))
+    with pytest.raises(ValueError, match=r"callbacks: ConvBNModeCallback is given 2 times; give one, with target=\["):
+        getattr(trainer, stage)(module)
+    assert Snapshot.of(module) == before
+
+
+class AveragingOfMyOwn(StochasticWeightAveraging):
+    """A subclass is refused as well."""
+
+
+@pytest.mark.parametrize(
+    ("package", "averaging"),
+    [
+        (lightning.pytorch, StochasticWeightAveraging),
+        (lightning.pytorch, AveragingOfMyOwn),
+        (pytorch_lightning, pytorch_lightning.callbacks.StochasticWeightAveraging),
+    ],
+)
+def test_stochastic_weight_averaging_is_refused(package: Any, averaging: Any) -> None:
+    """It empties the running statistics and waits for Train mode to fill them."""
+
+    class Module(BoringSteps, package.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.build()
+
+    module = Module()
+    before, state = Snapshot.of(module), state_of(module)
+    trainer = make_trainer(averaging(swa_lrs=0.1), quick(), trainer_class=package.Trainer)
+    with pytest.raises(ValueError, match="callbacks: StochasticWeightAveraging resets .* use WeightAveraging"):
+        trainer.fit(module)
+    assert Snapshot.of(module) == before
+    assert differing(state_of(module), state) == []
+
+
+# ---------------------------------------------------------------------------------------------------- verification
+
+
+class Deceptive(nn.Module):
+    """What ``torch.fx`` sees is a convolution and its BatchNorm; given tensors, it uses the convolution twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+        self.bn = nn.BatchNorm2d(8)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """A proxy is no tensor."""
+        maps = self.conv(maps)
+        return self.bn(maps) + maps if isinstance(maps, Tensor) else self.bn(maps)
+
+
+class DeceptiveBackbone(Backbone):
+    """Has one pair more, which must not be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Sequential(conv_bn(8, 8), Deceptive())
+        pretend_trained(self)
+
+
+def deceived(mode: Any = "tune", **arguments: Any) -> tuple[BoringModule, str]:
+    """Train the deceptive module; return it and the table."""
+    module, lines = BoringModule(DeceptiveBackbone), PrintedLines()
+    make_trainer(quick(mode, **arguments), lines, precision="64-true", max_epochs=2).fit(module)
+    return module, lines.text
+
+
+def test_verification_catches_a_pair_that_is_wrong_on_real_data() -> None:
+    """At the first batch, before it does harm; that pair alone goes back to Eval."""
+    with pytest.warns(UserWarning, match=r"`backbone.last.1.bn` goes back to Eval mode: folded, it changed") as warned:
+        module, table = deceived()
+    assert len([warning for warning in warned if "goes back to Eval" in str(warning.message)]) == 1
+    assert "folded         3 of 5 BatchNorms" in table
+    assert "verified: Tune differs from Eval" in table
+    expected, _ = deceived("eval", eval_mode="eval")
+    assert module.losses["fit"] == pytest.approx(expected.losses["fit"], rel=1e-9)
+    assert module.losses["validate"] == pytest.approx(expected.losses["validate"], rel=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("eval_mode", ["tune", "deploy"])
+def test_what_only_validation_folds_is_verified_too(mode: Any, eval_mode: Any) -> None:
+    """A wrong pair does as much harm there."""
+    with pytest.warns(UserWarning, match=r"`backbone.last.1.bn` goes back to Eval mode: folded, it changed"):
+        module, _ = deceived(mode, eval_mode=eval_mode)
+    expected, _ = deceived(mode, eval_mode="eval")
+    assert module.losses["validate"] == pytest.approx(expected.losses["validate"], rel=1e-9)
+
+
+def test_without_verification_nobody_looks(recwarn: pytest.WarningsRecorder) -> None:
+    """Which shows that it was the verification that caught the pair."""
+    module, table = deceived(verify=False)
+    assert not [warning for warning in recwarn if "goes back to Eval" in str(warning.message)]
+    assert "verified" not in table
+    assert "folded         4 of 5 BatchNorms" in table
+    expected, _ = deceived("eval", eval_mode="eval")
+    assert module.losses["fit"] != pytest.approx(expected.losses["fit"], rel=1e-2)
+
+
+def test_dropout_does_not_fool_the_verification(recwarn: pytest.WarningsRecorder) -> None:
+    """Both passes draw the same random numbers."""
+    lines = PrintedLines()
+    make_trainer(quick(), lines).fit(BoringModule(lambda: Backbone(dropout=0.5)))
+    assert "verified: Tune equals Eval" in lines.text
+    assert not [warning for warning in recwarn if "goes back to Eval" in str(warning.message)]
+
+
+def losses_of(*callbacks: Any, dropout: float = 0.0, precision: Any = "32-true", epochs: int = 2) -> list[float]:
+    """Train on shuffled batches from one and the same seed."""
+    lightning.pytorch.seed_everything(3, verbose=False)
+    module = BoringModule(lambda: Backbone(dropout))
+    module.shuffle = True
+    make_trainer(*callbacks, precision=precision, max_epochs=epochs).fit(module)
+    return module.losses["fit"]
+
+
+def test_verification_and_count_leave_the_random_numbers_alone() -> None:
+    """With dropout and shuffling the losses are the same bit for bit, whatever is looked at on the way."""
+    expected = losses_of(ConvBNModeCallback(verify=False, log_memory=False), dropout=0.5)
+    for looks in ({"log_memory": False}, {"verify": False}, {}):
+        assert losses_of(ConvBNModeCallback(**looks), dropout=0.5) == expected
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_loss_curve_of_tune_is_evals(dropout: float) -> None:
+    """In float64, over 12 steps with momentum."""
+    tune, frozen = (losses_of(quick(mode), dropout=dropout, precision="64-true", epochs=4) for mode in ("tune", "eval"))
+    assert len(tune) == 4 * BATCHES_PER_EPOCH
+    assert len(set(tune)) == len(tune)
+    assert tune == pytest.approx(frozen, rel=1e-9)
+
+
+def test_train_mode_is_the_run_without_the_callback() -> None:
+    """Bit for bit."""
+    assert losses_of(quick("train"), dropout=0.5) == losses_of(dropout=0.5)
+
+
+# --------------------------------------------------------------------------------------------------------- logging
+
+
+@pytest.mark.parametrize("mode", ["tune", "eval"])
+@pytest.mark.parametrize("start_epoch", [0, 1])
+def test_each_metric_is_logged_once(tmp_path: Path, mode: Any, start_epoch: int) -> None:
+    """With numbers that fit together."""
+    logger = CSVLogger(tmp_path)
+    trainer = make_trainer(
+        ConvBNModeCallback(mode, start_epoch=start_epoch), max_epochs=3, num_sanity_val_steps=1, logger=logger
+    )
+    trainer.fit(BoringModule())
+    ours = {key: values for key, values in csv_metrics(logger).items() if key.startswith("convbn")}
+    assert ours.keys() == KEYS
+    assert {len(values) for values in ours.values()} == {1}
+    before, after, saved, percent = (
+        ours[f"convbn/activations_{name}"][0] for name in ("eval_mib", "tune_mib", "saved_mib", "saved_percent")
+    )
+    # In Eval mode the three pairs keep at least their convolutions' outputs: 2 images, 8 channels, 8 x 8, 4 bytes.
+    assert 0 < after < before - 3 * 2 * 8 * 8 * 8 * 4 / 2**20 * 0.9
+    assert saved == pytest.approx(before - after, rel=1e-5)
+    assert percent == pytest.approx(100 * saved / before, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [({"log_memory": False}, {}), ({}, {"fast_dev_run": True}), ({"mode": "train", "log_memory": False}, {})],
+    ids=str,
+)
+def test_nothing_is_logged_when_it_should_not_be(
+    tmp_path: Path, arguments: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Under ``fast_dev_run`` Lightning's loggers are dummies, and nothing of ours lands anywhere."""
+    logger = CSVLogger(tmp_path)
+    make_trainer(ConvBNModeCallback(**arguments), logger=logger, **options).fit(BoringModule())
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and "convbn" in file.read_text()]
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_evaluation_logs_nothing_of_ours(tmp_path: Path, stage: str) -> None:
+    """There is no backward pass to keep anything for."""
+    logger = CSVLogger(tmp_path)
+    getattr(make_trainer(ConvBNModeCallback(), logger=logger), stage)(BoringModule())
+    logger.save()
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and "convbn" in file.read_text()]
+
+
+def test_a_count_needs_no_logger() -> None:
+    """The table has it."""
+    lines = PrintedLines()
+    make_trainer(ConvBNModeCallback(), lines, logger=False).fit(BoringModule())
+    assert "kept for backward: Eval" in lines.text
+
+
+class KeepsGradients(BoringModule):
+    """Keeps the gradients of the first step."""
+
+    first: dict[str, Tensor] | None = None
+
+    def on_after_backward(self) -> None:
+        """Copy them."""
+        if self.first is None:
+            assert all(parameter.grad is not None for parameter in self.parameters())
+            self.first = {name: parameter.grad.clone() for name, parameter in self.named_parameters()}
+
+
+def test_mixed_precision_survives_the_looks_at_the_first_batch() -> None:
+    """A weight that autocast's cache had cast without gradients would get none in the first step."""
+    quiet, module, lines = KeepsGradients(), KeepsGradients(), PrintedLines()
+    make_trainer(ConvBNModeCallback(verify=False, log_memory=False), precision="bf16-mixed").fit(quiet)
+    make_trainer(ConvBNModeCallback(), lines, precision="bf16-mixed").fit(module)
+    assert "verified: Tune equals Eval" in lines.text
+    assert "% saved" in lines.text
+    assert module.first is not None
+    assert quiet.first is not None
+    assert all(gradient.abs().sum() > 0 for gradient in module.first.values())
+    assert differing(module.first, quiet.first) == []
+    assert module.losses == quiet.losses
+
+
+def lines_of_table(**arguments: Any) -> list[str]:
+    """Train and return the table."""
+    lines = PrintedLines()
+    make_trainer(ConvBNModeCallback(**arguments), lines).fit(BoringModule())
+    return lines.text.splitlines()
+
+
+def test_the_table_counts_and_groups_the_reasons() -> None:
+    """Printed once, through the progress bar."""
+    heading, folded, frozen, reason, left, kept, verified, counted = lines_of_table()
+    assert heading == "ConvBN: `backbone` trains in Tune mode and is evaluated in Deploy mode"
+    assert folded == "  folded         3 of 4 BatchNorms"
+    assert frozen == "  frozen         1"
+    assert re.fullmatch(r" +1 × its input comes from .+ \(ReLU\), not from a convolution: lone", reason)
+    assert left == "  left alone     0"
+    assert re.fullmatch(r"  kept for backward: Eval 0\.\d{3} MiB, Tune 0\.\d{3} MiB, \d\d\.\d % saved", kept)
+    assert kept.endswith(" % saved")
+    assert verified.startswith("  verified: Tune equals Eval, relative deviation ")
+    assert counted == "  counted on an input of 2 × 3 × 8 × 8"
+
+
+def test_the_table_leaves_out_what_was_not_asked_for() -> None:
+    """Neither a verification nor a count."""
+    text = "\n".join(lines_of_table(verify=False, log_memory=False))
+    assert "folded         3 of 4" in text
+    assert "verified" not in text
+    assert "kept" not in text
+    assert "counted" not in text
+
+
+@pytest.mark.parametrize("enable_progress_bar", [False, True])
+def test_the_table_is_seen_with_and_without_a_progress_bar(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, enable_progress_bar: bool
+) -> None:
+    """On the console, or as information in Lightning's log."""
+    logger = logging.getLogger("lightning.fabric")
+    logger.addHandler(caplog.handler)
+    try:
+        make_trainer(quick(), enable_progress_bar=enable_progress_bar).fit(BoringModule())
+    finally:
+        logger.removeHandler(caplog.handler)
+    console = capfd.readouterr()
+    seen = console.out + console.err if enable_progress_bar else caplog.text
+    assert "ConvBN: `backbone` trains in Tune mode" in seen
+    assert "folded         3 of 4 BatchNorms" in seen
+    assert "(ReLU), not from a convolution: lone" in seen

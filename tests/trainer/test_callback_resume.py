@@ -1,0 +1,142 @@
+"""Checkpoints are those of the plain model, and a resumed run ends where an uninterrupted one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.runs import (
+    BATCHES_PER_EPOCH,
+    LIGHTNING_SAYS,
+    TRUSTED,
+    BoringModule,
+    ResumableLoader,
+    Snapshot,
+    differing,
+    images_and_targets,
+    make_trainer,
+    quick,
+    state_of,
+    with_fresh_norm,
+)
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+pytestmark = [
+    *LIGHTNING_SAYS,
+    pytest.mark.filterwarnings(r"ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings(r"ignore:Be aware that when using `ckpt_path`"),
+]
+
+
+def train(module: BoringModule, folder: Path, epochs: int, *callbacks: Any, resume: Path | None = None) -> None:
+    """Train, with a checkpoint after every epoch: ``epoch=0.ckpt``, ``epoch=1.ckpt`` and so on."""
+    saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    trainer = make_trainer(*callbacks, saving, max_epochs=epochs, enable_checkpointing=True)
+    trainer.fit(module, ckpt_path=resume, **TRUSTED)
+
+
+def checkpoint_of(path: Path) -> dict[str, Any]:
+    """Read a checkpoint."""
+    return torch.load(path, weights_only=False)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "tune"])
+def test_a_checkpoint_is_that_of_the_plain_model(tmp_path: Path, mode: Any) -> None:
+    """The same keys, and exactly the tensors that the module had when it was saved."""
+    module = BoringModule()
+    train(module, tmp_path, 2, quick(mode))
+    state = checkpoint_of(tmp_path / "epoch=1.ckpt")["state_dict"]
+    plain = BoringModule()
+    assert list(state) == list(plain.state_dict())
+    plain.load_state_dict(state, strict=True)
+    assert differing(state_of(plain), state_of(module)) == []
+    read = BoringModule.load_from_checkpoint(tmp_path / "epoch=1.ckpt", **TRUSTED)
+    assert differing(state_of(read), state_of(module)) == []
+
+
+def test_a_checkpoint_that_is_saved_while_folded_is_plain_too(tmp_path: Path) -> None:
+    """In validation the module is in Deploy mode."""
+
+    class SavesInValidation(BoringModule):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            self.trainer.save_checkpoint(tmp_path / "folded.ckpt")
+
+    module = SavesInValidation()
+    make_trainer(quick()).fit(module)
+    assert module.modes["validate"] == ["deploy"]
+    plain = BoringModule()
+    plain.load_state_dict(checkpoint_of(tmp_path / "folded.ckpt")["state_dict"], strict=True)
+    assert differing(state_of(plain), state_of(module)) == []
+
+
+def test_a_run_without_the_callback_is_resumed_with_it_and_the_other_way_round(tmp_path: Path) -> None:
+    """Epoch 0 without, epoch 1 with, epoch 2 without."""
+    modes = []
+    for epoch, callbacks in enumerate(([], [quick()], [])):
+        module = BoringModule()
+        before = Snapshot.of(module)
+        train(module, tmp_path, epoch + 1, *callbacks, resume=tmp_path / f"epoch={epoch - 1}.ckpt" if epoch else None)
+        modes.append(set(module.modes["fit"]))
+        assert Snapshot.of(module) == before
+        assert len(module.modes["fit"]) == BATCHES_PER_EPOCH
+    assert modes == [{"train"}, {"tune"}, {"train"}]
+
+
+@pytest.mark.parametrize(("start_epoch", "interrupted_at"), [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1)])
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    tmp_path: Path, start_epoch: int, interrupted_at: int
+) -> None:
+    """Bit for bit, before, at and after the epoch that switches to Tune mode."""
+    straight = BoringModule()
+    train(straight, tmp_path / "straight", 3, quick(start_epoch=start_epoch))
+
+    train(BoringModule(), tmp_path, interrupted_at, quick(start_epoch=start_epoch))
+    resumed = BoringModule()
+    checkpoint = tmp_path / f"epoch={interrupted_at - 1}.ckpt"
+    train(resumed, tmp_path, 3, quick(start_epoch=start_epoch), resume=checkpoint)
+    assert resumed.modes["fit"] == straight.modes["fit"][interrupted_at * BATCHES_PER_EPOCH :]
+    assert resumed.losses["fit"] == straight.losses["fit"][interrupted_at * BATCHES_PER_EPOCH :]
+    assert resumed.losses["validate"] == straight.losses["validate"][interrupted_at:]
+    assert differing(state_of(resumed), state_of(straight)) == []
+
+
+@pytest.mark.filterwarnings("ignore:ConvBN. 1 BatchNorm.s. of `backbone` stay in Train mode")
+def test_an_untrained_batchnorm_is_still_known_when_the_run_is_resumed(tmp_path: Path) -> None:
+    """By then its statistics have moved, and it must go on as it began."""
+    straight = with_fresh_norm()
+    train(straight, tmp_path / "straight", 2, quick())
+
+    train(with_fresh_norm(), tmp_path, 1, quick())
+    resumed = with_fresh_norm()
+    train(resumed, tmp_path, 2, quick(), resume=tmp_path / "epoch=0.ckpt")
+    assert resumed.losses["fit"] == straight.losses["fit"][BATCHES_PER_EPOCH:]
+    assert differing(state_of(resumed), state_of(straight)) == []
+
+
+class ResumableModule(BoringModule):
+    """The tiny module, on a data loader that can be resumed."""
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Give the same batches."""
+        return ResumableLoader(images_and_targets().dataset, batch_size=2)
+
+
+@pytest.mark.parametrize("callbacks", [[], [quick]], ids=["without", "with"])
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_run_is_resumed_in_the_middle_of_an_epoch(tmp_path: Path, steps: int, callbacks: list[Any]) -> None:
+    """In the second case in the second epoch; without the callback it shows what Lightning itself can do."""
+    straight = ResumableModule()
+    saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    make_trainer(*(make() for make in callbacks), saving, max_epochs=3, enable_checkpointing=True).fit(straight)
+
+    resumed = ResumableModule()
+    trainer = make_trainer(*(make() for make in callbacks), max_epochs=3)
+    trainer.fit(resumed, ckpt_path=tmp_path / f"step={steps}.ckpt", **TRUSTED)
+    assert trainer.global_step == 3 * BATCHES_PER_EPOCH
+    assert resumed.losses["fit"] == straight.losses["fit"][steps:]
+    assert resumed.modes["fit"] == straight.modes["fit"][steps:]
+    assert differing(state_of(resumed), state_of(straight)) == []

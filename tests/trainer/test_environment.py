@@ -1,0 +1,256 @@
+"""The callback by the variable LIGHTNING_CONVBN: when it comes, when it stays away, and what it costs."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch
+import pytest
+import pytorch_lightning
+from helpers.runs import (
+    BATCHES_PER_EPOCH,
+    LIGHTNING_SAYS,
+    BoringModule,
+    BoringSteps,
+    Snapshot,
+    make_trainer,
+    quick,
+    with_fresh_norm,
+)
+from helpers.scripts import type_in
+from lightning.pytorch.callbacks import BatchSizeFinder
+from torch import nn
+
+from lightning_convbn import ConvBNModeCallback
+from lightning_convbn.environment import MODES, ConvBNFromEnvironment
+
+pytestmark = [*LIGHTNING_SAYS, pytest.mark.usefixtures("installed")]
+
+
+def ours(trainer: Any) -> list[Any]:
+    return [cb for cb in trainer.callbacks if isinstance(cb, (ConvBNModeCallback, ConvBNFromEnvironment))]
+
+
+class Subclass(ConvBNModeCallback):
+    """A user's own."""
+
+
+class Given(BoringModule):
+    """A module that brings its callback."""
+
+    def configure_callbacks(self) -> list[Any]:
+        return [quick("eval")]
+
+
+class WithoutNorm(BoringModule):
+    """A module for which the callback, given by hand, is an error."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+
+
+# ----------------------------------------------------------------------------------------------- when it comes
+
+
+@pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning])
+@pytest.mark.parametrize("mode", MODES)
+def test_variable_sets_the_mode(mode: str, package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Module(BoringSteps, package.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.build()
+
+    monkeypatch.setenv("LIGHTNING_CONVBN", mode)
+    module = Module()
+    before = Snapshot.of(module)
+    trainer = make_trainer(trainer_class=package.Trainer, num_sanity_val_steps=1)
+    trainer.fit(module)
+    assert module.modes == {"sanity": ["deploy"], "fit": [mode] * BATCHES_PER_EPOCH, "validate": ["deploy"]}
+    trainer.test(module)
+    assert module.modes["test"] == ["deploy"]
+    assert Snapshot.of(module) == before
+    assert len(ours(trainer)) == 1
+
+
+@pytest.mark.parametrize("value", [None, "", "off", "0", " False"])
+def test_without_a_mode_nothing_comes(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if value is None:
+        monkeypatch.delenv("LIGHTNING_CONVBN", raising=False)
+    else:
+        monkeypatch.setenv("LIGHTNING_CONVBN", value)
+    assert ours(make_trainer()) == []
+
+
+def test_a_wrong_value_is_an_error_that_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_CONVBN", "Deploy")
+    message = (
+        "LIGHTNING_CONVBN='deploy': there is no such mode; set the environment variable to one of 'tune', 'eval', "
+        "'train', or to 'off' to leave ConvBNModeCallback out"
+    )
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        make_trainer()
+
+
+def test_every_trainer_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_CONVBN", "tune")
+    first, second = make_trainer(), make_trainer()
+    for trainer in (first, second, first):
+        module = BoringModule()
+        trainer.fit_loop.epoch_progress.reset()
+        trainer.fit(module)
+        assert module.modes["fit"] == ["tune"] * BATCHES_PER_EPOCH
+    assert ours(first) != ours(second)
+
+
+def test_layers_built_in_configure_model_are_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not there yet when the callback is put in."""
+
+    class Late(BoringModule):
+        def __init__(self) -> None:
+            super().__init__(nn.Identity)
+
+        def configure_model(self) -> None:
+            if isinstance(self.backbone, nn.Identity):
+                self.build()
+
+    monkeypatch.setenv("LIGHTNING_CONVBN", "tune")
+    module = Late()
+    make_trainer().fit(module)
+    assert module.modes["fit"] == ["tune"] * BATCHES_PER_EPOCH
+
+
+def test_finder_tries_what_training_runs_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finder takes other callbacks away while it tries, and runs before most of them."""
+    monkeypatch.setenv("LIGHTNING_CONVBN", "tune")
+    module = BoringModule()
+    module.batch_size = 2  # type: ignore[assignment]
+    make_trainer(BatchSizeFinder(max_trials=1, steps_per_trial=1)).fit(module)
+    assert set(module.modes["fit"]) == {"tune"}
+    assert len(module.modes["fit"]) > BATCHES_PER_EPOCH
+
+
+def test_checkpoint_goes_with_a_callback_given_by_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the run decided, here that a BatchNorm stays in Train mode, holds when it is resumed the other way."""
+    monkeypatch.setenv("LIGHTNING_CONVBN", "tune")
+    trainer = make_trainer(default_root_dir=tmp_path)
+    with pytest.warns(UserWarning, match=r"1 BatchNorm\(s\) of `backbone` stay in Train mode: `middle.1`"):
+        trainer.fit(with_fresh_norm())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    monkeypatch.delenv("LIGHTNING_CONVBN")
+    callback = quick()
+    resumed = with_fresh_norm()
+    with pytest.warns(UserWarning, match=r"1 BatchNorm\(s\) of `backbone` stay in Train mode: `middle.1`"):
+        make_trainer(callback, max_epochs=2).fit(resumed, ckpt_path=tmp_path / "run.ckpt")
+    assert resumed.backbone.middle[1].num_batches_tracked == 2 * BATCHES_PER_EPOCH
+
+
+def test_stand_in_can_be_pickled() -> None:
+    """As ``ddp_spawn`` does with a Trainer before its run."""
+    copy = pickle.loads(pickle.dumps(ConvBNFromEnvironment("eval")))
+    assert copy.callback.mode == "eval"
+
+
+# ------------------------------------------------------------------------------------------- when it stays away
+
+
+@pytest.mark.parametrize("own", [quick("eval"), Subclass("eval", log_memory=False)], ids=["same class", "subclass"])
+def test_never_beside_a_callback_given_by_code(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_CONVBN", "tune")
+    module, trainer = BoringModule(), make_trainer(own)
+    trainer.fit(module)
+    assert module.modes["fit"] == ["eval"] * BATCHES_PER_EPOCH
+    assert ours(trainer) == [own]
+
+
+@pytest.mark.parametrize("first", [[], [BoringModule]], ids=["at once", "after it was used"])
+def test_never_beside_a_callback_that_the_module_brings(first: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_CONVBN", "tune")
+    trainer = make_trainer()
+    for make in first:
+        trainer.validate(make())
+    module = Given()
+    trainer.fit(module)
+    assert module.modes["fit"] == ["eval"] * BATCHES_PER_EPOCH
+    assert [callback.mode for callback in ours(trainer)] == ["eval"]
+
+
+@pytest.mark.parametrize("stage", ["fit", "test", "predict"])
+def test_a_model_without_norm_runs_with_one_warning(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_CONVBN", "tune")
+    module, trainer = WithoutNorm(), make_trainer(num_sanity_val_steps=1)
+    with pytest.warns(UserWarning, match="LIGHTNING_CONVBN=tune has no effect: .* has no BatchNorm") as warned:
+        getattr(trainer, stage)(module)
+    assert sum("LIGHTNING_CONVBN" in str(warning.message) for warning in warned) == 1
+    assert set(module.modes) >= {stage}
+    assert ours(trainer) == []
+
+
+# ------------------------------------------------------------------------------------------------ what it costs
+
+TRAIN = """\
+import sys
+import time
+from importlib.metadata import entry_points
+
+from lightning.pytorch import Trainer
+from helpers.plain_module import Module
+
+(entry_point,) = entry_points(group="lightning.pytorch.callbacks_factory", name="lightning_convbn")
+start = time.perf_counter()
+entry_point.load()()
+seconds = time.perf_counter() - start
+trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+trainer.fit(Module())
+print(f"{seconds=:.4f}")
+print("imported", sorted(name for name in sys.modules if "lightning_convbn" in name))
+"""
+
+
+def test_without_the_variable_nothing_of_the_package_is_imported(installed: Path) -> None:
+    printed = type_in(installed, TRAIN)
+    assert "imported ['lightning_convbn', 'lightning_convbn.entry_point']\n" in printed
+    (seconds,) = re.findall(r"seconds=(\S+)", printed)
+    assert float(seconds) < 0.05
+    assert "ConvBN" not in printed
+
+
+def test_with_the_variable_a_script_fine_tunes_in_tune_mode(installed: Path) -> None:
+    printed = type_in(installed, TRAIN, LIGHTNING_CONVBN="tune")
+    assert "ConvBN: `backbone` trains in Tune mode and is evaluated in Deploy mode" in printed
+
+
+DISTRIBUTED = """\
+import sys
+
+from lightning.pytorch import Trainer
+from helpers.plain_module import Module
+
+if __name__ == "__main__":
+    module = Module()
+    trainer = Trainer(
+        strategy=sys.argv[1], devices=2, accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False
+    )
+    trainer.fit(module)
+    print("mean", module.backbone[1].running_mean.tolist(), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "reports"), [("ddp", 2), ("ddp_spawn", 1)])
+def test_processes_that_lightning_starts_inherit_the_variable(strategy: str, reports: int, installed: Path) -> None:
+    """Every rank keeps the statistics: in Train mode they would move. Only `ddp` runs the whole script in each."""
+    printed = type_in(installed, DISTRIBUTED, strategy, LIGHTNING_CONVBN="tune")
+    assert printed.count("`backbone` trains in Tune mode") == 1
+    assert printed.count("[1.0, 1.0, 1.0, 1.0]") == reports
+
+
+def test_what_is_packed_holds_the_modules_of_the_entry_points(project: dict[str, Any]) -> None:
+    packed = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    for group in project["project"]["entry-points"].values():
+        for reference in group.values():
+            package, _, module = reference.partition(":")[0].rpartition(".")
+            assert package in packed
+            assert (Path(__file__).resolve().parents[2] / package / f"{module}.py").exists()

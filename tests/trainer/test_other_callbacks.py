@@ -1,0 +1,229 @@
+"""Other callbacks beside ours: the run with each of them in Tune mode is the run with it in Eval mode."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.runs import (
+    BATCHES_PER_EPOCH,
+    LIGHTNING_SAYS,
+    TRUSTED,
+    BoringModule,
+    PrintedLines,
+    Snapshot,
+    differing,
+    images_and_targets,
+    make_trainer,
+    quick,
+    state_of,
+)
+from lightning.pytorch import callbacks
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_convbn import ConvBNModeCallback, measure_memory
+
+pytestmark = [
+    *LIGHTNING_SAYS,
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings(r"ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings(r"ignore:.*fit\(ckpt_path="),
+]
+
+EPOCHS = 3
+
+
+class Filtering(BoringModule):
+    """Its optimizer starts with what is not frozen."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        wanted = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.SGD(wanted, lr=self.learning_rate, momentum=0.9)
+
+
+def pruned() -> Any:
+    """Prune two of the folded convolutions."""
+    layers = [("stem", 0), ("middle", 0)]
+
+    class Prunes(callbacks.ModelPruning):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            self._parameters_to_prune = [
+                (pl_module.get_submodule(f"backbone.{part}.{index}"), "weight") for part, index in layers
+            ]
+            super().setup(trainer, pl_module, stage)
+
+    return Prunes("l1_unstructured", amount=0.3, parameter_names=["weight"])
+
+
+def scheduled() -> Any:
+    """The FinetuningScheduler of PyPI's finetuning-scheduler, with the schedule that it makes by itself."""
+    package = importlib.import_module("finetuning_scheduler")
+    stopping, saving = package.FTSEarlyStopping("loss", patience=1), package.FTSCheckpoint(monitor="loss")
+    return [package.FinetuningScheduler(max_depth=1), stopping, saving]
+
+
+OTHERS: dict[str, Callable[[], Any]] = {
+    "BackboneFinetuning": lambda: callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1),
+    "EarlyStopping": lambda: callbacks.EarlyStopping("loss", patience=10),
+    "FinetuningScheduler": scheduled,
+    "GradientAccumulationScheduler": lambda: callbacks.GradientAccumulationScheduler({0: 1, 1: 2}),
+    "LearningRateMonitor": lambda: callbacks.LearningRateMonitor(),
+    "ModelCheckpoint": lambda: callbacks.ModelCheckpoint(monitor="loss", save_last=True),
+    "ModelPruning": pruned,
+    "OnExceptionCheckpoint": lambda: callbacks.OnExceptionCheckpoint("."),
+    "RichModelSummary": lambda: callbacks.RichModelSummary(),
+    "RichProgressBar": lambda: callbacks.RichProgressBar(),
+    "Timer": lambda: callbacks.Timer(duration={"hours": 1}),
+    "TQDMProgressBar": lambda: callbacks.TQDMProgressBar(),
+    "WeightAveraging": lambda: callbacks.WeightAveraging(),
+    "EMAWeightAveraging": lambda: callbacks.EMAWeightAveraging(decay=0.5),
+}
+ONLY_FLOAT32 = {"ModelPruning"}  # the pruned weights are no parameters, and Lightning leaves them in float32
+SINCE_2_6 = {"WeightAveraging", "EMAWeightAveraging"}
+
+
+def fit(mode: Any, name: str, ours_first: bool, folder: Path) -> tuple[Filtering, Any]:
+    """Train for some epochs with another callback."""
+    module = Filtering()
+    ours, others = quick(mode, eval_mode="eval" if mode == "eval" else "deploy"), OTHERS[name]()
+    others = others if isinstance(others, list) else [others]
+    trainer = make_trainer(
+        *([ours, *others] if ours_first else [*others, ours]),
+        max_epochs=EPOCHS,
+        precision="32-true" if name in ONLY_FLOAT32 else "64-true",
+        default_root_dir=folder,
+        enable_checkpointing=True,
+        enable_model_summary="Summary" in name,
+        enable_progress_bar="ProgressBar" in name,
+        logger=name == "LearningRateMonitor" and importlib.import_module("lightning.pytorch.loggers").CSVLogger(folder),
+    )
+    trainer.fit(module)
+    return module, trainer
+
+
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_run_with_another_callback_is_evals(
+    name: str, ours_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses in training and validation, and the weights; whichever of the two callbacks is given first."""
+    if name in SINCE_2_6 and not hasattr(callbacks, name):
+        pytest.skip(f"{name} is new in Lightning 2.6")
+    monkeypatch.chdir(tmp_path)
+    frozen, _ = fit("eval", name, ours_first, tmp_path / "eval")
+    plain = Snapshot.of(Filtering().double())
+    tuned, _ = fit("tune", name, ours_first, tmp_path / "tune")
+    assert set(tuned.modes["fit"]) == {"tune"}
+    assert set(tuned.modes["validate"]) == {"deploy"}
+    assert len(tuned.losses["fit"]) >= EPOCHS * BATCHES_PER_EPOCH
+    tolerance = 1e-4 if name in ONLY_FLOAT32 else 1e-9
+    for stage in ("fit", "validate"):
+        assert tuned.losses[stage] == pytest.approx(frozen.losses[stage], rel=tolerance)
+    torch.testing.assert_close(state_of(tuned), state_of(frozen), rtol=tolerance, atol=tolerance)
+    after = Snapshot.of(tuned)
+    assert (after.classes, after.keys) == (plain.classes, plain.keys) or name == "ModelPruning"
+
+
+@pytest.mark.parametrize("bar", [callbacks.RichProgressBar, callbacks.TQDMProgressBar])
+def test_progress_bars_show_the_table(bar: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Above the bar."""
+    make_trainer(ConvBNModeCallback(), bar(), enable_progress_bar=True).fit(BoringModule())
+    assert "3 of 4 BatchNorms" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------------- batch size
+
+
+class Limited(BoringModule):
+    """Runs out of memory, as a GPU would, where a batch keeps more bytes for the backward pass than there are."""
+
+    batch_size = 1
+    limit = 0
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(images_and_targets(batches=32).dataset, batch_size=self.batch_size)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        kept = measure_memory(self.backbone, batch[0], mode=self.modes["fit"][-1]).saved_bytes
+        if kept > self.limit:
+            raise RuntimeError("CUDA out of memory.")
+        return loss
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+@pytest.mark.parametrize("search", ["power", "binsearch"])
+def test_the_finder_reaches_a_larger_batch_in_tune_mode(tmp_path: Path, search: Any) -> None:
+    """Under one limit in bytes, which 12 images reach in Eval mode."""
+    images = torch.zeros(12, 3, 8, 8)
+    limit = measure_memory(BoringModule().backbone, images, mode="eval").saved_bytes
+    found = {}
+    for mode in ("eval", "tune"):
+        module = Limited()
+        module.limit = limit
+        finder = callbacks.BatchSizeFinder(search, steps_per_trial=1, max_trials=6)
+        options = {"default_root_dir": tmp_path, "limit_train_batches": 1, "limit_val_batches": 0}
+        make_trainer(quick(mode, verify=False), finder, **options).fit(module)
+        found[mode] = module.batch_size
+        kept = measure_memory(module.backbone, torch.zeros(found[mode], 3, 8, 8), mode=mode).saved_bytes
+        assert kept <= limit
+    assert found["tune"] > found["eval"]
+    assert found["eval"] in {"power": [8], "binsearch": [11, 12]}[search]  # the search of Lightning 2.6 stops one short
+
+
+# --------------------------------------------------------------------------------------------- after an exception
+
+
+class Breaks(BoringModule):
+    """Fails when the second epoch starts."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            raise RuntimeError("a disk is unplugged")
+
+
+def test_a_checkpoint_after_an_exception_is_plain_and_the_run_goes_on_from_it(tmp_path: Path) -> None:
+    """With the weights of that moment, and as it goes on in Eval mode."""
+    losses = []
+    for mode in ("eval", "tune"):
+        broken, resumed = Breaks(), Filtering()
+        saving = callbacks.OnExceptionCheckpoint(tmp_path / mode)
+        options = {"max_epochs": EPOCHS, "precision": "64-true"}
+        with pytest.raises(RuntimeError, match="a disk is unplugged"):
+            make_trainer(quick(mode), saving, enable_checkpointing=True, **options).fit(broken)
+        path = tmp_path / mode / "on_exception.ckpt"
+        assert differing(torch.load(path, weights_only=False)["state_dict"], state_of(broken)) == []
+        make_trainer(quick(mode), **options).fit(resumed, ckpt_path=path, **TRUSTED)
+        assert set(resumed.modes["fit"]) == {mode}
+        losses.append(resumed.losses["fit"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9)
+
+
+# -------------------------------------------------------------------------------------------------- hooks of users
+
+
+def test_hooks_on_folded_layers_are_named_once() -> None:
+    """They are called, but with what is normalised already; hooks elsewhere see what they always did."""
+    module = BoringModule()
+    called = []
+    for name in ("backbone.stem.0", "backbone.middle.1", "backbone.lone"):
+        module.get_submodule(name).register_forward_hook(lambda *args, name=name: called.append(name))
+    with pytest.warns(UserWarning, match="see values that are normalised already") as caught:
+        make_trainer(quick(), max_epochs=2).fit(module)
+    (message,) = [str(warning.message) for warning in caught if "hooks" in str(warning.message)]
+    assert "the hooks on `backbone.stem.0`, `backbone.middle.1` see" in message
+    assert set(called) == {"backbone.stem.0", "backbone.middle.1", "backbone.lone"}
+
+
+def test_hooks_are_not_worth_a_word_where_nothing_is_folded(recwarn: pytest.WarningsRecorder) -> None:
+    """In Eval mode a convolution puts out what it always did."""
+    module = BoringModule()
+    module.backbone.stem[0].register_forward_hook(lambda *args: None)
+    make_trainer(quick("eval", eval_mode="eval"), PrintedLines()).fit(module)
+    assert not [warning for warning in recwarn if "hooks" in str(warning.message)]
