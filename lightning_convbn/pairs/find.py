@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from lightning_convbn.layers import third_party  # noqa: F401 - fills the table of supported layers
 from lightning_convbn.layers.layers import (
     FROZEN,
     NORM_LAYERS,
