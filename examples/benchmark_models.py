@@ -16,7 +16,7 @@ from weights import give_statistics
 
 from lightning_convbn import ConvBNPairs, find_conv_bn_pairs, fuse_for_deploy
 from lightning_convbn.command.model_argument import load_model
-from lightning_convbn.layers.layers import is_norm
+from lightning_convbn.layers.table import is_norm
 
 DETECTOR = "fasterrcnn_resnet50"
 MODELS = [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 
-from lightning_convbn.layers.layers import is_norm
+from lightning_convbn.layers.table import is_norm
 
 WEIGHTS = MobileNet_V2_Weights.IMAGENET1K_V1
 FILE_NAME = Path(WEIGHTS.url).name  # mobilenet_v2-b0353104.pth: the digits begin the file's SHA-256

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_convbn.callback import ConvBNModeCallback
     from lightning_convbn.exporting.deploy_copy import export, fuse_for_deploy
-    from lightning_convbn.layers.layers import Mode
+    from lightning_convbn.layers.swap import Mode
     from lightning_convbn.memory import MemoryUse, measure_memory
     from lightning_convbn.modes import conv_bn_mode, get_mode, set_mode
     from lightning_convbn.pairs.find import ConvBNPair, ConvBNPairs, find_conv_bn_pairs
@@ -32,7 +32,7 @@ _HOMES = {
     "ConvBNPair": "pairs.find",
     "ConvBNPairs": "pairs.find",
     "MemoryUse": "memory",
-    "Mode": "layers.layers",
+    "Mode": "layers.swap",
     "conv_bn_mode": "modes",
     "export": "exporting.deploy_copy",
     "find_conv_bn_pairs": "pairs.find",

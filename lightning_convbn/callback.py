@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_convbn.layers.layers import Mode, is_norm
+from lightning_convbn.layers.swap import Mode
+from lightning_convbn.layers.table import is_norm
 from lightning_convbn.memory import MIB
 from lightning_convbn.modes import check_mode, check_recompute
 from lightning_convbn.pairs.reasons import UNTRAINED

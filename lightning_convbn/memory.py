@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_convbn.layers.layers import ConvBNLayer, Mode
+from lightning_convbn.layers.swap import Mode
 from lightning_convbn.modes import conv_bn_mode
 from lightning_convbn.pairs.find import ConvBNPairs
 from lightning_convbn.pairs.side_effects import state_kept
@@ -70,10 +69,10 @@ def measure_memory(
     """Count the bytes that one forward pass of a model in a mode keeps for the backward pass.
 
     Every storage that the forward allocates and that is still alive when nothing but the autograd graph is left counts
-    once; parameters and buffers don't count, nor what pairs keep from step to step (see `set_mode`); an input does if
-    the graph keeps it. This goes by the life of the storages and not by ``torch.autograd.graph.saved_tensors_hooks``,
-    which miss whatever is saved under other such hooks or held by a closure. Random state, buffers, gradients and mode
-    are as before afterwards.
+    once. Parameters and buffers don't count, nor the folds of Deploy mode, which stay from step to step. An input
+    counts if the graph keeps it. This goes by the life of the storages and not by
+    ``torch.autograd.graph.saved_tensors_hooks``, which miss whatever is saved under other such hooks or held by a
+    closure. Random state, buffers, gradients and mode are as before afterwards.
 
     With inputs from a ``torch._subclasses.FakeTensorMode`` the count is the same and nothing is computed or allocated.
 
@@ -103,8 +102,7 @@ def measure_memory(
     """
     switched = conv_bn_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
     with switched, state_kept(model, inputs, kwargs):
-        frozen = not all(parameter.requires_grad for parameter in model.parameters())
-        if mode == "deploy" or (mode == "tune" and frozen):
+        if mode == "deploy":
             with torch.no_grad():  # the folds that stay are not kept for a backward pass
                 model(*inputs, **kwargs)
         saved = saved_bytes_by_module(model, *inputs, **kwargs)
@@ -149,10 +147,6 @@ def saved_bytes_by_module(function: Callable[..., Any], *inputs: Any, **kwargs: 
 
     The modules are those of the function, if it is one itself. Only what keeps something is named.
     """
-    for module in function.modules() if isinstance(function, nn.Module) else ():
-        if isinstance(module, ConvBNLayer):
-            with unset_fake_temporarily():
-                module.warm_up()
     ledger = _StorageLedger(function)
     with torch.enable_grad(), ledger:
         # Copies, so that an input counts if and only if the graph keeps it, and not because the caller holds it.

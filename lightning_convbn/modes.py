@@ -10,16 +10,8 @@ import torch
 from torch import nn
 
 from lightning_convbn.layers.activations import activation_layer, recomputes_activations
-from lightning_convbn.layers.layers import (
-    Mode,
-    conv_layer,
-    is_norm,
-    norm_layer,
-    plain_class,
-    restore_class,
-    swap_class,
-    swap_of,
-)
+from lightning_convbn.layers.swap import Mode, plain_class, restore_class, swap_class, swap_of
+from lightning_convbn.layers.table import conv_layer, is_norm, norm_layer
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.find import ConvBNPairs, find_conv_bn_pairs, mismatch, pairs_in_force, statistics_missing
 

@@ -26,8 +26,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_convbn import ConvBNPairs, Mode, conv_bn_mode, find_conv_bn_pairs, get_mode, set_mode
-from lightning_convbn.layers.layers import ConvBNLayer, FoldedNorm
+from lightning_convbn.layers import convolutions
+from lightning_convbn.layers.convolutions import ConvBNLayer
+from lightning_convbn.layers.norms import FoldedNorm
 from lightning_convbn.modes import MODES
+from lightning_convbn.ops.fold import fold_conv_bn
 
 FROZEN: tuple[Mode, ...] = ("eval", "tune", "deploy")
 
@@ -329,30 +332,43 @@ def test_a_tensor_that_takes_another_part_is_noticed(mode: Mode) -> None:
     assert_close([output(net)], [eval_output(net)], 1e-12)
 
 
-@pytest.mark.parametrize("mode", ["deploy", "tune"])
-def test_a_frozen_model_folds_once(mode: Mode) -> None:
-    net = small_net().requires_grad_(False)
-    set_mode(net, mode)
-    output(net)
-    folds = [module._folded.value for module in net if isinstance(module, ConvBNLayer)]
-    output(net)
-    assert len(folds) == 3
-    assert all(a is b._folded.value for a, b in zip(folds, (m for m in net if isinstance(m, ConvBNLayer)), strict=True))
+def count_folds(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Note the weight of each fold that Deploy mode makes to keep it."""
+    folded: list[Tensor] = []
+
+    def counted(weight: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        folded.append(weight)
+        return fold_conv_bn(weight, *args, **kwargs)
+
+    monkeypatch.setattr(convolutions, "fold_conv_bn", counted)
+    return folded
 
 
-def test_a_weight_that_is_sharded_between_two_calls_is_folded_at_each() -> None:
-    """A kept fold would hold what FSDP frees after each forward."""
+@pytest.mark.parametrize("trainable", [False, True])
+def test_deploy_mode_folds_once_for_each_switch(trainable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    folded = count_folds(monkeypatch)
+    net = small_net().requires_grad_(trainable)
+    for switch in (1, 2):
+        set_mode(net, "deploy")
+        for _ in range(3):
+            output(net)
+        assert len(folded) == 3 * switch
+
+
+def test_a_weight_that_is_sharded_between_two_calls_is_folded_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fold that is kept would hold what FSDP frees after each forward."""
 
     class Shard(Tensor):
         pass
 
+    folded = count_folds(monkeypatch)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).requires_grad_(False)
     whole = net[0].weight
     net[0].weight = nn.Parameter(whole.data.as_subclass(Shard), requires_grad=False)
-    set_mode(net, "tune")
+    set_mode(net, "deploy")
     net[0].weight = whole
     net(torch.ones(1, 3, 5, 5))
-    assert "_folded" not in net[0].__dict__
+    assert not folded
 
 
 @pytest.mark.parametrize("mode", ["deploy", "tune"])

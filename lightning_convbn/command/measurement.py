@@ -18,7 +18,8 @@ from torch.nn.parameter import is_lazy
 
 from lightning_convbn.command.errors import CommandError, first_line
 from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
-from lightning_convbn.layers.layers import Mode, class_name, is_norm
+from lightning_convbn.layers.swap import Mode, class_name
+from lightning_convbn.layers.table import is_norm
 from lightning_convbn.memory import (
     INPUT,
     forward_and_backward,

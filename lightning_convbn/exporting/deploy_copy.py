@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_convbn.exporting.checked_file import check_model, check_path, checked_inputs, write_proven
-from lightning_convbn.layers.layers import affine_of, norm_layer
+from lightning_convbn.layers.norms import affine_of
+from lightning_convbn.layers.table import norm_layer
 from lightning_convbn.modes import set_mode
 from lightning_convbn.ops.fold import fold_conv_bn
 from lightning_convbn.pairs import reasons

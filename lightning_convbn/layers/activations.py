@@ -12,8 +12,9 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_convbn.layers.layers import plain_class, row_of
-from lightning_convbn.ops.recompute import recomputed
+from lightning_convbn.layers.swap import plain_class
+from lightning_convbn.layers.table import row_of
+from lightning_convbn.ops.recomputed import recomputed
 
 EXACT = 256  # up to it bfloat16, the coarsest dtype, has every whole number
 

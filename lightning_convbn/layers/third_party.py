@@ -1,4 +1,4 @@
-"""Convolutions and BatchNorms of other packages, recognised without importing them."""
+"""The classes for convolutions and BatchNorms of other packages, which the table names without importing them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,9 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_convbn.layers.layers import (
-    CONV_LAYERS,
-    FROZEN,
-    NORM_LAYERS,
-    ConvGeometry,
-    ConvLayer,
-    Deploy,
-    EvalNorm,
-    FoldedNorm,
-    NormLayer,
-    Tune,
-    plain_class,
-)
+from lightning_convbn.layers.convolutions import ConvGeometry, Deploy, Tune
+from lightning_convbn.layers.norms import AnyBatch, EvalNorm, FoldedNorm, Images
+from lightning_convbn.layers.swap import plain_class
 from lightning_convbn.ops.fold import ConvSpec
 
 
@@ -102,23 +92,23 @@ class FoldedNormAct(FoldedNorm):
         return activated(self, input)
 
 
-class EvalBatchNormAct2d(EvalNormAct, nn.BatchNorm2d):
+class EvalBatchNormAct2d(EvalNormAct, Images, nn.BatchNorm2d):
     """timm's ``BatchNormAct2d``, frozen."""
 
 
-class FoldedBatchNormAct2d(FoldedNormAct, nn.BatchNorm2d):
+class FoldedBatchNormAct2d(FoldedNormAct, Images, nn.BatchNorm2d):
     """timm's ``BatchNormAct2d``, folded into its convolution but for its drop and activation."""
 
 
-class EvalSyncBatchNormAct(EvalNormAct, nn.SyncBatchNorm):
+class EvalSyncBatchNormAct(EvalNormAct, Images, nn.SyncBatchNorm):
     """timm's ``SyncBatchNormAct``, frozen."""
 
 
-class FoldedSyncBatchNormAct(FoldedNormAct, nn.SyncBatchNorm):
+class FoldedSyncBatchNormAct(FoldedNormAct, Images, nn.SyncBatchNorm):
     """timm's ``SyncBatchNormAct``, folded into its convolution but for its drop and activation."""
 
 
-class FoldedFrozenBatchNorm2d(FoldedNorm):
+class FoldedFrozenBatchNorm2d(FoldedNorm, Images):
     """A ``FrozenBatchNorm2d``, folded into its convolution. Its affine map, in buffers, stays untrained."""
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -135,34 +125,9 @@ class FoldedFrozenBatchNormAct2d(FoldedNormAct, FoldedFrozenBatchNorm2d):
     """timm's ``FrozenBatchNormAct2d``, folded into its convolution but for its drop and activation."""
 
 
-class EvalBatchNormXd(EvalNorm, nn.SyncBatchNorm):
+class EvalBatchNormXd(EvalNorm, AnyBatch, nn.SyncBatchNorm):
     """Lightning's ``_BatchNormXd``, which ``sync_batchnorm=True`` leaves behind, frozen."""
 
 
-class FoldedBatchNormXd(FoldedNorm, nn.SyncBatchNorm):
+class FoldedBatchNormXd(FoldedNorm, AnyBatch, nn.SyncBatchNorm):
     """Lightning's ``_BatchNormXd``, folded into its convolution."""
-
-
-# These choose the arguments of Conv3d and change nothing else.
-CONV_LAYERS["torchvision.models.video.resnet.Conv3DSimple"] = CONV_LAYERS[nn.Conv3d]
-CONV_LAYERS["torchvision.models.video.resnet.Conv3DNoTemporal"] = CONV_LAYERS[nn.Conv3d]
-CONV_LAYERS["timm.layers.conv2d_same.Conv2dSame"] = ConvLayer(TuneConv2dSame, DeployConv2dSame)
-
-_STATIC_SAME = ConvLayer(TuneConv2dStaticSame, DeployConv2dStaticSame)
-CONV_LAYERS["efficientnet_lite_pytorch.utils.Conv2dStaticSamePadding"] = _STATIC_SAME
-CONV_LAYERS["segmentation_models_pytorch.encoders._efficientnet.Conv2dStaticSamePadding"] = _STATIC_SAME
-
-_IMAGES = frozenset({4})
-_ANY_DIMENSION = NormLayer(EvalBatchNormXd, FoldedBatchNormXd, frozenset({2, 3, 4, 5}))
-NORM_LAYERS["timm.layers.norm_act.BatchNormAct2d"] = NormLayer(
-    EvalBatchNormAct2d, FoldedBatchNormAct2d, _IMAGES, DROP_AND_ACT
-)
-NORM_LAYERS["timm.layers.norm_act.SyncBatchNormAct"] = NormLayer(
-    EvalSyncBatchNormAct, FoldedSyncBatchNormAct, _IMAGES, DROP_AND_ACT
-)
-NORM_LAYERS["timm.layers.norm_act.FrozenBatchNormAct2d"] = NormLayer(
-    None, FoldedFrozenBatchNormAct2d, _IMAGES, DROP_AND_ACT
-)
-NORM_LAYERS["lightning.pytorch.plugins.layer_sync._BatchNormXd"] = _ANY_DIMENSION
-NORM_LAYERS["pytorch_lightning.plugins.layer_sync._BatchNormXd"] = _ANY_DIMENSION
-NORM_LAYERS[FROZEN] = NormLayer(None, FoldedFrozenBatchNorm2d, _IMAGES)

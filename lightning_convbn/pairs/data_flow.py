@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_convbn.layers.layers import class_name, conv_layer, is_norm
+from lightning_convbn.layers.swap import class_name
+from lightning_convbn.layers.table import conv_layer, is_norm
 from lightning_convbn.pairs import reasons
 
 

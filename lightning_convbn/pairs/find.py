@@ -18,18 +18,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from lightning_convbn.layers import third_party  # noqa: F401 - fills the table of supported layers
-from lightning_convbn.layers.layers import (
-    FROZEN,
-    NORM_LAYERS,
-    affine_of,
-    class_name,
-    conv_layer,
-    is_norm,
-    norm_layer,
-    plain_class,
-    swap_of,
-)
+from lightning_convbn.layers.norms import affine_of
+from lightning_convbn.layers.swap import class_name, plain_class, swap_of
+from lightning_convbn.layers.table import FROZEN, NORM_LAYERS, conv_layer, is_norm, norm_layer
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.data_flow import DataFlow
 from lightning_convbn.pairs.fsdp import fsdp_unit

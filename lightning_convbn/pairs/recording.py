@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_convbn.layers.layers import class_name, is_norm
+from lightning_convbn.layers.swap import class_name
+from lightning_convbn.layers.table import is_norm
 from lightning_convbn.pairs.data_flow import DataFlow, is_leaf
 from lightning_convbn.pairs.side_effects import leaves_of, stashed, state_kept
 from lightning_convbn.pairs.tracing import METADATA

@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from lightning_convbn.layers.swap import LINKS
+
 
 @contextmanager
 def state_kept(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
@@ -109,4 +111,4 @@ def stashed(model: nn.Module) -> Iterator[tuple[str, Any]]:
                     yield name, leaf
 
 
-_OF_TORCH = {"_parameters", "_buffers", "_modules", "_swap", "_bn", "_constants", "_folded", "_trainer", "_fabric"}
+_OF_TORCH = {"_parameters", "_buffers", "_modules", "_swap", *LINKS, "_trainer", "_fabric"}

@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 
 from lightning_convbn.layers.activations import RecomputedActivation
-from lightning_convbn.layers.layers import class_name, is_norm, plain_class
+from lightning_convbn.layers.swap import class_name, plain_class
+from lightning_convbn.layers.table import is_norm
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.data_flow import DataFlow, is_leaf
 from lightning_convbn.pairs.fsdp import is_fsdp_unit

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.utils._pytree import tree_leaves
 
-from lightning_convbn.layers.layers import Mode
+from lightning_convbn.layers.swap import Mode
 from lightning_convbn.memory import as_mib, measure_memory_abstractly
 from lightning_convbn.modes import RECOMPUTING_MODES, get_mode, set_mode
 from lightning_convbn.pairs.find import (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_convbn.layers.layers import Mode
+from lightning_convbn.layers.swap import Mode
 from lightning_convbn.modes import conv_bn_mode
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.find import ConvBNPairs

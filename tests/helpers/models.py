@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from lightning_convbn.layers.layers import KEPT
+from lightning_convbn.layers.swap import LINKS
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -133,7 +133,7 @@ class Snapshot(NamedTuple):
         return cls(
             str(model),
             [type(module) for module in modules],
-            [set(module.__dict__) - {"_swap", *KEPT} for module in modules],  # `get_mode` tells of these
+            [set(module.__dict__) - {"_swap", *LINKS} for module in modules],  # `get_mode` tells of these
             [module.training for module in modules],
             [id(parameter) for parameter in model.parameters()],
             {name: tensor.clone().numpy().tobytes() for name, tensor in model.state_dict().items()},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -12,7 +14,9 @@ import torch.nn.functional as F
 from helpers.models import assert_close, gradients, images, relative
 from torch import Tensor
 
-from lightning_convbn.ops.fold import ConvSpec, conv_bn, fold_conv_bn
+from lightning_convbn.memory import count_saved_bytes
+from lightning_convbn.ops.convolution import conv_bn
+from lightning_convbn.ops.fold import ConvSpec, fold_conv_bn
 
 EPS = 1e-3
 
@@ -86,8 +90,8 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(case: str,
     assert torch.autograd.gradgradcheck(function, tuple(wanted.values()), fast_mode=True)
 
 
-def by_autograd_and_by_us(dtype: torch.dtype = torch.float64) -> list[tuple[Operands, ConvSpec]]:
-    """A pair whose backward pass is left to autograd, and the same one whose output is too small beside a scale."""
+def large_and_small(dtype: torch.dtype = torch.float64) -> list[tuple[Operands, ConvSpec]]:
+    """A pair whose input is large beside a vector of channels, and one whose output is smaller than its weight."""
     found = []
     for size in (16, 3):
         operands, spec = draw("grouped conv2d", bias=False)
@@ -100,47 +104,44 @@ def trained(operands: Operands, *names: str) -> list[Tensor]:
     return [getattr(operands, name).requires_grad_() for name in names]
 
 
-def test_what_is_left_to_autograd_is_as_right_as_what_is_not() -> None:
-    names = []
-    for operands, spec in by_autograd_and_by_us():
+def test_first_and_second_derivatives_are_those_of_plain_layers() -> None:
+    for operands, spec in large_and_small():
         wanted = trained(operands, "input", "weight", "gamma", "beta")
         output, expected = operands.of(conv_bn, spec), operands.of(plain, spec)
-        names.append(output.grad_fn.name())
         first = [torch.autograd.grad(one.tanh().sum(), wanted, create_graph=True) for one in (output, expected)]
         second = [torch.autograd.grad(sum(one.square().sum() for one in ones), wanted) for ones in first]
         assert_close([output], [expected], 1e-12)
         assert_close(*first, 1e-10)
         assert_close(*second, 1e-10)
-    assert names == ["ConvolutionBackward0", "_ConvBNBackward"]
 
 
-@pytest.mark.parametrize("frozen", ["input", "weight", "beta", None])
-def test_autograd_keeps_no_folded_weight(frozen: str | None) -> None:
-    (operands, spec), _ = by_autograd_and_by_us()
-    trained(operands, *{"input", "weight", "gamma", "beta"} - {frozen})
-    node = operands.of(conv_bn, spec).grad_fn
-    once, again = node._saved_weight, node._saved_weight
-    assert (once.data_ptr() != again.data_ptr()) == (frozen != "input")  # it is computed when it is asked for
-    assert torch.equal(once, again)
-    if frozen != "input":  # for whose gradient alone it matters what the values are
-        assert_close([once], [fold_conv_bn(*operands[1:], EPS)[0]], 1e-12)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_every_pattern_of_wanted_gradients_keeps_the_input_at_most(case: str, bias: bool) -> None:
+    """Parameters and buffers are no cost. All else that autograd would save is a recipe."""
+    for mask in product((False, True), repeat=5):
+        operands, spec = draw(case, bias=bias)
+        for tensor, wanted in zip(operands, mask, strict=False):
+            if tensor is not None:
+                tensor.requires_grad_(wanted)
+        of_input, of_weight, _, of_gamma, _ = mask
+        kept = count_saved_bytes(lambda: operands.of(conv_bn, spec))  # noqa: B023 - it is called at once
+        assert kept == 0, mask
+        kept = count_saved_bytes(lambda input: operands._replace(input=input).of(conv_bn, spec), operands.input)  # noqa: B023
+        # A pair whose weight and scale are frozen needs its input for no gradient.
+        assert kept == (operands.input.nbytes if of_weight or of_gamma else 0), mask
 
 
-@pytest.mark.parametrize("name", ["weight", "gamma"])
+@pytest.mark.parametrize("name", ["weight", "gamma", "mean", "var"])
 def test_a_write_before_the_backward_pass_is_no_silent_error(name: str) -> None:
-    """A weight is read once more, which autograd refuses; a scale is not, and the gradients are of what it was."""
-    for operands, spec in by_autograd_and_by_us():
+    """As in Eval mode, autograd refuses to go on with a parameter or a buffer that was written."""
+    for operands, spec in large_and_small():
         wanted = trained(operands, "input", "weight", "gamma", "beta")
-        expected = gradients(operands.of(conv_bn, spec), *wanted)
         output = operands.of(conv_bn, spec)
         with torch.no_grad():
             getattr(operands, name).add_(1)
-        if name == "gamma" and output.grad_fn.name() == "ConvolutionBackward0":
-            assert_close(gradients(output, *wanted), expected, 1e-12)
-        else:
-            for leaf in wanted[:2]:  # whichever gradient is asked for
-                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                    gradients(output, leaf)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradients(output, *wanted)
 
 
 class Labelled(Tensor):
@@ -149,7 +150,7 @@ class Labelled(Tensor):
 
 @pytest.mark.parametrize("name", ["input", "weight", "gamma"])
 def test_another_subclass_of_tensor_goes_through(name: str) -> None:
-    (operands, spec), _ = by_autograd_and_by_us()
+    (operands, spec), _ = large_and_small()
     labelled = operands._replace(**{name: getattr(operands, name).as_subclass(Labelled)})
     wanted, expected = (trained(one, "input", "weight", "gamma", "beta") for one in (labelled, operands))
     outputs = labelled.of(conv_bn, spec), operands.of(plain, spec)
@@ -163,7 +164,7 @@ def test_another_subclass_of_tensor_goes_through(name: str) -> None:
 
 
 def test_a_graph_that_is_kept_gives_the_same_gradients_again() -> None:
-    for operands, spec in by_autograd_and_by_us():
+    for operands, spec in large_and_small():
         wanted = trained(operands, "input", "weight", "gamma", "beta")
         loss = operands.of(conv_bn, spec).square().sum()
         once, again = (torch.autograd.grad(loss, wanted, retain_graph=True) for _ in range(2))
@@ -171,7 +172,7 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_again() -> None:
 
 
 def test_a_batch_of_gradients_at_once() -> None:
-    for operands, spec in [*by_autograd_and_by_us(), *map(draw, CASES)]:
+    for operands, spec in [*large_and_small(), *map(draw, CASES)]:
         wanted = [tensor.requires_grad_() for tensor in operands[:5] if tensor is not None]
         output, expected = operands.of(conv_bn, spec), operands.of(plain, spec)
         probes = images(3, *output.shape, seed=9, dtype=output.dtype)
@@ -179,28 +180,30 @@ def test_a_batch_of_gradients_at_once() -> None:
         assert_close(*batches, 1e-10)
 
 
-def test_beside_other_hooks_nothing_is_left_to_autograd() -> None:
-    """Activation checkpointing and `save_on_cpu` take tensors as they are saved, and no hooks beside theirs."""
-    (operands, spec), _ = by_autograd_and_by_us()
+def test_other_hooks_get_all_that_is_saved() -> None:
+    """Activation checkpointing and `save_on_cpu` take tensors as they are saved, and no recipes beside theirs."""
+    (operands, spec), _ = large_and_small()
     wanted = trained(operands, "input", "weight", "gamma", "beta")
     expected = gradients(operands.of(plain, spec), *wanted)
     with torch.autograd.graph.save_on_cpu():
         output = operands.of(conv_bn, spec)
-    assert output.grad_fn.name() == "_ConvBNBackward"
     assert_close(gradients(output, *wanted), expected, 1e-10)
     output = torch.utils.checkpoint.checkpoint(operands.of, conv_bn, spec, use_reentrant=False)
     assert_close(gradients(output, *wanted), expected, 1e-10)
+    image = operands.input.detach()
+    recompute = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
+    kept = count_saved_bytes(lambda x: recompute(operands._replace(input=x).of, conv_bn, spec), image)
+    assert kept == image.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_and_half_precision_are_left_to_autograd_too(dtype: torch.dtype) -> None:
-    (double, _), _ = by_autograd_and_by_us()
+def test_autocast_and_half_precision(dtype: torch.dtype) -> None:
+    (double, _), _ = large_and_small()
     for half in (True, False):
-        (operands, spec), _ = by_autograd_and_by_us(dtype if half else torch.float32)
+        (operands, spec), _ = large_and_small(dtype if half else torch.float32)
         wanted = trained(operands, "input", "weight", "gamma", "beta")
         with torch.autocast("cpu", dtype, enabled=not half):
             output = operands.of(conv_bn, spec)
-        assert output.grad_fn.name() == "ConvolutionBackward0"
         assert output.dtype is dtype
         found = gradients(output, *wanted)
         assert [one.dtype for one in found] == [one.dtype for one in wanted]
@@ -271,30 +274,36 @@ def test_half_precision_is_folded_in_single_precision(dtype: torch.dtype) -> Non
     assert_close(fold_conv_bn(*half, EPS), [tensor.to(dtype) for tensor in expected], 1e-6)
 
 
-def test_statistics_rewritten_with_equal_values_do_not_disturb_backward() -> None:
-    """DistributedDataParallel broadcasts buffers in place before every forward pass."""
-    operands, spec = draw("grouped conv2d")
-    assert operands.gamma is not None
-    operands.gamma.requires_grad_()
-    expected = gradients(operands.of(conv_bn, spec), operands.gamma)
-    output = operands.of(conv_bn, spec)
-    operands.mean.copy_(operands.mean.clone())
-    operands.var.copy_(operands.var.clone())
-    assert torch.equal(*gradients(output, operands.gamma), *expected)
-
-
 @pytest.mark.parametrize("changed", ["mean", "var"])
-def test_statistics_changed_between_forward_and_backward_do_not_disturb_backward(changed: str) -> None:
-    """By a pass in Train mode, or by loading weights: the gradients are those of the forward pass that was made."""
+@pytest.mark.parametrize("bias", [False, True])
+def test_in_a_distributed_run_the_backward_pass_goes_by_what_the_forward_pass_saw(
+    changed: str, bias: bool, tmp_path: Path
+) -> None:
+    """DistributedDataParallel broadcasts buffers in place before every forward pass."""
+    operands, spec = draw("grouped conv2d", bias=bias)
+    wanted = trained(operands, "input", "weight", "gamma")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        expected = gradients(operands.of(conv_bn, spec), *wanted)
+        output = operands.of(conv_bn, spec)
+        getattr(operands, changed).add_(1)
+        assert all(map(torch.equal, gradients(output, *wanted), expected))
+        after = gradients(operands.of(conv_bn, spec), *wanted)
+        assert not torch.equal(after[2], expected[2])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_write_past_autograd_is_seen_by_the_next_forward_pass() -> None:
+    """A teacher that follows through `.data`, an average of weights: nothing is cached between two forward passes."""
     operands, spec = draw("grouped conv2d")
-    assert operands.gamma is not None
-    operands.gamma.requires_grad_()
-    expected = gradients(operands.of(conv_bn, spec), operands.gamma)
-    output = operands.of(conv_bn, spec)
-    getattr(operands, changed).add_(1)
-    assert torch.equal(*gradients(output, operands.gamma), *expected)
-    (after,) = gradients(operands.of(conv_bn, spec), operands.gamma)
-    assert not torch.equal(after, *expected)
+    for tensor in operands[1:]:
+        assert tensor is not None
+        before = operands.of(conv_bn, spec)
+        tensor.data.add_(0.5)
+        assert not torch.equal(operands.of(conv_bn, spec), before)
+        assert_close([operands.of(conv_bn, spec)], [operands.of(plain, spec)], 1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # torch's own, in its jvp

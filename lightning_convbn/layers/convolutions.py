@@ -1,0 +1,259 @@
+"""The classes that a convolution is swapped to: Tune folds in every forward pass, Deploy folds once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from lightning_convbn.compat import inside_transform, version_of
+from lightning_convbn.layers.norms import affine_of, frozen_batch_norm
+from lightning_convbn.layers.swap import plain_class
+from lightning_convbn.ops.convolution import compute_dtype, conv_bn, folded_conv
+from lightning_convbn.ops.fold import ConvSpec, fold_conv_bn, layout
+
+
+class ConvBNLayer(nn.Module):
+    """Base of the convolutions that apply the BatchNorm behind them, too.
+
+    A subclass is made of `Tune` or `Deploy`, a geometry, and the plain layer, in this order.
+    """
+
+    weight: Tensor
+    bias: Any  # a parameter, or None
+    dims: int  # dimensions of a batched input; any other input runs unfolded
+    _bn: tuple[nn.Module]
+    _owns_weight: bool = False  # whether the weight is the module's own between two calls, and not sharded, say
+    _rows: bool = False  # whether BatchNorm gets the output with its first two dimensions flattened
+
+    def geometry(self, input: Tensor, output_size: Sequence[int] | None) -> tuple[Tensor, ConvSpec | None]:
+        """Return the input with explicit padding where the convolution can't pad itself, and the geometry."""
+        raise TypeError(f"{type(self).__name__} needs a geometry")
+
+    def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
+        """Run the folded pair."""
+        raise TypeError(f"{type(self).__name__} must be a Tune or a Deploy class")
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Return the normalised output of the pair."""
+        if input.dim() == self.dims:
+            return self.folded_forward(*self.geometry(input, output_size))
+        if self._rows and input.dim() == self.dims + 1:
+            rows = self.folded_forward(*self.geometry(input.flatten(0, 1), None))
+            return rows.unflatten(0, input.shape[:2])
+        arguments = () if output_size is None else (output_size,)
+        return frozen_batch_norm(self._bn[0], plain_class(self).forward(self, input, *arguments))
+
+    def operands(self) -> tuple[Any, Any, Any, Any, Any, Any, float]:
+        """What is folded: weight and bias, and the affine map of the BatchNorm with its epsilon."""
+        return self.weight, self.bias, *affine_of(self._bn[0])
+
+
+class Tune(ConvBNLayer):
+    """Folds in every forward pass; gradients reach every parameter of the pair. Nothing is cached."""
+
+    def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
+        """Fold and convolve."""
+        return conv_bn(input, *self.operands(), spec)
+
+
+class Fold(NamedTuple):
+    """A fold, and what it was made of."""
+
+    weight: Tensor
+    bias: Tensor
+    key: tuple[Any, ...]
+    sources: list[Tensor]  # held, so that no address and no id in the key is used a second time
+
+
+class Deploy(ConvBNLayer):
+    """Folds once, at the first forward pass that wants no gradient of a parameter. Others run as `Tune` does.
+
+    The fold is made anew after a write that PyTorch counts: an optimizer's step, ``load_state_dict``, a move to another
+    device. It does not notice a write through ``.data``.
+    """
+
+    _fold: Fold | None = None
+
+    def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
+        """Convolve with the fold, or as in Tune mode where gradients or a graph would miss it."""
+        operands = self.operands()
+        sources = [operand for operand in operands if isinstance(operand, Tensor)]
+        trained = torch.is_grad_enabled() and any(source.requires_grad for source in (input, *sources))
+        if trained or not self._owns_weight or _is_seen_through(input, sources):
+            self._fold = None
+            return conv_bn(input, *operands, spec)
+        dtype = compute_dtype(input, self.weight)
+        identities = [id(operand) if isinstance(operand, Tensor) else operand for operand in operands]
+        versions = [version_of(source) for source in sources]
+        key = (dtype, *identities, *versions, *(source.data_ptr() for source in sources))
+        if self._fold is None or self._fold.key != key or None in versions:
+            transposed, groups = layout(spec)
+            with torch.inference_mode(False), torch.no_grad():
+                folded = fold_conv_bn(*operands, transposed=transposed, groups=groups, dtype=dtype)
+            self._fold = Fold(*folded, key, [source.detach() for source in sources])
+        return folded_conv(input, self._fold.weight, self._fold.bias, spec)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the fold out of copies and files."""
+        return {name: value for name, value in self.__dict__.items() if name != "_fold"}
+
+
+def _is_seen_through(input: Tensor, sources: list[Tensor]) -> bool:
+    """Whether a fold must be part of the graph: compiled, traced, transformed, or on tensors without data."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or get_proxy_mode() is not None
+        or inside_transform()
+        or any(type(source) not in (Tensor, nn.Parameter) or source.is_meta for source in (input, *sources))
+    )
+
+
+class ConvGeometry(ConvBNLayer):
+    """Geometry of an ordinary convolution, all padding modes."""
+
+    def geometry(self, input: Tensor, output_size: Sequence[int] | None) -> tuple[Tensor, ConvSpec | None]:
+        """Pad where ``torch.convolution`` can't: other modes than zeros, and an uneven ``padding="same"``."""
+        conv = cast(nn.Conv2d, self)
+        sides = [(size, size) for size in conv.padding] if not isinstance(conv.padding, str) else _sides(conv)
+        padding = tuple(before for before, _ in sides)
+        if conv.padding_mode != "zeros" or any(before != after for before, after in sides):
+            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+            input = F.pad(input, [size for pair in reversed(sides) for size in pair], mode=mode)
+            padding = (0,) * len(sides)
+        return input, ConvSpec(conv.stride, padding, conv.dilation, False, (0,) * len(sides), conv.groups)
+
+
+def _sides(conv: nn.Conv2d) -> list[tuple[int, int]]:
+    """Padding before and after, for each dimension, of ``padding="valid"`` or ``"same"``."""
+    if conv.padding == "valid":
+        return [(0, 0)] * len(conv.kernel_size)
+    totals = [dilation * (size - 1) for dilation, size in zip(conv.dilation, conv.kernel_size, strict=True)]
+    return [(total // 2, total - total // 2) for total in totals]
+
+
+class ConvTransposeGeometry(ConvBNLayer):
+    """Geometry of a transposed convolution."""
+
+    def geometry(self, input: Tensor, output_size: Sequence[int] | None) -> tuple[Tensor, ConvSpec | None]:
+        """Turn ``output_size`` into the output padding.
+
+        Raises:
+            ValueError: If the convolution can't give an output of that size.
+        """
+        conv = cast(nn.ConvTranspose2d, self)
+        padding = cast("tuple[int, ...]", conv.padding)
+        extra: tuple[int, ...] = conv.output_padding
+        if output_size is not None:
+            sizes = list(output_size)[-len(conv.stride) :]
+            smallest = [
+                (size - 1) * stride - 2 * before + dilation * (kernel - 1) + 1
+                for size, stride, before, dilation, kernel in zip(
+                    input.shape[2:], conv.stride, padding, conv.dilation, conv.kernel_size, strict=True
+                )
+            ]
+            extra = tuple(size - least for size, least in zip(sizes, smallest, strict=True))
+            if not all(0 <= more < stride for more, stride in zip(extra, conv.stride, strict=True)):
+                largest = [least + stride - 1 for least, stride in zip(smallest, conv.stride, strict=True)]
+                raise ValueError(
+                    f"requested an output size of {sizes}, but valid sizes range from {smallest} to {largest} (for an "
+                    f"input of {list(input.shape[2:])})"
+                )
+        return input, ConvSpec(conv.stride, padding, conv.dilation, True, extra, conv.groups)
+
+
+class LinearGeometry(ConvBNLayer):
+    """A linear layer has none."""
+
+    def geometry(self, input: Tensor, output_size: Sequence[int] | None) -> tuple[Tensor, ConvSpec | None]:
+        """Return the input as it is."""
+        return input, None
+
+
+class TuneConv1d(Tune, ConvGeometry, nn.Conv1d):
+    """`torch.nn.Conv1d` with its BatchNorm folded on the fly."""
+
+    dims = 3
+
+
+class TuneConv2d(Tune, ConvGeometry, nn.Conv2d):
+    """`torch.nn.Conv2d` with its BatchNorm folded on the fly."""
+
+    dims = 4
+
+
+class TuneConv3d(Tune, ConvGeometry, nn.Conv3d):
+    """`torch.nn.Conv3d` with its BatchNorm folded on the fly."""
+
+    dims = 5
+
+
+class TuneConvTranspose1d(Tune, ConvTransposeGeometry, nn.ConvTranspose1d):
+    """`torch.nn.ConvTranspose1d` with its BatchNorm folded on the fly."""
+
+    dims = 3
+
+
+class TuneConvTranspose2d(Tune, ConvTransposeGeometry, nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` with its BatchNorm folded on the fly."""
+
+    dims = 4
+
+
+class TuneConvTranspose3d(Tune, ConvTransposeGeometry, nn.ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d` with its BatchNorm folded on the fly."""
+
+    dims = 5
+
+
+class TuneLinear(Tune, LinearGeometry, nn.Linear):
+    """`torch.nn.Linear` with its BatchNorm1d folded on the fly."""
+
+    dims = 2
+
+
+class DeployConv1d(Deploy, ConvGeometry, nn.Conv1d):
+    """`torch.nn.Conv1d` with its BatchNorm folded once."""
+
+    dims = 3
+
+
+class DeployConv2d(Deploy, ConvGeometry, nn.Conv2d):
+    """`torch.nn.Conv2d` with its BatchNorm folded once."""
+
+    dims = 4
+
+
+class DeployConv3d(Deploy, ConvGeometry, nn.Conv3d):
+    """`torch.nn.Conv3d` with its BatchNorm folded once."""
+
+    dims = 5
+
+
+class DeployConvTranspose1d(Deploy, ConvTransposeGeometry, nn.ConvTranspose1d):
+    """`torch.nn.ConvTranspose1d` with its BatchNorm folded once."""
+
+    dims = 3
+
+
+class DeployConvTranspose2d(Deploy, ConvTransposeGeometry, nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` with its BatchNorm folded once."""
+
+    dims = 4
+
+
+class DeployConvTranspose3d(Deploy, ConvTransposeGeometry, nn.ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d` with its BatchNorm folded once."""
+
+    dims = 5
+
+
+class DeployLinear(Deploy, LinearGeometry, nn.Linear):
+    """`torch.nn.Linear` with its BatchNorm1d folded once."""
+
+    dims = 2

@@ -1,0 +1,118 @@
+"""The classes that a BatchNorm is swapped to: frozen at its running statistics, or folded into its convolution."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_convbn.layers.swap import class_name
+
+EPSILON = 1e-5  # of a BatchNorm without the attribute: DETR's in transformers has it in its forward
+
+
+class Affine(NamedTuple):
+    """The tensors of a frozen BatchNorm, each ``(C,)``; ``weight`` and ``bias`` may be None."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
+    eps: float
+
+
+def affine_of(bn: nn.Module) -> Affine:
+    """Read the affine map of a BatchNorm with running statistics."""
+    norm: Any = bn
+    return Affine(norm.weight, norm.bias, norm.running_mean, norm.running_var, getattr(norm, "eps", EPSILON))
+
+
+def frozen_batch_norm(bn: nn.Module, input: Tensor) -> Tensor:
+    """Normalise with the running statistics, whatever the module's training flag says.
+
+    Raises:
+        ValueError: If the BatchNorm does not take inputs of so many dimensions.
+    """
+    dims = getattr(bn, "dims", None)
+    if dims is not None and input.dim() not in dims:
+        wanted = " or ".join(f"{dim}D" for dim in sorted(dims))
+        raise ValueError(f"{class_name(bn)}: expected {wanted} input (got {input.dim()}D input)")
+    weight, bias, mean, var, eps = affine_of(bn)
+    return F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
+
+
+class EvalNorm(nn.Module):
+    """A BatchNorm frozen at its running statistics for good."""
+
+    dims: frozenset[int]  # dimensions that an input may have
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise; the training flag is not read and no buffer is written."""
+        return frozen_batch_norm(self, input)
+
+
+class FoldedNorm(nn.Module):
+    """A BatchNorm whose work is done by the convolution in front of it."""
+
+    dims: frozenset[int]  # dimensions that an input may have
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the input, which is normalised already."""
+        return input
+
+
+class Rows:
+    """Mixin of the BatchNorms that take ``(N, C)`` or ``(N, C, L)``."""
+
+    dims = frozenset({2, 3})
+
+
+class Images:
+    """Mixin of the BatchNorms that take ``(N, C, H, W)``."""
+
+    dims = frozenset({4})
+
+
+class Volumes:
+    """Mixin of the BatchNorms that take ``(N, C, D, H, W)``."""
+
+    dims = frozenset({5})
+
+
+class AnyBatch:
+    """Mixin of the BatchNorms that take any batch of channels."""
+
+    dims = frozenset({2, 3, 4, 5})
+
+
+class EvalBatchNorm1d(EvalNorm, Rows, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d`, frozen."""
+
+
+class EvalBatchNorm2d(EvalNorm, Images, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d`, frozen."""
+
+
+class EvalBatchNorm3d(EvalNorm, Volumes, nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d`, frozen."""
+
+
+class EvalSyncBatchNorm(EvalNorm, AnyBatch, nn.SyncBatchNorm):
+    """`torch.nn.SyncBatchNorm`, frozen: nothing is left to synchronise."""
+
+
+class FoldedBatchNorm1d(FoldedNorm, Rows, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d`, folded into its convolution."""
+
+
+class FoldedBatchNorm2d(FoldedNorm, Images, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d`, folded into its convolution."""
+
+
+class FoldedBatchNorm3d(FoldedNorm, Volumes, nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d`, folded into its convolution."""
+
+
+class FoldedSyncBatchNorm(FoldedNorm, AnyBatch, nn.SyncBatchNorm):
+    """`torch.nn.SyncBatchNorm`, folded into its convolution."""

@@ -1,0 +1,120 @@
+"""The table of supported layers: what a convolution or a BatchNorm becomes in each mode.
+
+To add a layer, write its classes (as in `third_party.py`) and a row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from lightning_convbn.compat import BatchNorm
+from lightning_convbn.layers import convolutions, norms, third_party
+from lightning_convbn.layers.convolutions import Deploy, Tune
+from lightning_convbn.layers.norms import EvalNorm, FoldedNorm
+from lightning_convbn.layers.swap import plain_class
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class ConvLayer:
+    """A row: what a plain convolution becomes."""
+
+    tune: type[Tune]
+    deploy: type[Deploy]
+
+    @property
+    def dims(self) -> int:
+        """Dimensions of a batched input."""
+        return self.tune.dims
+
+
+@dataclass(frozen=True)
+class NormLayer:
+    """A row: what a plain BatchNorm becomes.
+
+    ``eval`` is None for a BatchNorm that is always frozen: it stays what it is. ``runs_after`` names those children of
+    the BatchNorm that run on what is normalised, in their order.
+    """
+
+    eval: type[EvalNorm] | None
+    folded: type[FoldedNorm]
+    runs_after: tuple[str, ...] = ()
+
+    @property
+    def dims(self) -> frozenset[int]:
+        """Dimensions that an input may have."""
+        return self.folded.dims
+
+
+# Keys are exact classes, or their qualified names where importing a package just to name its class would be too much.
+_CONV3D = ConvLayer(convolutions.TuneConv3d, convolutions.DeployConv3d)
+_STATIC_SAME = ConvLayer(third_party.TuneConv2dStaticSame, third_party.DeployConv2dStaticSame)
+CONV_LAYERS: dict[type[nn.Module] | str, ConvLayer] = {
+    nn.Conv1d: ConvLayer(convolutions.TuneConv1d, convolutions.DeployConv1d),
+    nn.Conv2d: ConvLayer(convolutions.TuneConv2d, convolutions.DeployConv2d),
+    nn.Conv3d: _CONV3D,
+    nn.ConvTranspose1d: ConvLayer(convolutions.TuneConvTranspose1d, convolutions.DeployConvTranspose1d),
+    nn.ConvTranspose2d: ConvLayer(convolutions.TuneConvTranspose2d, convolutions.DeployConvTranspose2d),
+    nn.ConvTranspose3d: ConvLayer(convolutions.TuneConvTranspose3d, convolutions.DeployConvTranspose3d),
+    nn.Linear: ConvLayer(convolutions.TuneLinear, convolutions.DeployLinear),
+    # These two choose the arguments of Conv3d and change nothing else.
+    "torchvision.models.video.resnet.Conv3DSimple": _CONV3D,
+    "torchvision.models.video.resnet.Conv3DNoTemporal": _CONV3D,
+    "timm.layers.conv2d_same.Conv2dSame": ConvLayer(third_party.TuneConv2dSame, third_party.DeployConv2dSame),
+    "efficientnet_lite_pytorch.utils.Conv2dStaticSamePadding": _STATIC_SAME,
+    "segmentation_models_pytorch.encoders._efficientnet.Conv2dStaticSamePadding": _STATIC_SAME,
+}
+
+FROZEN = "FrozenBatchNorm2d"  # the row of every class of this name, of whatever package
+_DROP_AND_ACT = third_party.DROP_AND_ACT
+_LIGHTNING = NormLayer(third_party.EvalBatchNormXd, third_party.FoldedBatchNormXd)
+NORM_LAYERS: dict[type[nn.Module] | str, NormLayer] = {
+    nn.BatchNorm1d: NormLayer(norms.EvalBatchNorm1d, norms.FoldedBatchNorm1d),
+    nn.BatchNorm2d: NormLayer(norms.EvalBatchNorm2d, norms.FoldedBatchNorm2d),
+    nn.BatchNorm3d: NormLayer(norms.EvalBatchNorm3d, norms.FoldedBatchNorm3d),
+    nn.SyncBatchNorm: NormLayer(norms.EvalSyncBatchNorm, norms.FoldedSyncBatchNorm),
+    "timm.layers.norm_act.BatchNormAct2d": NormLayer(
+        third_party.EvalBatchNormAct2d, third_party.FoldedBatchNormAct2d, _DROP_AND_ACT
+    ),
+    "timm.layers.norm_act.SyncBatchNormAct": NormLayer(
+        third_party.EvalSyncBatchNormAct, third_party.FoldedSyncBatchNormAct, _DROP_AND_ACT
+    ),
+    "timm.layers.norm_act.FrozenBatchNormAct2d": NormLayer(None, third_party.FoldedFrozenBatchNormAct2d, _DROP_AND_ACT),
+    "lightning.pytorch.plugins.layer_sync._BatchNormXd": _LIGHTNING,
+    "pytorch_lightning.plugins.layer_sync._BatchNormXd": _LIGHTNING,
+    FROZEN: NormLayer(None, third_party.FoldedFrozenBatchNorm2d),
+}
+
+
+def row_of(table: Mapping[type[nn.Module] | str, Row], module: nn.Module) -> Row | None:
+    """A table's row of the exact class of a module as it was found: a subclass may compute something else."""
+    cls = plain_class(module)
+    return table.get(cls) or table.get(f"{cls.__module__}.{cls.__qualname__}")
+
+
+def conv_layer(module: nn.Module) -> ConvLayer | None:
+    """The table's row of a convolution; None for any other module."""
+    return row_of(CONV_LAYERS, module)
+
+
+def norm_layer(module: nn.Module) -> NormLayer | None:
+    """The table's row of a BatchNorm; None for any other module.
+
+    A ``FrozenBatchNorm2d`` of any package is recognised by its buffers: there are as many of them as detectors.
+    """
+    row = row_of(NORM_LAYERS, module)
+    if row is None and plain_class(module).__name__.endswith("FrozenBatchNorm2d"):
+        buffers = {name for name, _ in module.named_buffers(recurse=False)}
+        if buffers >= {"weight", "bias", "running_mean", "running_var"}:
+            return NORM_LAYERS[FROZEN]
+    return row
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm, supported or not."""
+    return isinstance(module, BatchNorm) or norm_layer(module) is not None

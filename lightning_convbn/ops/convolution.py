@@ -1,0 +1,238 @@
+"""The one convolution of a pair: what Tune mode and Deploy mode run in the place of a convolution and its BatchNorm.
+
+Tune mode folds in every forward pass and convolves once. All of it is plain operations. Three tensors that autograd
+would save for the backward pass are then replaced by recipes:
+
+- the folded weight ``w'`` and the scale ``s`` are computed again from the parameters and the vector ``r``;
+- the input is replaced by its shape where neither the weight nor gamma wants a gradient;
+- an input that can itself be computed again (`recomputed.py`) is replaced by its recipe.
+
+So a pair keeps its input, and one value per output channel: ``r``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import has_torch_function
+from torch.utils.checkpoint import checkpoint
+
+from lightning_convbn.compat import replace_saved, without_torch_function
+from lightning_convbn.ops.fold import (
+    ConvSpec,
+    center_of,
+    fold_conv_bn,
+    fold_dtype,
+    layout,
+    per_channel,
+    reciprocal_std,
+    scale_and_shift,
+)
+from lightning_convbn.ops.recipes import Source, shape_of, takes_recipes
+from lightning_convbn.ops.recomputed import Recomputed, recipe_of, unmark
+
+
+def conv_bn(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    spec: ConvSpec | None,
+) -> Tensor:
+    """Compute ``bn(conv(input))`` with frozen statistics as ONE convolution: Tune mode.
+
+    Kept for the backward pass: the input, if the weight or gamma wants a gradient, and one value per output channel.
+    Under autocast the convolution runs in the autocast dtype, and the cast input is what is kept. Parameters get
+    gradients of their own dtype.
+
+    The parameters must not be written before the backward pass, as always. The same holds for the running mean if gamma
+    wants a gradient, as in Eval mode; only in a distributed run a copy of it is kept, because
+    ``DistributedDataParallel`` writes buffers in every forward pass.
+
+    Args:
+        input: ``(N, C_in, *spatial)``, or ``(N, C_in)`` for a linear layer.
+        weight: Convolution or linear weight; shapes as in `fold.py`.
+        bias: Convolution bias ``(C_out,)``, or None.
+        gamma: BatchNorm scale ``(C_out,)``, or None.
+        beta: BatchNorm shift ``(C_out,)``, or None.
+        running_mean: Running mean ``(C_out,)``.
+        running_var: Running variance ``(C_out,)``.
+        eps: BatchNorm's epsilon.
+        spec: Geometry of the convolution; None for a linear layer.
+
+    Returns:
+        The normalised output, ``(N, C_out, *spatial)`` or ``(N, C_out)``.
+    """
+    operands = (weight, bias, gamma, beta, running_mean, running_var)
+    if torch.compiler.is_compiling():
+        dtype = compute_dtype(input, weight)
+        return convolve(cast(input, dtype), *_fold_in_graph(operands, eps, spec, dtype), spec)
+    if isinstance(input, Recomputed):
+        if not has_torch_function(operands):
+            with without_torch_function():
+                return _conv_bn(input, *operands, eps, spec)
+        unmark(input)  # another subclass of Tensor handles the functions from here on
+    return _conv_bn(input, *operands, eps, spec)
+
+
+def folded_conv(input: Tensor, weight: Tensor, bias: Tensor, spec: ConvSpec | None) -> Tensor:
+    """Run the convolution of a pair that was folded before: Deploy mode. The input is not kept.
+
+    Args:
+        input: ``(N, C_in, *spatial)``, or ``(N, C_in)`` for a linear layer.
+        weight: Folded weight from `fold_conv_bn`, without gradient.
+        bias: Folded bias ``(C_out,)``, without gradient.
+        spec: Geometry of the convolution; None for a linear layer.
+    """
+    input = cast(input, weight.dtype)
+    output = convolve(input, weight, bias, spec)
+    if not torch.compiler.is_compiling() and takes_recipes(output):
+        replace_saved(output.grad_fn, "mat1" if spec is None else "input", shape_of(input))
+    return output
+
+
+def compute_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype that the convolution of ``input`` with ``weight`` runs in: autocast's where it applies."""
+    if weight.dtype is not torch.float64 and _autocasting(input):
+        return torch.get_autocast_dtype(input.device.type)
+    return weight.dtype
+
+
+def cast(input: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast ``input`` as autocast would. Without autocast a wrong dtype stays the caller's error."""
+    return input.to(dtype) if input.dtype is not torch.float64 and _autocasting(input) else input
+
+
+def _autocasting(input: Tensor) -> bool:
+    device = input.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec | None) -> Tensor:
+    """Convolve, or, without a geometry, apply a linear layer."""
+    if spec is None:
+        return F.linear(input, weight, bias)
+    return torch.convolution(input, weight, bias, *spec)
+
+
+class _FoldRecipes:
+    """The recipes of one pair. They compute from its parameters and buffers, which outlive the graph."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        eps: float,
+        spec: ConvSpec | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._weight, self._mean, self._var = Source(weight), Source(running_mean), Source(running_var)
+        self._bias, self._gamma = _source(bias), _source(gamma)
+        self._eps, self._layout, self._dtype, self._fold_dtype = eps, layout(spec), dtype, fold_dtype(weight)
+
+    def rstd(self) -> Tensor:
+        """``r``, ``(C_out,)``."""
+        return reciprocal_std(self._var.value(), self._eps, self._fold_dtype)
+
+    def scale(self) -> Tensor:
+        """``s``, ``(C_out,)``."""
+        return self.rstd() if self._gamma is None else self._gamma.value() * self.rstd()
+
+    def center(self) -> Tensor:
+        """``mu - b``, ``(C_out,)``."""
+        return center_of(self._mean.value(), None if self._bias is None else self._bias.value(), self._fold_dtype)
+
+    def scale_per_channel(self) -> Tensor:
+        """``s``, shaped for the weight."""
+        return per_channel(self.scale(), self._weight.value(), *self._layout)
+
+    def weight(self) -> Tensor:
+        """``w'``."""
+        return (self._weight.value() * self.scale_per_channel()).to(self._dtype)
+
+    def transposed_weight(self) -> Tensor:
+        """``w'`` as a linear layer saves it."""
+        return self.weight().t()
+
+
+def _source(tensor: Tensor | None) -> Source | None:
+    return None if tensor is None else Source(tensor)
+
+
+def _conv_bn(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    spec: ConvSpec | None,
+) -> Tensor:
+    """Fold, convolve once, and leave recipes in the graph."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        running_mean, running_var = running_mean.clone(), running_var.clone()
+    dtype, given = compute_dtype(input, weight), input
+    input = cast(input, dtype)
+    rstd = reciprocal_std(running_var, eps, fold_dtype(weight))
+    center = center_of(running_mean, bias, rstd.dtype)
+    scale, shift = scale_and_shift(gamma, beta, center, rstd)
+    folded = weight * per_channel(scale, weight, *layout(spec))
+    folded_cast = folded.to(dtype)
+    output = convolve(input, folded_cast, shift.to(dtype), spec)
+    if not takes_recipes(output):
+        return output
+
+    recipes = _FoldRecipes(weight, bias, gamma, running_mean, running_var, eps, spec, dtype)
+    if scale.requires_grad:
+        replace_saved(scale.grad_fn, "other", recipes.rstd)
+    if weight.requires_grad:
+        replace_saved(folded.grad_fn, "other", recipes.scale_per_channel)
+    if center is not running_mean and shift.requires_grad:
+        replace_saved(shift.grad_fn, "tensor1", recipes.center)
+        replace_saved(shift.grad_fn, "tensor2", recipes.scale)
+
+    input_slot, weight_slot = ("mat1", "mat2") if spec is None else ("input", "weight")
+    if not input.requires_grad:  # only the gradient of the input reads the values of the folded weight
+        replace_saved(output.grad_fn, weight_slot, shape_of(folded_cast))
+    else:
+        replace_saved(output.grad_fn, weight_slot, recipes.transposed_weight if spec is None else recipes.weight)
+    if not folded.requires_grad:
+        replace_saved(output.grad_fn, input_slot, shape_of(input))
+    elif input is given and (input_recipe := recipe_of(input)) is not None:
+        replace_saved(output.grad_fn, input_slot, input_recipe)
+    return output
+
+
+def _fold_in_graph(
+    operands: tuple[Any, ...], eps: float, spec: ConvSpec | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Fold within a graph that is compiled or exported.
+
+    A compiler merges the fold of the backward pass with the forward's, and keeps the folded weight. It computes again
+    what it is told to: activation checkpointing tells it.
+    """
+    transposed, groups = layout(spec)
+    fold = partial(fold_conv_bn, transposed=transposed, groups=groups, dtype=dtype)
+    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
+        return fold(*operands, eps)
+    folded: Tensor
+    folded, shift = checkpoint(fold, *operands, eps, use_reentrant=False, preserve_rng_state=False)
+    if folded.device.type == "cpu" and folded.dim() == 4 and folded.shape[1] == 1 and folded.is_contiguous():
+        # Inductor lays all else out as channels last. oneDNN goes by strides, and those of a depthwise weight fit both
+        # layouts: taken for the other one, its backward pass takes half as long again.
+        height, width = folded.shape[2:]
+        folded = folded.as_strided(folded.shape, (height * width, 1, width, 1))
+    return folded, shift

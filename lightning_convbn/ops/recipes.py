@@ -1,0 +1,63 @@
+"""Recipes: what can be computed again from what is kept anyway is not kept.
+
+Autograd saves tensors for the backward pass. Some of them can be computed again, cheaply and with the same bits: a
+folded weight is a product of a parameter and a vector, a SiLU's output is a function of its input. Others are saved for
+their shape alone. In the place of such a tensor the graph keeps a *recipe*: a function without arguments that returns
+the tensor. The forward pass is plain operations and knows nothing of it. So double backward, `torch.func`, tracing and
+export need no code of their own: where they are at work, autograd saves the tensors themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from lightning_convbn.compat import inside_transform, version_of
+
+Recipe = Callable[[], Tensor]
+
+
+class Source:
+    """A tensor that a recipe computes from. It must not be written before the backward pass, as autograd asks, too.
+
+    Args:
+        tensor: Any tensor. Only its values are kept, not its graph.
+    """
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._version = version_of(tensor)
+        self._tensor = tensor.detach()
+
+    def value(self) -> Tensor:
+        """Return the tensor, detached.
+
+        Raises:
+            RuntimeError: If it was written since the forward pass; in the words of autograd.
+        """
+        if version_of(self._tensor) != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"a tensor of shape {list(self._tensor.shape)} is at version {version_of(self._tensor)}; expected "
+                f"version {self._version} instead"
+            )
+        return self._tensor
+
+
+def shape_of(tensor: Tensor) -> Recipe:
+    """Return the recipe of a tensor that is saved for its shape alone: one value, expanded."""
+    shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
+    return lambda: torch.empty(1, dtype=dtype, device=device).expand(shape)
+
+
+def takes_recipes(output: Tensor) -> bool:
+    """Whether recipes may replace what the graph of an output has saved.
+
+    They may not inside a transform of ``torch.func``, nor where an output carries a tangent (forward-mode AD): a
+    derivative of the recipe itself would be wanted there.
+    """
+    return output.grad_fn is not None and not inside_transform() and unpack_dual(output).tangent is None

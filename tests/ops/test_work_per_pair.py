@@ -1,0 +1,90 @@
+"""How much work Tune mode adds to a step, in counts that are the same on every machine.
+
+Bytes have a test of their own, seconds a benchmark. A count that rises here is a step that has become slower.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import images, random_model
+from helpers.runs import LIGHTNING_SAYS, BoringModule, make_trainer, quick
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_convbn import fuse_for_deploy, set_mode
+
+pytestmark = LIGHTNING_SAYS
+
+
+def nodes(output: Tensor) -> int:
+    """Count the nodes of an autograd graph."""
+    seen, waiting = set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return len(seen)
+
+
+class WeightSized(TorchDispatchMode):
+    """Counts the operations that write a tensor of the shape of a weight."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.names = shape, Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        outputs = output if isinstance(output, tuple) else (output,)
+        view = any(result.alias_info and not result.alias_info.is_write for result in func._schema.returns)
+        if not view and any(isinstance(one, Tensor) and one.shape == self.shape for one in outputs):
+            self.names[func.overloadpacket.__name__] += 1
+        return output
+
+    def taken(self) -> Counter[str]:
+        """Return the counts, and begin anew."""
+        taken, self.names = self.names, Counter()
+        return taken
+
+
+@pytest.mark.parametrize("pixels", [32, 224])  # outputs smaller than weights, and larger
+def test_a_pair_adds_at_most_six_nodes_to_the_graph(pixels: int) -> None:
+    """One each for scale, shift, product, two views and the parameter that a Deploy copy does not have."""
+    network = random_model("resnet18")  # 20 pairs and nothing that could not be folded
+    deployed = nodes(fuse_for_deploy(network).requires_grad_(True)(images(1, 3, pixels, pixels)))
+    set_mode(network, "tune")
+    assert nodes(network(images(1, 3, pixels, pixels))) <= deployed + 6 * 20
+
+
+@pytest.mark.parametrize("conv", [nn.Conv2d(7, 5, 3, bias=False), nn.Conv2d(7, 80, 1, bias=False)])
+def test_a_step_goes_through_a_weight_as_seldom_as_can_be(conv: nn.Conv2d) -> None:
+    """Forward: the fold. Backward: the fold again, its gradient, and the two products with that gradient."""
+    pair = nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels))
+    set_mode(pair, "tune")
+    with WeightSized(conv.weight.shape) as counted:
+        output = pair(images(2, 7, 9, 9).requires_grad_())
+        assert counted.taken() == {"mul": 1}
+        torch.autograd.grad(output.sum(), [*pair.parameters()])
+        assert counted.taken() <= Counter({"convolution_backward": 1, "mul": 3})
+        output = pair(images(2, 7, 9, 9))  # the first pair of a network: no gradient reads the folded weight
+        counted.taken()
+        torch.autograd.grad(output.sum(), [*pair.parameters()])
+        assert counted.taken() <= Counter({"convolution_backward": 1, "mul": 2})
+
+
+def test_two_runs_from_one_seed_are_the_same_bit_for_bit() -> None:
+    """Losses and weights, through the callback."""
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        module = BoringModule()
+        make_trainer(quick(), max_epochs=2).fit(module)
+        runs.append((module.losses["fit"], module.state_dict()))
+    (losses, weights), (again, weights_again) = runs
+    assert losses == again
+    assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
