@@ -1,4 +1,4 @@
-"""The command `lightning-convbn`: what it prints, counts, refuses and leaves behind."""
+"""The command `lightning-convbn`: what it prints, counts, refuses and writes."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from lightning_convbn import find_conv_bn_pairs, fuse_for_deploy, get_mode, measure_memory
-from lightning_convbn.command import actions as commands
-from lightning_convbn.command import measurement, terminal
-from lightning_convbn.command.main import _parser, main
-from lightning_convbn.command.measurement import Subject, largest_batch
-from lightning_convbn.exporting.whole_file import written_whole
+from lightning_convbn.command import counting_and_timing, export, measure, terminal
+from lightning_convbn.command.counting_and_timing import ModelMeasurer, count_progress_steps
+from lightning_convbn.command.largest_batch import largest_batch
+from lightning_convbn.command.main import build_parser, main
+from lightning_convbn.exporting.atomic_file import atomic_write
 from lightning_convbn.memory import MIB, count_saved_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["helpers:small_net", "--size", "8"]
+SMALL = ["helpers.models:small_net", "--size", "8"]
 
 
 @pytest.fixture(autouse=True)
@@ -76,26 +76,26 @@ class LooksAtValues(nn.Module):
 
 class TestInspect:
     def test_a_row_per_batchnorm_and_a_count(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["inspect", "helpers:small_net"]) == 0
+        assert main(["inspect", "helpers.models:small_net"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].split() == ["state", "BatchNorm", "how", "or", "why"]
         assert "folded  1          into 0" in lines
         assert "frozen  3          its input comes from `2` (ReLU), not from a convolution" in lines
-        assert lines[-1] == "3 of 4 BatchNorms folded, 1 frozen, 0 left alone"
+        assert lines[-1] == "3 of 4 BatchNorms folded, 1 frozen, 0 unfrozen"
 
     def test_json_says_what_find_conv_bn_pairs_says(self, capsys: pytest.CaptureFixture[str]) -> None:
-        found, pairs = run_json(capsys, "inspect", "helpers:small_net"), find_conv_bn_pairs(small_net())
+        found, pairs = run_json(capsys, "inspect", "helpers.models:small_net"), find_conv_bn_pairs(small_net())
         assert found["folded"] == [pair._asdict() for pair in pairs]
         assert found["frozen"] == pairs.unpaired
-        assert found["left"] == {}
-        assert found["batchnorms"] == {"total": 4, "folded": 3, "frozen": 1, "left": 0}
-        assert found["command"] == "lightning-convbn inspect helpers:small_net --json"
+        assert found["unfrozen"] == {}
+        assert found["batchnorms"] == {"total": 4, "folded": 3, "frozen": 1, "unfrozen": 0}
+        assert found["command"] == "lightning-convbn inspect helpers.models:small_net --json"
 
-    def test_what_has_no_statistics_is_left(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_what_has_no_statistics_is_unfrozen(self, capsys: pytest.CaptureFixture[str]) -> None:
         write_module(
             "stateless", "net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))"
         )
-        assert list(run_json(capsys, "inspect", "stateless:net")["left"]) == ["1"]
+        assert list(run_json(capsys, "inspect", "stateless:net")["unfrozen"]) == ["1"]
 
     def test_an_input_proves_what_cannot_be_traced(self, capsys: pytest.CaptureFixture[str]) -> None:
         model = f"{__name__}:LooksAtValues"
@@ -114,13 +114,13 @@ class TestInspect:
         out = capsys.readouterr().out
         (folded, total) = map(int, re.search(r"(\d+) of (\d+) BatchNorms folded, 0 frozen", out).groups())  # type: ignore[union-attr]
         assert folded == total > 30
-        assert ("FrozenBatchNorm2d where it loads pretrained" in out) == model.startswith("torchvision")
+        assert ("With pretrained weights, torchvision builds" in out) == model.startswith("torchvision")
 
     def test_a_checkpoint_is_loaded_by_its_class(self, capsys: pytest.CaptureFixture[str]) -> None:
         module = BoringModule()
         checkpoint = {"state_dict": module.state_dict(), "pytorch-lightning_version": "2.5.0", "epoch": 0}
         torch.save(checkpoint, "last.ckpt")
-        found = run_json(capsys, "inspect", "last.ckpt", "--class", "boring:BoringModule")
+        found = run_json(capsys, "inspect", "last.ckpt", "--class", "helpers.runs:BoringModule")
         assert [pair["bn"] for pair in found["folded"]] == [pair.bn for pair in find_conv_bn_pairs(module.eval())]
 
     def test_a_table_on_a_terminal_takes_names_literally(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,47 +151,54 @@ class TestMeasure:
     def test_counts_are_those_of_measure_memory(self, found: Any) -> None:
         net, batch = small_net().eval(), images(BATCH, 3, 8, 8)
         for mode in ("eval", "tune"):
-            assert found["modes"][mode]["saved_bytes"] == measure_memory(net, batch, mode=mode).saved_bytes
-        assert found["modes"]["deploy"]["saved_bytes"] == count_saved_bytes(fuse_for_deploy(net), batch)
+            assert found["variants"][mode]["saved_bytes"] == measure_memory(net, batch, mode=mode).saved_bytes
+        assert found["variants"]["deploy-copy"]["saved_bytes"] == count_saved_bytes(fuse_for_deploy(net), batch)
 
     def test_blocks_add_up_and_pairs_are_one_block(self, found: Any) -> None:
-        for mode, figures in found["modes"].items():
-            assert sum(block["saved_bytes"][mode] for block in found["blocks"]) == figures["saved_bytes"]
+        for mode, result in found["variants"].items():
+            assert sum(block["saved_bytes"][mode] for block in found["blocks"]) == result["saved_bytes"]
         blocks = {block["name"]: block for block in found["blocks"]}
         assert list(blocks)[:2] == ["(input)", "0 + 1"]
         output = BATCH * 6 * 8 * 8 * 4
         scale = 6 * 4
         # Eval keeps the convolution's output for BatchNorm; ReLU keeps its own, and not what it gets.
-        assert blocks["0 + 1"]["saved_bytes"] == {"eval": output, "tune": scale, "deploy": 0}
+        assert blocks["0 + 1"]["saved_bytes"] == {"eval": output, "tune": scale, "deploy-copy": 0}
         assert blocks["0 + 1"]["about"] == "Conv2d and BatchNorm2d, folded"
         assert "frozen: its input comes from" in blocks["3"]["about"]
 
     def test_steps_are_timed_in_every_round(self, found: Any) -> None:
-        for figures in found["modes"].values():
-            assert len(figures["step_seconds"]) == 3
-            assert min(figures["step_seconds"]) > 0
-        assert found["modes"]["eval"]["step_time_ratio"] == [1, 1, 1]
-        low, high = found["modes"]["tune"]["step_time_ratio"][1:]
-        assert low <= found["modes"]["tune"]["step_seconds"][0] / found["modes"]["eval"]["step_seconds"][0] <= high
+        for result in found["variants"].values():
+            assert len(result["step_seconds"]) == 3
+            assert min(result["step_seconds"]) > 0
+        assert found["variants"]["eval"]["step_time_ratio"] == [1, 1, 1]
+        low, high = found["variants"]["tune"]["step_time_ratio"][1:]
+        assert (
+            low <= found["variants"]["tune"]["step_seconds"][0] / found["variants"]["eval"]["step_seconds"][0] <= high
+        )
 
     def test_the_largest_batch_fits_and_the_next_one_does_not(self, found: Any) -> None:
         net = small_net().eval()
         for mode in ("eval", "tune"):
-            figures = found["modes"][mode]
+            result = found["variants"][mode]
             parameters = sum(parameter.nbytes for parameter in net.parameters())
-            assert figures["constant_bytes"] == 2 * parameters + sum(buffer.nbytes for buffer in net.buffers())
+            assert result["fixed_bytes"] == 2 * parameters + sum(buffer.nbytes for buffer in net.buffers())
             kept = [
-                measure_memory(net, images(figures["largest_batch"] + more, 3, 8, 8), mode=mode).saved_bytes
+                measure_memory(net, images(result["largest_batch"] + more, 3, 8, 8), mode=mode).saved_bytes
                 for more in (0, 1)
             ]
-            assert kept[0] <= MIB - figures["constant_bytes"] < kept[1]
-        assert found["modes"]["tune"]["largest_batch"] > found["modes"]["eval"]["largest_batch"]
+            assert kept[0] <= MIB - result["fixed_bytes"] < kept[1]
+        assert found["variants"]["tune"]["largest_batch"] > found["variants"]["eval"]["largest_batch"]
 
     def test_the_report_says_what_it_holds_and_what_not(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["measure", *SMALL, "--rounds", "1", "--budget", "1 mib", "--modes", "tune"]) == 0
+        assert main(["measure", *SMALL, "--rounds", "1", "--budget", "1 mib", "--variants", "tune"]) == 0
         out = capsys.readouterr().out
         assert "largest batch in 1 mib" in out
-        for said in ("Not in it: the optimizer's state", "noisy", "as training it is unstable", "of 1 interleaved"):
+        for said in (
+            "not include the optimizer's state",
+            "expect noise",
+            "training it is unstable",
+            "in 1 interleaved",
+        ):
             assert said in re.sub(r"\s+", " ", out)
         assert re.search(r"^Tune +[\d.]+ MiB +-\d+\.\d % +[\d.]+ ms +[\d.]+ \(", out, re.MULTILINE)
         assert not re.search(r"^Deploy copy", out, re.MULTILINE)
@@ -200,7 +207,7 @@ class TestMeasure:
         seen: list[type] = []
         net = small_net()
         net.register_forward_pre_hook(lambda module, inputs: seen.append(type(inputs[0])))
-        monkeypatch.setattr(commands, "load_model", lambda *_: net)
+        monkeypatch.setattr(measure, "load_model", lambda *_: net)
         assert main(["measure", *SMALL, "--batch-size", "1000000", "--rounds", "0", "--budget", "1TiB"]) == 0
         assert len(seen) > 9
         assert [kind for kind in seen if issubclass(kind, FakeTensor)] == [
@@ -210,39 +217,37 @@ class TestMeasure:
     def test_a_model_that_looks_at_values_has_no_largest_batch(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["measure", f"{__name__}:LooksAtValues", "--size", "8", "--rounds", "0", "--budget", "1GiB"]) == 0
         out = capsys.readouterr().out
-        assert "Tune: no largest batch, because the model can't be counted on tensors without data" in " ".join(
-            out.split()
-        )
+        assert "Tune: no largest batch, because the model can't run on tensors without data" in " ".join(out.split())
         assert "1 of 1 BatchNorms folded" in out  # proven by running it
 
     def test_without_gradients_there_is_nothing_to_keep(self, capsys: pytest.CaptureFixture[str]) -> None:
-        write_module("frozen", "from helpers import small_net\nnet = small_net().requires_grad_(False)")
+        write_module("frozen", "from helpers.models import small_net\nnet = small_net().requires_grad_(False)")
         assert main(["measure", "frozen:net", "--size", "8", "--rounds", "1", "--budget", "1GiB"]) == 0
-        assert "no largest batch, because what is kept does not grow with it" in capsys.readouterr().out
+        assert "no largest batch, because a larger batch keeps no more bytes" in capsys.readouterr().out
 
     @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
     def test_the_type_is_that_of_what_is_kept(self, dtype: str, found: Any, capsys: pytest.CaptureFixture[str]) -> None:
         other = run_json(capsys, "measure", *SMALL, "--batch-size", "4", "--rounds", "0", "--dtype", dtype)
-        ratio = other["modes"]["deploy"]["saved_bytes"] / found["modes"]["deploy"]["saved_bytes"]
+        ratio = other["variants"]["deploy-copy"]["saved_bytes"] / found["variants"]["deploy-copy"]["saved_bytes"]
         assert ratio == {"float64": 2, "bfloat16": 0.5}[dtype]
 
 
-class TestSubject:
+class TestModelMeasurer:
     def test_rounds_are_interleaved_and_the_first_one_does_not_count(self, monkeypatch: pytest.MonkeyPatch) -> None:
         net, calls = small_net(), []
 
         def timed(model: nn.Module, batch: Tensor) -> float:
-            calls.append(get_mode(model) if model is net else "deploy")
-            return {"eval": 2.0, "tune": 3.0, "deploy": 1.0}[calls[-1]] * (100 if len(calls) <= 3 else 1)
+            calls.append(get_mode(model) if model is net else "deploy-copy")
+            return {"eval": 2.0, "tune": 3.0, "deploy-copy": 1.0}[calls[-1]] * (100 if len(calls) <= 3 else 1)
 
-        monkeypatch.setattr(measurement, "_step_seconds", timed)
-        subject = Subject(net, (2, 3, 8, 8), torch.float32, torch.device("cpu"))
-        stages: list[str] = []
-        found = subject.measure(["tune", "deploy"], rounds=3, budget=None, progress=stages.append)
-        assert calls == ["deploy", "tune", "eval", "eval", "tune", "deploy"] * 2
-        assert found.figures["tune"].step_seconds == [3.0] * 3
+        monkeypatch.setattr(counting_and_timing, "step_seconds", timed)
+        measurer = ModelMeasurer(net, (2, 3, 8, 8), torch.float32, torch.device("cpu"))
+        steps: list[str] = []
+        found = measurer.measure(["tune", "deploy-copy"], rounds=3, budget=None, progress=steps.append)
+        assert calls == ["deploy-copy", "tune", "eval", "eval", "tune", "deploy-copy"] * 2
+        assert found.variants["tune"].step_seconds == [3.0] * 3
         assert found.step_time_ratio("tune") == (1.5, 1.5, 1.5)
-        assert len(stages) == measurement.count_stages(["tune", "deploy"], rounds=3, budget=None)
+        assert len(steps) == count_progress_steps(["tune", "deploy-copy"], rounds=3, budget=None)
         assert get_mode(net) == "train"
 
     def test_running_out_of_memory_is_noted_and_the_others_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,18 +258,18 @@ class TestSubject:
                 raise torch.OutOfMemoryError("out of memory\nand a long story")
             return 1.0
 
-        monkeypatch.setattr(measurement, "_step_seconds", timed)
-        subject = Subject(net, (2, 3, 8, 8), torch.float32, torch.device("cpu"))
-        found = subject.measure(["tune"], rounds=2, budget=None, progress=lambda stage: None)
+        monkeypatch.setattr(counting_and_timing, "step_seconds", timed)
+        measurer = ModelMeasurer(net, (2, 3, 8, 8), torch.float32, torch.device("cpu"))
+        found = measurer.measure(["tune"], rounds=2, budget=None, progress=lambda step: None)
         assert found.notes == ["Eval: not timed, out of memory"]
-        assert found.figures["tune"].step_seconds == [1.0, 1.0]
+        assert found.variants["tune"].step_seconds == [1.0, 1.0]
         assert found.step_time_ratio("tune") is None
 
-    def test_parts_divide_what_holds_most(self) -> None:
+    def test_a_section_with_more_than_half_of_the_bytes_is_divided(self) -> None:
         heavy = nn.Sequential(small_net(), nn.Sequential(nn.Flatten(), nn.Linear(4, 4)))
-        subject = Subject(heavy, (2, 3, 8, 8), torch.float32, torch.device("cpu"))
-        found = subject.measure(["eval"], rounds=0, budget=None, progress=lambda stage: None)
-        assert {block.part for block in found.blocks} >= {"(input)", "0.0", "0.4"}
+        measurer = ModelMeasurer(heavy, (2, 3, 8, 8), torch.float32, torch.device("cpu"))
+        found = measurer.measure(["eval"], rounds=0, budget=None, progress=lambda step: None)
+        assert {block.section for block in found.blocks} >= {"(input)", "0.0", "0.4"}
 
 
 @given(per_sample=st.integers(1, 50), constant=st.integers(0, 100), wobble=st.integers(0, 7), room=st.integers(0, 2000))
@@ -286,7 +291,10 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "unknown timm model": (["timm:efficientnet_bo"], "timm has no 'efficientnet_bo'; did you mean timm:efficientnet_b"),
     "no form of a model": (["resnet50"], "unknown model 'resnet50'; MODEL is torchvision:NAME, timm:NAME"),
     "unknown module": (["no_such.module:net"], "no module 'no_such', neither installed nor in "),
-    "unknown attribute": (["helpers:smal_net"], "helpers has no 'smal_net'; did you mean helpers:small_net?"),
+    "unknown attribute": (
+        ["helpers.models:smal_net"],
+        "helpers.models has no 'smal_net'; did you mean helpers.models:small_net?",
+    ),
     "module that needs another": (["needs:net"], "needs needs 'not_there'; pip install"),
     "module that raises": (["raises:net"], "raises can't be imported: ZeroDivisionError: division by zero"),
     "factory that raises": (["factories:broken"], "could not be built: ValueError: give me weights"),
@@ -295,16 +303,19 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "something else": (["factories:number"], "factories:number is a int, neither a model nor a callable"),
     "model without BatchNorm": (["torch.nn:Identity"], "Identity has no BatchNorm: there is nothing to fold or freeze"),
     "checkpoint without class": (["last.ckpt"], "add --class package.module:LightningModuleClass"),
-    "missing checkpoint": (["last.ckpt", "--class", "boring:BoringModule"], "no checkpoint 'last.ckpt' in "),
-    "class of no checkpoint": (["helpers:small_net", "--class", "boring:BoringModule"], "--class is for a Lightning"),
+    "missing checkpoint": (["last.ckpt", "--class", "helpers.runs:BoringModule"], "no checkpoint 'last.ckpt' in "),
+    "class of no checkpoint": (
+        ["helpers.models:small_net", "--class", "helpers.runs:BoringModule"],
+        "--class is for a Lightning",
+    ),
     "unwritable JSON": (
-        ["helpers:small_net", "--json", "no/such.json"],
+        ["helpers.models:small_net", "--json", "no/such.json"],
         "--json no/such.json: there is no folder",
     ),
-    "folder for a file": (["helpers:small_net", "--json", "."], "--json . is a folder; name a file in it"),
-    "bad size": (["helpers:small_net", "--size", "8x"], "--size '8x' is neither a number of pixels"),
+    "folder for a file": (["helpers.models:small_net", "--json", "."], "--json . is a folder; name a file in it"),
+    "bad size": (["helpers.models:small_net", "--size", "8x"], "--size '8x' is neither a number of pixels"),
     "channels that don't fit": (
-        ["helpers:small_net", "--size", "1x8x8"],
+        ["helpers.models:small_net", "--size", "1x8x8"],
         "Sequential can't take an input of 2 × 1 × 8 × 8",
     ),
 }
@@ -343,8 +354,8 @@ def test_inspect_refuses_in_one_line(
 def test_measure_refuses_in_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Subject, "measure", None)  # refused before the work
-    assert message in refusal(capsys, "measure", "helpers:small_net", *arguments)
+    monkeypatch.setattr(ModelMeasurer, "measure", None)  # refused before the work
+    assert message in refusal(capsys, "measure", "helpers.models:small_net", *arguments)
     assert list(Path().iterdir()) == []
 
 
@@ -353,10 +364,10 @@ class TestExport:
         torch.save(small_net(seed=3).state_dict(), "trained.pt")
         write_module(
             "trained",
-            "from helpers import small_net\nnet = small_net()\nnet.load_state_dict(torch.load('trained.pt'))",
+            "from helpers.models import small_net\nnet = small_net()\nnet.load_state_dict(torch.load('trained.pt'))",
         )
         assert main(["export", "trained:net", "net.pt2", "--size", "8"]) == 0
-        assert capsys.readouterr().out.startswith("wrote net.pt2: read back")
+        assert capsys.readouterr().out.startswith("wrote net.pt2: it was read back")
         batch = images(5, 3, 8, 8)
         expected = small_net(seed=3).eval()(batch)
         assert_close([torch.export.load("net.pt2").module()(batch)], [expected], 1e-5)
@@ -384,14 +395,14 @@ class TestExport:
     def test_a_path_that_can_not_be_written_is_refused_first(
         self, path: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("lightning_convbn.exporting.checked_file.find_spec", lambda name: None)
-        monkeypatch.setattr(commands, "load_model", None)
-        assert message in refusal(capsys, "export", "helpers:small_net", path)
+        monkeypatch.setattr("lightning_convbn.exporting.argument_checks.find_spec", lambda name: None)
+        monkeypatch.setattr(export, "load_model", None)
+        assert message in refusal(capsys, "export", "helpers.models:small_net", path)
 
     def test_what_fails_leaves_no_file(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(commands, "export", failing := Mock(side_effect=RuntimeError("it deviates\nby much")))
+        monkeypatch.setattr(export, "export", failing := Mock(side_effect=RuntimeError("it deviates\nby much")))
         assert "it deviates\n" in refusal(capsys, "export", *SMALL, "net.pt")
         failing.assert_called_once()
         assert os.listdir() == []
@@ -426,9 +437,11 @@ def test_a_missing_library_is_named(
     [
         ([], "required: inspect|measure|export"),
         (["measure"], "required: MODEL"),
-        (["measure", *SMALL, "--modes", "trian"], "invalid choice: 'trian'"),
+        (["measure", *SMALL, "--variants", "trian"], "invalid choice: 'trian'"),
         (["measure", *SMALL, "--batch-size", "0"], "invalid int, 1 or more, value: '0'"),
         (["measure", *SMALL, "--rounds", "-1"], "invalid int, 0 or more, value: '-1'"),
+        (["measure", *SMALL, "--variants", "deploy"], "invalid choice: 'deploy'"),
+        (["measure", *SMALL, "--modes", "tune"], "unrecognized arguments: --modes tune"),
         (["export", *SMALL], "required: PATH"),
     ],
 )
@@ -452,7 +465,7 @@ class TestFiles:
         assert main(["measure", *SMALL, "--rounds", "0", *options]) == 0
         assert sorted(os.listdir()) == files
         assert Path("a.png").read_bytes().startswith(b"\x89PNG")
-        assert json.loads(Path("a.json").read_text())["model"] == "helpers:small_net"
+        assert json.loads(Path("a.json").read_text())["model"] == "helpers.models:small_net"
         out, err = capsys.readouterr()
         assert "Deploy copy" in out
         assert err.splitlines() == ["wrote a.json", "wrote a.png", "wrote a.html"]
@@ -465,7 +478,7 @@ class TestFiles:
             raise OSError(28, "No space left on device")
 
         Path("a.png").write_text("old")
-        monkeypatch.setattr(commands, "write_plot", fails)
+        monkeypatch.setattr(measure, "write_plot", fails)
         assert main(["measure", *SMALL, "--rounds", "0", "--plot", "a.png"]) == 1
         assert capsys.readouterr().err == "lightning-convbn: a.png was not written: No space left on device\n"
         assert os.listdir() == ["a.png"]
@@ -473,7 +486,7 @@ class TestFiles:
 
     def test_a_written_file_has_the_rights_of_any_new_file(self) -> None:
         Path("plain").touch()
-        with written_whole(Path("whole")) as path:
+        with atomic_write(Path("whole")) as path:
             path.write_text("whole")
         assert Path("whole").stat().st_mode == Path("plain").stat().st_mode
 
@@ -485,12 +498,12 @@ def test_a_person_types_it(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lightning_convbn", "inspect"]
     typed = subprocess.run([*command, "mine:net"], env=environment, text=True, capture_output=True, timeout=100)
     table = "state   BatchNorm  how or why\nfolded  1          into 0\n"
-    assert typed.stdout == f"{table}\n1 of 1 BatchNorms folded, 0 frozen, 0 left alone\n"
+    assert typed.stdout == f"{table}\n1 of 1 BatchNorms folded, 0 frozen, 0 unfrozen\n"
     assert (typed.stderr, typed.returncode) == ("", 0)
 
 
 def test_the_status_reaches_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["lightning-convbn", "inspect", "helpers:no_net"])
+    monkeypatch.setattr(sys, "argv", ["lightning-convbn", "inspect", "helpers.models:no_net"])
     monkeypatch.delitem(sys.modules, "lightning_convbn.__main__")
     with pytest.raises(SystemExit) as exit:
         runpy.run_module("lightning_convbn", run_name="__main__")
@@ -504,7 +517,7 @@ def test_whoever_stops_reading_hears_nothing(
     os.close(read)
     with open(write, "w") as closed:
         monkeypatch.setattr(sys, "stdout", closed)
-        assert main(["inspect", "helpers:small_net"]) == 1
+        assert main(["inspect", "helpers.models:small_net"]) == 1
     assert capfd.readouterr().err == ""
 
 
@@ -518,7 +531,7 @@ class TestHelp:
         examples = re.findall(r"^lightning-convbn (.*)$", readme, re.MULTILINE)
         assert len(examples) == 4
         for example in examples:
-            assert _parser().parse_args(shlex.split(example, comments=True)).model
+            assert build_parser().parse_args(shlex.split(example, comments=True)).model
         batches = re.search(r"batch (\d+) in Eval mode, (\d+) in Tune mode", readme)
         assert batches is not None
         assert re.findall(r"^(?:Eval|Tune) .* (\d+)$", TestDocs.PAGE, re.MULTILINE) == list(batches.groups())
@@ -535,7 +548,7 @@ class TestHelp:
         examples = self.commands_in(out)
         assert len(examples) >= 2
         for example in examples:
-            assert _parser().parse_args(shlex.split(example)).model
+            assert build_parser().parse_args(shlex.split(example)).model
 
 
 class TestDocs:
@@ -546,7 +559,7 @@ class TestDocs:
     def test_every_command_of_the_page_says_what_the_page_shows(
         self, typed: str, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(measurement, "_step_seconds", lambda model, batch: 1.0)  # times are nobody else's
+        monkeypatch.setattr(counting_and_timing, "step_seconds", lambda model, batch: 1.0)  # times are nobody else's
         monkeypatch.delitem(sys.modules, "models", raising=False)
         (source,) = re.findall(r"```python\n(.*?)```", self.PAGE, re.DOTALL)
         Path("models.py").write_text(source)
