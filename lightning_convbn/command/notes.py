@@ -36,9 +36,8 @@ def notes_on(found: Measurement, *, rounds: int, has_budget: bool) -> list[str]:
     """Return the sentences that explain the measured numbers, and then what could not be measured."""
     notes = [WHAT_IS_COUNTED, WHAT_IS_COMPARED]
     if rounds:
-        noise = (
-            "" if found.device.type == "cuda" else f" It ran on {torch.get_num_threads()} CPU thread(s): expect noise."
-        )
+        threads = f" It ran on {torch.get_num_threads()} CPU thread(s), so expect noise."
+        noise = "" if found.device.type == "cuda" else threads
         notes.append(
             f"Step time: the median time of a forward and a backward pass in {rounds} interleaved round(s), without an "
             f"optimizer step. In brackets: the smallest and the largest ratio of a round.{noise}"
