@@ -69,17 +69,18 @@ def _card(variant: Variant, found: Measurement, budget: str) -> str:
 
 
 def _columns(variants: Sequence[Variant]) -> str:
+    """Return the header of the table. A click on a header sorts by its column."""
     order = '<th role="columnheader" scope="col" aria-sort="ascending"><button type="button">Block</button></th>'
     bars = '<th class="bars" aria-hidden="true"></th>'
-    titles = [TITLES[variant] for variant in variants] + (["Saved"] if len(variants) > 1 else [])
-    return (
-        order
-        + bars
-        + "".join(
-            f'<th role="columnheader" scope="col" data-first="descending"><button type="button">{title}</button></th>'
-            for title in titles
-        )
-    )
+    titles: dict[str, str] = {variant: TITLES[variant] for variant in variants}
+    if len(variants) > 1:
+        titles["saved"] = "Saved"
+    sizes = [
+        f'<th class="{name}" role="columnheader" scope="col" data-first="descending">'
+        f'<button type="button">{title}</button></th>'
+        for name, title in titles.items()
+    ]
+    return "".join([order, bars, *sizes])
 
 
 def _rows(blocks: Sequence[Block], variants: Sequence[Variant]) -> str:
