@@ -171,7 +171,9 @@ def saved_bytes_by_module(function: Callable[..., Any], *inputs: Any, **kwargs: 
         args, named = tree_map_only(Tensor, _copied, (inputs, kwargs))
         output = function(*args, **named)
         leaves = [leaf for leaf in _tensors_in(output) if leaf.requires_grad]
-        graph = [leaf.grad_fn for leaf in leaves]
+        # In PyTorch 2.9 the Python node of an autograd.Function does not keep alive what it has saved. A node after it
+        # does, so each output gets a view. PyTorch 2.14 does not need this.
+        graph = [leaf.view_as(leaf).grad_fn for leaf in leaves]
         del args, named, output, leaves
     gc.collect(1)  # the forward pass may have left reference cycles behind
     kept = ledger.bytes_alive()
