@@ -32,9 +32,10 @@ from benchmark_results import SETTING, cell_table, title
 from benchmark_variants import INDUCTOR_PASS, VARIANTS, folded_by_inductor, forget_compiled
 from torch import Tensor, nn
 
-from lightning_convbn.command.errors import CommandError, first_line
-from lightning_convbn.command.measurement import count_norms
-from lightning_convbn.exporting.whole_file import check_writable
+from lightning_convbn.command.errors import CommandError
+from lightning_convbn.command.results import count_batchnorms
+from lightning_convbn.exporting.atomic_file import check_writable
+from lightning_convbn.text import first_line
 
 SIZES = {"cpu": ["1:224", "8:224", "32:96"], "cuda": ["1:224", "8:224", "32:224"]}
 REFERENCES = ("eval", "deploy")
@@ -100,7 +101,7 @@ def measure(setting: dict[str, Any], variants: Sequence[str], rounds: int) -> di
     _time(running, results, rounds)
     row = {
         **setting,
-        "batchnorms": count_norms(work.pairs),
+        "batchnorms": count_batchnorms(work.pairs),
         "checkpointed": work.stages,
         "compiled_part": work.part or "(all)",
         "rounds": rounds,

@@ -23,7 +23,7 @@ from benchmark_variants import VARIANTS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_convbn.exporting.whole_file import written_whole
+from lightning_convbn.exporting.atomic_file import atomic_write
 from lightning_convbn.memory import MIB
 
 # One opaque panel with dark text: it reads the same on a light and on a dark page.
@@ -136,7 +136,7 @@ def _plain(axes: Axes, label: str) -> None:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file)
     return path
 

@@ -43,7 +43,7 @@ from tqdm import tqdm
 from weights import WeightsError, load_pretrained
 
 from lightning_convbn import ConvBNModeCallback, find_conv_bn_pairs, fuse_for_deploy, measure_memory
-from lightning_convbn.exporting.whole_file import check_writable
+from lightning_convbn.exporting.atomic_file import check_writable
 from lightning_convbn.layers.swap import Mode
 from lightning_convbn.memory import MIB, count_saved_bytes
 

@@ -33,7 +33,7 @@ NAMES = {
 CHANCE = {"elpv": 1 / 2, "fashion-mnist": 1 / 10}
 COLLAPSED = 0.05
 """A run whose accuracy is above chance by less than this has learnt nothing, or lost it all."""
-MODE_COLOURS = {"train": "#7c3aed", **{str(mode): colour for mode, colour in COLOURS.items()}}
+MODE_COLOURS = {"train": "#7c3aed", "eval": COLOURS["eval"], "tune": COLOURS["tune"], "deploy": COLOURS["deploy-copy"]}
 STYLES = {"train": ":", "eval": "-", "tune": "--", "deploy": "-."}
 MARKERS = {"train": "^", "eval": "o", "tune": "s", "deploy": "D"}
 INK = "#1e293b"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lightning_convbn.exporting.whole_file import written_whole
+from lightning_convbn.exporting.atomic_file import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "docs" / "benchmarks"
@@ -35,7 +35,7 @@ def write_json(path: Path, rows: Sequence[dict[str, Any]], packages: Sequence[st
     report = {"command": command(), "versions": versions(packages), **facts, "rows": list(rows)}
     text = re.sub(r"\[[\s\d.,e-]+\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(report, indent=1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write_text(text + "\n")
     return path
 

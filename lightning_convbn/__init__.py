@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_convbn.callback import ConvBNModeCallback
-    from lightning_convbn.exporting.deploy_copy import export, fuse_for_deploy
+    from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
+    from lightning_convbn.exporting.export import export
     from lightning_convbn.layers.swap import Mode
     from lightning_convbn.memory import MemoryUse, measure_memory
     from lightning_convbn.modes import conv_bn_mode, get_mode, set_mode
@@ -34,7 +35,7 @@ _HOMES = {
     "MemoryUse": "memory",
     "Mode": "layers.swap",
     "conv_bn_mode": "modes",
-    "export": "exporting.deploy_copy",
+    "export": "exporting.export",
     "find_conv_bn_pairs": "pairs.find",
     "fuse_for_deploy": "exporting.deploy_copy",
     "get_mode": "modes",

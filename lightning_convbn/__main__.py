@@ -1,4 +1,4 @@
-"""``python -m lightning_convbn``: the command ``lightning-convbn``."""
+"""Runs the command ``lightning-convbn`` for ``python -m lightning_convbn``."""
 
 import sys
 

@@ -1,4 +1,8 @@
-"""Counting the bytes that a forward pass keeps for the backward pass."""
+"""Counts the bytes that a forward pass keeps for the backward pass.
+
+`measure_memory` runs the model. `measure_memory_abstractly` runs it on tensors without data, if the model allows it.
+Both count in the same way, with `saved_bytes_by_module`.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lightning_convbn.compat_command import TorchDispatchMode, fake_tensor_mode, tree_leaves, tree_map_only
 from lightning_convbn.layers.swap import Mode
 from lightning_convbn.modes import conv_bn_mode
 from lightning_convbn.pairs.find import ConvBNPairs
@@ -27,7 +29,7 @@ INPUT = "(input)"
 
 
 def as_mib(size: int) -> str:
-    """Write a number of bytes in MiB, with more digits where there is little.
+    """Write a number of bytes in MiB. Sizes below one MiB get more digits.
 
     Example:
         >>> as_mib(3 * 2**20), as_mib(2**10)
@@ -38,14 +40,14 @@ def as_mib(size: int) -> str:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What `measure_memory` has counted.
+    """The result of `measure_memory`.
 
     Attributes:
         saved_bytes: Bytes that one forward pass keeps for the backward pass.
-        peak_allocated_bytes: On CUDA, the most bytes allocated at once in forward and backward, beyond those that were
-            allocated before; None elsewhere.
-        saved_by_module: Qualified name of a module -> those of ``saved_bytes`` that were allocated while it was the
-            innermost module that ran; ``""`` for the model's own forward, ``"(input)"`` for the inputs.
+        peak_allocated_bytes: On CUDA, the most bytes that are allocated at once in forward and backward pass. Bytes
+            that were allocated before do not count. None on other devices.
+        saved_by_module: Qualified name of a module -> the bytes of ``saved_bytes`` that were allocated while it was the
+            innermost running module. The name is ``""`` for the model's own forward and ``"(input)"`` for the inputs.
     """
 
     saved_bytes: int
@@ -68,24 +70,25 @@ def measure_memory(
 ) -> MemoryUse:
     """Count the bytes that one forward pass of a model in a mode keeps for the backward pass.
 
-    Every storage that the forward allocates and that is still alive when nothing but the autograd graph is left counts
-    once. Parameters and buffers don't count, nor the folds of Deploy mode, which stay from step to step. An input
-    counts if the graph keeps it. This goes by the life of the storages and not by
-    ``torch.autograd.graph.saved_tensors_hooks``, which miss whatever is saved under other such hooks or held by a
-    closure. Random state, buffers, gradients and mode are as before afterwards.
+    A storage counts if the forward pass allocates it and the autograd graph alone keeps it alive. It counts once. An
+    input counts if the graph keeps it. Parameters, buffers and the folds of Deploy mode do not
+    count. Random states, buffers, gradients and the mode are restored afterwards.
 
-    With inputs from a ``torch._subclasses.FakeTensorMode`` the count is the same and nothing is computed or allocated.
+    This looks at the life of storages. ``torch.autograd.graph.saved_tensors_hooks`` would miss tensors that other such
+    hooks have packed, and tensors that a closure holds.
+
+    Inputs from a ``torch._subclasses.FakeTensorMode`` give the same count, and nothing is computed or allocated.
 
     Args:
         model: Any module.
         *inputs: Positional arguments of its forward.
-        mode: The mode to measure in. ``"deploy"`` runs as Tune does where parameters want gradients.
+        mode: The mode to measure in. ``"deploy"`` computes as ``"tune"`` if a parameter wants a gradient.
         pairs: As for `set_mode`.
         recompute_activations: As for `set_mode`.
         **kwargs: Keyword arguments of its forward.
 
     Returns:
-        The bytes kept and, on CUDA, the peak of forward and backward.
+        The kept bytes and, on CUDA, the peak of forward and backward pass.
 
     Raises:
         ValueError: If ``mode`` is unknown or ``pairs`` does not fit the model.
@@ -117,22 +120,31 @@ def measure_memory_abstractly(
     mode: Mode,
     pairs: ConvBNPairs | None = None,
     recompute_activations: bool = False,
-    or_for_real: bool = True,
+    allow_real_run: bool = True,
 ) -> MemoryUse:
-    """Count as `measure_memory` does, on tensors without data where the model allows it.
+    """Count as `measure_memory` does, but on tensors without data if the model allows it.
 
-    A model that only just fits in Tune mode can so be counted in Eval mode. A model that looks at values (a detector's
-    non-maximum suppression, say) is run for real, or, without ``or_for_real``, raises what it raises.
+    So a model can be counted in Eval mode even if it only fits into memory in Tune mode. Some models read values, for
+    example in the non-maximum suppression of a detector. They can't run without data.
+
+    Args:
+        model: Any module.
+        inputs: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+        mode: As for `measure_memory`.
+        pairs: As for `set_mode`.
+        recompute_activations: As for `set_mode`.
+        allow_real_run: Run a model on the real inputs if it can't run without data. With False, its error is raised.
     """
     asked: dict[str, Any] = {"pairs": pairs, "recompute_activations": recompute_activations}
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        with fake_tensor_mode() as fake:
             args, named = tree_map_only(Tensor, fake.from_tensor, (tuple(inputs), dict(kwargs)))
             with conv_bn_mode(model, mode, **asked), state_kept(model, args, named):
                 saved = saved_bytes_by_module(model, *args, **named)
                 return MemoryUse(sum(saved.values()), saved_by_module=saved)
-    except Exception:  # whatever a user's forward raises when there are no values to read
-        if not or_for_real:
+    except Exception:  # a user's forward may raise anything if a tensor has no data
+        if not allow_real_run:
             raise
         return measure_memory(model, *inputs, mode=mode, **asked, **kwargs)
 
@@ -145,30 +157,31 @@ def count_saved_bytes(function: Callable[..., Any], *inputs: Any, **kwargs: Any)
 def saved_bytes_by_module(function: Callable[..., Any], *inputs: Any, **kwargs: Any) -> dict[str, int]:
     """Count the bytes that one call of a function keeps, by the module that allocated them; see `MemoryUse`.
 
-    The modules are those of the function, if it is one itself. Only what keeps something is named.
+    If the function is a module, its submodules are told apart. Modules that keep nothing are left out.
     """
     ledger = _StorageLedger(function)
     with torch.enable_grad(), ledger:
-        # Copies, so that an input counts if and only if the graph keeps it, and not because the caller holds it.
+        # The caller holds the inputs, so they would always be alive. Copies are only alive if the graph keeps them.
         args, named = tree_map_only(Tensor, _copied, (inputs, kwargs))
         output = function(*args, **named)
-        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        # The node of a view, because up to PyTorch 2.6 a custom Function's own node does not hold what it has saved.
+        leaves = [leaf for leaf in _tensors_in(output) if leaf.requires_grad]
+        # In PyTorch 2.9 the Python node of an autograd.Function does not keep alive what it has saved. A node after it
+        # does, so each output gets a view. PyTorch 2.14 does not need this.
         graph = [leaf.view_as(leaf).grad_fn for leaf in leaves]
         del args, named, output, leaves
-    gc.collect(1)  # cycles that the forward has just left behind
+    gc.collect(1)  # the forward pass may have left reference cycles behind
     kept = ledger.bytes_alive()
     del graph
     return kept
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    """A copy that is no leaf: the graph itself holds the leaves that want a gradient, whether they are saved or not."""
+    """Return a copy that is no leaf of the graph. The graph holds each leaf that wants a gradient, saved or not."""
     return tensor * 1 if tensor.requires_grad else tensor.clone()
 
 
 class _StorageLedger(TorchDispatchMode):
-    """Takes down every storage that is allocated while it is active, and by which module, without keeping it alive."""
+    """Lists the storages that are allocated while it is active, each with the running module. It keeps none alive."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -179,7 +192,7 @@ class _StorageLedger(TorchDispatchMode):
         self._allocated: dict[int, tuple[StorageWeakRef, int, str]] = {}
 
     def __enter__(self) -> _StorageLedger:
-        # Hooks for all modules at once, because hooks of their own would change what the modules look like.
+        # These hooks are global. A hook in a module would change the attributes of the module.
         self._hooks.callback(register_module_forward_pre_hook(self._enter_module).remove)
         self._hooks.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
         super().__enter__()
@@ -200,24 +213,28 @@ class _StorageLedger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if any(result.alias_info is not None for result in func._schema.returns):  # a view, or done in place
+        output = func(*args, **(kwargs or {}))
+        if func.is_view:  # nothing is allocated; the view of a real tensor among tensors without data has a new storage
             return output
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in given and storage._cdata not in self._allocated:
-                    self._allocated[storage._cdata] = StorageWeakRef(storage), storage.nbytes(), self._running[-1]
+        given = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in _tensors_in((args, kwargs))}
+        for tensor in _tensors_in(output):
+            storage = tensor.untyped_storage()
+            reference = StorageWeakRef(storage)
+            if reference.cdata not in given and reference.cdata not in self._allocated:
+                self._allocated[reference.cdata] = reference, storage.nbytes(), self._running[-1]
         return output
 
     def bytes_alive(self) -> dict[str, int]:
+        """Return the bytes that are still alive, by the module that allocated them."""
         alive: Counter[str] = Counter()
         for reference, size, module in self._allocated.values():
             if not reference.expired():
                 alive[module] += size
         return dict(alive)
+
+
+def _tensors_in(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _peak_allocated_bytes(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -231,11 +248,11 @@ def _peak_allocated_bytes(model: nn.Module, inputs: tuple[Any, ...], kwargs: dic
 
 
 def forward_and_backward(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Run a forward pass and the backward pass of the sum of its outputs; the gradients are thrown away."""
+    """Run a forward pass and the backward pass of the sum of its outputs. The gradients are not kept."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.enable_grad():
-        leaves = tree_leaves(model(*inputs, **kwargs))
-        loss = sum(leaf.float().sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)
-        del leaves
+        outputs = _tensors_in(model(*inputs, **kwargs))
+        loss = sum(output.float().sum() for output in outputs if output.requires_grad)
+        del outputs
         if isinstance(loss, Tensor):
             torch.autograd.grad(loss, parameters, allow_unused=True)

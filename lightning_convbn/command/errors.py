@@ -1,10 +1,19 @@
-"""What the command tells in one line."""
+"""Errors that the command shows in one line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning_convbn.text import first_line
 
 
 class CommandError(Exception):
-    """Something that whoever typed the command can mend; the text says what and how."""
+    """An error that the person who typed the command can correct. The text says what is wrong and what to do."""
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its class where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Turn errors of the package into a `CommandError` with the first line of their text."""
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise CommandError(first_line(error)) from error

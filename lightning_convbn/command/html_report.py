@@ -1,4 +1,4 @@
-"""What each block keeps, as one self-contained page; its looks and its behaviour are in `page.html`."""
+"""Writes the page of ``measure --html``: what each block keeps. The style and the script are in `html_report.html`."""
 
 from __future__ import annotations
 
@@ -10,91 +10,77 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from lightning_convbn.command.measurement import TITLES, Block, Measurement, Variant
+from lightning_convbn.command.blocks import sum_by_section
+from lightning_convbn.command.results import TITLES, Block, Measurement, Variant
 from lightning_convbn.memory import MIB
 
 
-def render_page(
-    title: str, measurement: Measurement, *, facts: str, notes: Sequence[str], command: str, versions: str, budget: str
+def render_report(
+    title: str, found: Measurement, *, facts: str, notes: Sequence[str], command: str, versions: str, budget: str
 ) -> str:
-    """Return the page as HTML. Every text is escaped, and nothing but the page's own script may run.
+    """Return the page as HTML. All texts are escaped, and the browser runs no script but the page's own.
 
     Args:
         title: What was measured.
-        measurement: What was found.
-        facts: Input, device and the like, in a line.
-        notes: What the figures mean and what could not be measured.
+        found: What was found.
+        facts: Input, device and number of folded BatchNorms, in one line.
+        notes: Sentences that explain the numbers and say what could not be measured.
         command: The command that was typed.
-        versions: What it was measured with.
-        budget: The budget as it was typed; empty if none was.
+        versions: The versions that were used.
+        budget: The budget as it was typed. Empty if there was none.
     """
     template = (files("lightning_convbn.command") / "html_report.html").read_text(encoding="utf-8")
-    variants = list(measurement.figures)
+    variants = list(found.variants)
     (script,) = re.findall(r"<script>(.*)</script>", template, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return Template(template).substitute(
         script_hash=f"sha256-{digest}",
         title=escape(title),
         facts=escape(facts),
-        cards="\n".join(_card(variant, measurement, budget) for variant in variants),
+        cards="\n".join(_card(variant, found, budget) for variant in variants),
         legend="".join(f'<li class="{variant}">{TITLES[variant]}</li>' for variant in variants),
         columns=_columns(variants),
         column_count=str(len(variants) + (len(variants) > 1)),
-        blocks=_rows(measurement.blocks, variants),
-        parts=_rows(_parts(measurement.blocks, variants), variants),
+        blocks=_rows(found.blocks, variants),
+        sections=_rows(sum_by_section(found.blocks, variants), variants),
         notes="".join(f"<li>{escape(note)}</li>" for note in notes),
         command=escape(command),
         versions=escape(versions),
     )
 
 
-def _card(variant: Variant, measurement: Measurement, budget: str) -> str:
-    figures, reference = measurement.figures[variant], measurement.figures["eval"].saved_bytes
+def _card(variant: Variant, found: Measurement, budget: str) -> str:
+    """Return the box with the numbers of one variant."""
+    result, change, ratio = found.variants[variant], found.kept_change(variant), found.step_time_ratio(variant)
     details = []
-    if variant != "eval" and reference:
-        details.append(("Against Eval", f"{100 * (figures.saved_bytes / reference - 1):+.1f} %".replace("-", "−")))
-    if figures.peak_allocated_bytes is not None:
-        details.append(("Peak, forward and backward", f"{figures.peak_allocated_bytes / MIB:,.1f} MiB"))
-    ratio = measurement.step_time_ratio(variant)
-    if figures.median_seconds is not None and variant == "eval":
-        details.append(("Step time", f"{1000 * figures.median_seconds:,.1f} ms"))
+    if change is not None:
+        details.append(("Against Eval", f"{change:+.1f} %".replace("-", "−")))
+    if result.peak_allocated_bytes is not None:
+        details.append(("Peak, forward and backward", f"{result.peak_allocated_bytes / MIB:,.1f} MiB"))
+    if result.median_seconds is not None and variant == "eval":
+        details.append(("Step time", f"{1000 * result.median_seconds:,.1f} ms"))
     if ratio is not None and variant != "eval":
         details.append(("Step time / Eval’s", f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"))
-    if figures.largest_batch is not None:
-        details.append((f"Largest batch in {budget}", f"{figures.largest_batch:,}"))
+    if result.largest_batch is not None:
+        details.append((f"Largest batch in {budget}", f"{result.largest_batch:,}"))
     rows = "".join(f"<dt>{escape(term)}</dt><dd>{escape(value)}</dd>" for term, value in details)
-    kept = f'<p class="kept">{figures.saved_bytes / MIB:,.1f}<small>MiB kept</small></p>'
+    kept = f'<p class="kept">{result.saved_bytes / MIB:,.1f}<small>MiB kept</small></p>'
     return f'<article class="card {variant}"><h3>{TITLES[variant]}</h3>{kept}<dl>{rows}</dl></article>'
 
 
 def _columns(variants: Sequence[Variant]) -> str:
+    """Return the header of the table. A click on a header sorts by its column."""
     order = '<th role="columnheader" scope="col" aria-sort="ascending"><button type="button">Block</button></th>'
     bars = '<th class="bars" aria-hidden="true"></th>'
-    titles = [variant.title() for variant in variants] + (["Saved"] if len(variants) > 1 else [])
-    return (
-        order
-        + bars
-        + "".join(
-            f'<th role="columnheader" scope="col" data-first="descending"><button type="button">{title}</button></th>'
-            for title in titles
-        )
-    )
-
-
-def _parts(blocks: Sequence[Block], variants: Sequence[Variant]) -> list[Block]:
-    """Sum up the blocks of each part."""
-    members: dict[str, list[Block]] = {}
-    for block in blocks:
-        members.setdefault(block.part, []).append(block)
-    return [
-        Block(
-            name=part,
-            part=part,
-            about=f"{len(within)} block{'s' * (len(within) > 1)}",
-            saved_bytes={variant: sum(block.saved_bytes[variant] for block in within) for variant in variants},
-        )
-        for part, within in members.items()
+    titles: dict[str, str] = {variant: TITLES[variant] for variant in variants}
+    if len(variants) > 1:
+        titles["saved"] = "Saved"
+    sizes = [
+        f'<th class="{name}" role="columnheader" scope="col" data-first="descending">'
+        f'<button type="button">{title}</button></th>'
+        for name, title in titles.items()
     ]
+    return "".join([order, bars, *sizes])
 
 
 def _rows(blocks: Sequence[Block], variants: Sequence[Variant]) -> str:
@@ -108,7 +94,7 @@ def _row(number: int, block: Block, variants: Sequence[Variant], longest: int) -
         f'<div class="bar {variant}" style="width:{100 * sizes[variant] / longest:.2f}%"></div>' for variant in variants
     )
     cells = [
-        f'<td role="cell" data-label="{variant.title()}" data-value="{sizes[variant]}">{_mib(sizes[variant])}</td>'
+        f'<td role="cell" data-label="{TITLES[variant]}" data-value="{sizes[variant]}">{_mib(sizes[variant])}</td>'
         for variant in variants
     ]
     lines = [block.name, block.about, *(f"{TITLES[variant]}: {sizes[variant]:,} bytes" for variant in variants)]
@@ -125,7 +111,7 @@ def _row(number: int, block: Block, variants: Sequence[Variant], longest: int) -
 
 
 def _mib(size: int) -> str:
-    """Enough digits to compare by; what rounds to nothing shows that it is something."""
+    """Return a size in MiB with enough digits to compare. A small size that is not zero does not become zero."""
     if size and abs(size) < MIB / 100:
         return "&lt;0.01" if size > 0 else "&gt;−0.01"
     digits = 1 if round(abs(size) / MIB, 2) >= 1 else 2

@@ -1,4 +1,7 @@
-"""From what a person types to a model: ``torchvision:resnet50``, ``timm:...``, ``module:factory``, a checkpoint."""
+"""Builds the model that the argument MODEL names.
+
+MODEL is ``torchvision:resnet50``, ``timm:...``, ``package.module:factory``, or the path of a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_convbn.command.errors import CommandError, first_line
+from lightning_convbn.command.errors import CommandError
+from lightning_convbn.text import first_line
 
 FORMS = "torchvision:NAME, timm:NAME, package.module:factory, or a Lightning checkpoint (*.ckpt)"
 
@@ -25,9 +29,10 @@ def load_model(spec: str, checkpoint_class: str | None = None) -> nn.Module:
     """Build the model that ``spec`` names, on the CPU and in its eval state. No weights are downloaded.
 
     Args:
-        spec: ``torchvision:NAME`` or ``timm:NAME``, with random weights; ``package.module:factory``, a callable without
-            required arguments or a module, importable from the current directory too; or the path of a checkpoint.
-        checkpoint_class: ``package.module:LightningModuleClass`` of a checkpoint.
+        spec: ``torchvision:NAME`` or ``timm:NAME`` for a model with random weights, ``package.module:factory`` for a
+            module or a callable without required arguments, or the path of a checkpoint. The current directory is
+            importable.
+        checkpoint_class: The class of a checkpoint, as ``package.module:LightningModuleClass``.
 
     Raises:
         CommandError: If there is no such model, or it can't be built.
@@ -53,15 +58,20 @@ def load_model(spec: str, checkpoint_class: str | None = None) -> nn.Module:
     return model.eval()
 
 
+def has_random_weights(spec: str) -> bool:
+    """Whether ``spec`` names a model of a library, which is built with random weights."""
+    return spec.startswith(("torchvision:", "timm:"))
+
+
 def _from_torchvision(name: str) -> nn.Module:
     models = _library("torchvision.models")
     if name not in models.list_models():
         raise _unknown("torchvision", name, models.list_models())
     builder = models.get_model_builder(name)
-    # Detectors and segmenters fetch the weights of their backbone unless told not to.
+    # Detectors and segmentation models download the weights of their backbone by default.
     options = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of initial values that a later version will draw otherwise
+        warnings.simplefilter("ignore")  # a later version will choose other initial values
         return _built(f"torchvision:{name}", lambda: builder(weights=None, **options))
 
 
@@ -90,14 +100,14 @@ def _from_checkpoint(path: str, checkpoint_class: str | None) -> nn.Module:
         raise CommandError(f"no checkpoint {path!r} in {os.getcwd()}")
     found = _attribute(checkpoint_class)
     if not hasattr(found, "load_from_checkpoint"):
-        raise CommandError(f"--class {checkpoint_class} is no LightningModule class: it has no load_from_checkpoint")
+        raise CommandError(f"--class {checkpoint_class} is not a LightningModule class: it has no load_from_checkpoint")
     return _built(path, lambda: found.load_from_checkpoint(path, map_location="cpu"))
 
 
 def _built(spec: str, build: Any) -> nn.Module:
     try:
         model = build()
-    except Exception as error:  # whatever a user's factory raises
+    except Exception as error:  # a user's factory may raise anything
         raise CommandError(f"{spec} could not be built: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise CommandError(f"{spec} returns a {type(model).__name__}, not a torch.nn.Module")
@@ -115,7 +125,7 @@ def _library(module: str) -> ModuleType:
 
 
 def _attribute(spec: str) -> Any:
-    """Import what ``package.module:name`` stands for; the current directory comes first, as for ``python -m``."""
+    """Import what ``package.module:name`` names. The current directory comes first, as for ``python -m``."""
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise CommandError(f"{spec!r} is not of the form package.module:name")
@@ -129,7 +139,7 @@ def _attribute(spec: str) -> Any:
                 f"no module {error.name!r}, neither installed nor in {os.getcwd()}; MODEL is {FORMS}"
             ) from error
         raise CommandError(f"{module_name} needs {error.name!r}; pip install what provides it") from error
-    except Exception as error:  # whatever a user's module raises
+    except Exception as error:  # importing a user's module may raise anything
         raise CommandError(f"{module_name} can't be imported: {type(error).__name__}: {first_line(error)}") from error
     try:
         return attrgetter(name)(module)

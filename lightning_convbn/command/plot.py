@@ -1,19 +1,25 @@
-"""A picture of what each block keeps."""
+"""Draws the picture of ``measure --plot``: what each section of the model keeps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lightning_convbn.command.blocks import sum_by_section
 from lightning_convbn.command.errors import CommandError
-from lightning_convbn.command.measurement import TITLES, Measurement, Variant
+from lightning_convbn.command.results import TITLES, Block, Measurement, Variant
 from lightning_convbn.memory import MIB
 
-COLOURS: dict[Variant, str] = {"eval": "#c2570c", "tune": "#0f766e", "deploy": "#94a3b8"}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS: dict[Variant, str] = {"eval": "#c2570c", "tune": "#0f766e", "deploy-copy": "#94a3b8"}
 
 
 def check_plottable(path: Path) -> None:
-    """Raise a `CommandError` if matplotlib is missing or has no format for the suffix of ``path``."""
+    """Raise a `CommandError` if matplotlib is missing, or if it can't write files with this suffix."""
     if find_spec("matplotlib") is None:
         raise CommandError("--plot needs matplotlib; pip install lightning-convbn[cli]")
     from matplotlib.backend_bases import FigureCanvasBase
@@ -23,38 +29,24 @@ def check_plottable(path: Path) -> None:
         raise CommandError(f"--plot {path}: the suffix must be one of {', '.join(f'.{name}' for name in formats)}")
 
 
-def write_plot(path: Path, title: str, measurement: Measurement) -> None:
-    """Draw the bytes kept by part of the model, mode by mode, and write the picture in the format of the suffix.
+def write_plot(path: Path, title: str, found: Measurement) -> None:
+    """Draw the bytes that each section of the model keeps, one bar for each variant.
 
     Args:
-        path: The file, checked by `check_plottable`.
+        path: The file. `check_plottable` has accepted it. The suffix chooses the format.
         title: What was measured.
-        measurement: What was found.
+        found: What was found.
     """
     from matplotlib.figure import Figure
 
-    parts = list(dict.fromkeys(block.part for block in measurement.blocks))
-    variants = list(measurement.figures)
-    figure = Figure(figsize=(9, 1.5 + 0.16 * (len(variants) + 1) * len(parts)), layout="constrained", dpi=150)
+    variants = list(found.variants)
+    sections = sum_by_section(found.blocks, variants)
+    figure = Figure(figsize=(9, 1.5 + 0.16 * (len(variants) + 1) * len(sections)), layout="constrained", dpi=150)
     axes = figure.add_subplot()
-    height = 0.8 / len(variants)
     for place, variant in enumerate(variants):
-        sizes = [
-            sum(block.saved_bytes[variant] for block in measurement.blocks if block.part == part) / MIB
-            for part in parts
-        ]
-        total = measurement.figures[variant].saved_bytes / MIB
-        bars = axes.barh(
-            [row + (place - (len(variants) - 1) / 2) * height for row in range(len(parts))],
-            sizes,
-            height * 0.9,
-            color=COLOURS[variant],
-            label=f"{TITLES[variant]}, {total:,.1f} MiB in all",
-        )
-        axes.bar_label(
-            bars, [f"{size:,.{1 if size >= 1 else 2}f}" for size in sizes], padding=3, fontsize=7, color="#475569"
-        )
-    axes.set_yticks(range(len(parts)), [part.replace("$", r"\$") for part in parts])  # "$" would begin a formula
+        total = found.variants[variant].saved_bytes / MIB
+        _draw_bars(axes, sections, variant, place, len(variants), f"{TITLES[variant]}, {total:,.1f} MiB in total")
+    axes.set_yticks(range(len(sections)), [_literal(section.name) for section in sections])
     axes.invert_yaxis()
     axes.set_xlabel("MiB kept for the backward pass")
     axes.margins(x=0.08, y=0.01)
@@ -62,6 +54,23 @@ def write_plot(path: Path, title: str, measurement: Measurement) -> None:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#e2e8f0")
     axes.set_axisbelow(True)
-    figure.suptitle(title.replace("$", r"\$"), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(_literal(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
     figure.legend(loc="outside lower left", ncols=len(variants), frameon=False, fontsize=9)
     figure.savefig(path)
+
+
+def _draw_bars(
+    axes: Axes, sections: Sequence[Block], variant: Variant, place: int, variant_count: int, label: str
+) -> None:
+    """Draw the bars of one variant. Each bar has its size in MiB at its end."""
+    sizes = [section.saved_bytes[variant] / MIB for section in sections]
+    height = 0.8 / variant_count
+    rows = [row + (place - (variant_count - 1) / 2) * height for row in range(len(sections))]
+    bars = axes.barh(rows, sizes, height * 0.9, color=COLOURS[variant], label=label)
+    texts = [f"{size:,.{1 if size >= 1 else 2}f}" for size in sizes]
+    axes.bar_label(bars, texts, padding=3, fontsize=7, color="#475569")
+
+
+def _literal(text: str) -> str:
+    """Escape the dollar sign, because matplotlib would take it for the begin of a formula."""
+    return text.replace("$", r"\$")

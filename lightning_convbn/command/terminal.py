@@ -1,4 +1,4 @@
-"""Tables and a progress bar: by rich on a terminal where it is installed, in plain text elsewhere."""
+"""Tables, notes and a progress bar. On a terminal they use rich, if it is installed. Elsewhere they are plain text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from textwrap import fill
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
-    """Print a table; the columns named in ``numbers`` are aligned to the right."""
+    """Print a table. The columns named in ``numbers`` are aligned to the right."""
     if _rich_for(sys.stdout):
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
@@ -21,7 +21,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, number
         for column in columns:
             table.add_column(Text(column), justify="right" if column in numbers else "left", overflow="fold")
         for row in rows:
-            table.add_row(*map(Text, row))  # Text: a name is not markup
+            table.add_row(*map(Text, row))  # as Text, so that a name with brackets is not taken for markup
         Console().print(table)
         return
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
@@ -34,33 +34,38 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, number
 
 
 def print_notes(notes: Sequence[str]) -> None:
-    """Print sentences as a list, in lines that are short enough to read."""
+    """Print sentences as a list, in lines of at most 100 characters."""
     for note in notes:
         print(fill(note, 100, initial_indent="- ", subsequent_indent="  "))
 
 
+def print_status(text: str) -> None:
+    """Print a line on stderr, so that a table or JSON on stdout stays alone."""
+    print(text, file=sys.stderr)
+
+
 @contextmanager
-def progress_bar(stages: int) -> Iterator[Callable[[str], None]]:
-    """Show how far the work is, on stderr; the block receives a function to call with each stage that begins."""
+def progress_bar(steps: int) -> Iterator[Callable[[str], None]]:
+    """Show on stderr how far the work is. The block gets a function to call with the name of each step that begins."""
     if not _rich_for(sys.stderr):
-        yield lambda stage: None
+        yield lambda step: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=stages)
+        task = bar.add_task("", total=steps)
         begun = 0
 
-        def advance(stage: str) -> None:
+        def advance(step: str) -> None:
             nonlocal begun
-            bar.update(task, completed=begun, description=stage)
+            bar.update(task, completed=begun, description=step)
             begun += 1
 
         yield advance
 
 
 def _rich_for(stream: object) -> bool:
-    """Plain text goes into pipes and files, so that nothing there is folded to the width of a terminal."""
+    """Whether to use rich. A pipe or a file gets plain text, because rich would wrap lines at the terminal's width."""
     return bool(getattr(stream, "isatty", bool)()) and find_spec("rich") is not None

@@ -1,4 +1,7 @@
-"""The formats of files of a Deploy copy, by suffix: how each is written, read and what it needs."""
+"""The file formats of a Deploy copy: how each is written and read, and what it needs.
+
+`FORMATS` at the end has one row for each suffix. A new format is a new row with a function to write and one to read.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_convbn.compat_command import tree_leaves, tree_map
 
 Inputs = tuple[Any, ...]
 
@@ -21,15 +25,16 @@ class Format:
     """How files of one suffix are written and read.
 
     Attributes:
-        write: Returns the file of a Deploy copy; the arguments of a forward say by which shapes. It is built in memory:
-            torch ends the whole process when the disk is full while it writes a file itself.
-        read: Returns what computes as the file says. A file of weights alone needs the Deploy copy's modules.
+        write: Returns the bytes of the file. It gets the Deploy copy, example arguments of its forward, and whether the
+            batch size is dynamic. The file is made in memory, because torch ends the whole process if the disk is full
+            while it writes a file itself.
+        read: Returns a callable that computes what the file says. It gets the file and the Deploy copy, because a file
+            that only has weights needs modules to load them into.
         captures: Whether the file holds the computation, not only the weights.
         extra: The extra of this package that installs ``packages``.
-        packages: What must be importable.
-        since: The first version of PyTorch that writes it well.
-        dtypes: Data types of parameters that the file can be checked with; empty for all.
-        most_bytes: How much a file can hold.
+        packages: The packages that must be installed.
+        dtypes: Dtypes of parameters for which the file can be checked. Empty for all.
+        most_bytes: The largest size of a file.
     """
 
     write: Callable[[nn.Module, Inputs, bool], bytes]
@@ -37,7 +42,6 @@ class Format:
     captures: bool = False
     extra: str = ""
     packages: tuple[str, ...] = ()
-    since: str = "2.6"
     dtypes: frozenset[torch.dtype] = frozenset()
     most_bytes: float = float("inf")
 
@@ -51,17 +55,17 @@ def _captured(model: nn.Module, example: Inputs, dynamic_batch: bool) -> torch.e
     arguments = inspect.signature(model.forward).bind(*example).arguments
     try:
         return torch.export.export(model, example, dynamic_shapes=tree_map(shape, dict(arguments)), strict=False)
-    except Exception as error:  # whatever the model's forward raises, or the tracer of torch
+    except Exception as error:  # the model's forward and the tracer of torch may raise anything
         fix = "; try dynamic_batch=False" if dynamic_batch else ""
         raise RuntimeError(f"model: torch.export can't capture {type(model).__name__}{fix}: {error}") from error
 
 
 def to_onnx(model: nn.Module, example: Inputs, dynamic_batch: bool) -> bytes:
-    """Return the file of any model by torch's exporter, in one piece, without traces of the machine that made it."""
+    """Return the bytes of an ONNX file of any model. It has no external data, and no paths of this machine."""
     program = torch.onnx.export(_captured(model, example, dynamic_batch), dynamo=True, verbose=False)
     assert program is not None
     proto = program.model_proto
-    for node in proto.graph.node:  # a stack trace has the paths of this machine
+    for node in proto.graph.node:  # the exporter adds stack traces, and they have paths of this machine
         kept = [entry for entry in node.metadata_props if not entry.key.endswith("stack_trace")]
         del node.metadata_props[:]
         node.metadata_props.extend(kept)
@@ -78,7 +82,7 @@ def _read_onnx(file: Path, model: nn.Module) -> Callable[..., Any]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # its warnings are about speed
+    options.log_severity_level = 3  # warnings are only about speed
     session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
 
     def run(*inputs: Any) -> list[Tensor]:
@@ -113,7 +117,7 @@ def _read_pt(file: Path, model: nn.Module) -> Callable[..., Any]:
 def _to_safetensors(model: nn.Module, example: Inputs, dynamic_batch: bool) -> bytes:
     from safetensors.torch import save
 
-    # Tied weights are written once for each name: such a file can't share, and a plain state dict is easiest to load.
+    # The format can't share tensors. So a tied weight is written once for each of its names.
     state = model.state_dict()
     return save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()})
 
@@ -127,7 +131,7 @@ def _read_safetensors(file: Path, model: nn.Module) -> Callable[..., Any]:
 def _with_weights(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
     for tensor in model.state_dict().values():
         if isinstance(tensor, Tensor):
-            tensor.zero_()  # whatever the file does not bring back must be missed
+            tensor.zero_()  # so the comparison fails if the file lacks a tensor
     model.load_state_dict(state)
     return model
 
@@ -139,9 +143,8 @@ FORMATS = {
         captures=True,
         extra="onnx",
         packages=("onnx", "onnxscript", "onnxruntime"),
-        since="2.7",  # 2.6 fails at BatchNorm, or at a mean, by the version of onnxscript
         dtypes=frozenset({torch.float32, torch.float16}),
-        most_bytes=2**31,  # a file is one protocol buffer
+        most_bytes=2**31,  # the limit of one protocol buffer
     ),
     ".pt2": Format(_to_pt2, _read_pt2, captures=True),
     ".pt": Format(_to_pt, _read_pt),

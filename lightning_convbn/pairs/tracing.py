@@ -16,6 +16,7 @@ from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.data_flow import DataFlow, is_leaf
 from lightning_convbn.pairs.fsdp import is_fsdp_unit
 from lightning_convbn.pairs.side_effects import stashed, traced_quietly
+from lightning_convbn.text import first_line
 
 METADATA = ("shape", "ndim", "dtype", "device")  # what folding leaves unchanged in a convolution's output
 
@@ -68,7 +69,7 @@ def _trace(module: nn.Module, flow: DataFlow, why: str) -> None:
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             name = flow.names[module] or "the model"
             flow.untraced.append(name)
-            why = reasons.UNTRACED.format(name=name, cls=class_name(module), error=_first_line(error))
+            why = reasons.UNTRACED.format(name=name, cls=class_name(module), error=first_line(error))
         for child in module.children():
             _trace(child, flow, why)
         return
@@ -148,7 +149,3 @@ def _described(node: fx.Node) -> str:
             return f"`{getattr(node.target, '__name__', node.target)}`"
         case _:
             return f"`{node.target}`"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

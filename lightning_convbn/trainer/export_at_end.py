@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_convbn.exporting.checked_file import (
+from lightning_convbn.exporting.argument_checks import (
     batch_sizes,
     check_model,
     check_path,
     check_suffix,
     checked_inputs,
-    write_proven,
 )
-from lightning_convbn.exporting.deploy_copy import fuse_for_deploy, plain_copy
+from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
+from lightning_convbn.exporting.plain_copy import plain_copy
+from lightning_convbn.exporting.write_and_compare import write_and_compare
 from lightning_convbn.pairs.find import find_conv_bn_pairs
 from lightning_convbn.trainer.part import runs_its_forward
 
@@ -138,7 +139,7 @@ class FitExport:
         # What was compiled is named without its wrapper already, as in the copy.
         wrong = {copied.names.get(name, name).removeprefix(prefix): reason for name, reason in self.wrong.items()}
         fused = fuse_for_deploy(model, pairs=pairs.unfold(wrong))
-        write_proven(fused, model, self.path, self.inputs, dynamic_batch=_is_batched(self.inputs))
+        write_and_compare(fused, model, self.path, self.inputs, dynamic_batch=_is_batched(self.inputs))
         weights = f"the best checkpoint, {best}" if best else "the last weights"
         return f"exported {_described(self._module, pl_module)} with {weights}, to {self.path}"
 

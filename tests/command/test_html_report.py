@@ -13,9 +13,9 @@ from helpers.models import small_net
 from torch import nn
 
 from lightning_convbn.__main__ import main
-from lightning_convbn.command import actions as commands
-from lightning_convbn.command.html_report import render_page
-from lightning_convbn.command.measurement import Subject
+from lightning_convbn.command import measure
+from lightning_convbn.command.counting_and_timing import ModelMeasurer
+from lightning_convbn.command.html_report import render_report
 
 HOSTILE = '</script><script>owned=1</script><img src=x onerror="owned=1">&amp;\''
 
@@ -36,7 +36,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a network, written by the command."""
     file: Path = tmp_path_factory.mktemp("page") / "page.html"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "load_model", lambda *_: Net())
+        patch.setattr(measure, "load_model", lambda *_: Net())
         options = ["--size", "16", "--rounds", "2", "--budget", "1GiB", "--html", str(file)]
         assert main(["measure", HOSTILE, *options]) == 0
     return file
@@ -116,9 +116,9 @@ def test_hovering_tells_the_bytes_and_the_reason(opened: Opened) -> None:
     assert opened.page.get_by_role("tooltip").count() == 0
 
 
-def test_parts_add_up_to_the_blocks(opened: Opened) -> None:
+def test_sections_add_up_to_the_blocks(opened: Opened) -> None:
     blocks = opened.values("Eval")
-    opened.page.get_by_role("radio", name="Parts").check()
+    opened.page.get_by_role("radio", name="Sections").check()
     assert len(opened.values("Eval")) < len(blocks)
     assert sum(opened.values("Eval")) == sum(blocks)
     shown = opened.page.locator(".card.eval .kept").inner_text()
@@ -194,20 +194,20 @@ def test_paper_shows_the_table_without_its_buttons_arrows(browser: Any, page_fil
     opened = Opened(browser, page_file, color_scheme="dark")
     opened.page.emulate_media(media="print", color_scheme="dark")
     assert opened.page.evaluate(CONTRASTS)["paper"] == "rgb(255, 255, 255)"
-    assert not opened.page.get_by_role("radio", name="Parts").is_visible()
+    assert not opened.page.get_by_role("radio", name="Sections").is_visible()
     assert opened.page.pdf().startswith(b"%PDF")
 
 
 def test_without_scripts_the_table_is_there(browser: Any, page_file: Path) -> None:
     opened = Opened(browser, page_file, java_script_enabled=False)
     assert opened.page.get_by_role("cell").count() > 12
-    assert not opened.page.get_by_role("radio", name="Parts").is_visible()
+    assert not opened.page.get_by_role("radio", name="Sections").is_visible()
 
 
 def test_eval_alone_has_neither_ratio_nor_savings() -> None:
-    subject = Subject(small_net(), (2, 3, 8, 8), torch.float32, torch.device("cpu"))
-    found = subject.measure(["eval"], rounds=0, budget=None, progress=lambda stage: None)
-    page = render_page("net", found, facts="", notes=[], command="", versions="", budget="")
+    measurer = ModelMeasurer(small_net(), (2, 3, 8, 8), torch.float32, torch.device("cpu"))
+    found = measurer.measure(["eval"], rounds=0, budget=None, progress=lambda step: None)
+    page = render_report("net", found, facts="", notes=[], command="", versions="", budget="")
     assert "Saved</button>" not in page
     assert page.count("<article") == 1
     assert "$" not in re.sub(r"<script>.*</script>", "", page, flags=re.DOTALL)

@@ -27,7 +27,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_convbn import ConvBNModeCallback, fuse_for_deploy
-from lightning_convbn.exporting import checked_file as writers
 
 pytestmark = [
     *LIGHTNING_SAYS,
@@ -244,7 +243,9 @@ def test_what_cannot_be_written_is_refused_before_training(
     file: str, missing: str, error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = BoringModule()
-    monkeypatch.setattr(writers, "find_spec", lambda name: None if name == missing else name)
+    monkeypatch.setattr(
+        "lightning_convbn.exporting.argument_checks.find_spec", lambda name: None if name == missing else name
+    )
     before = Snapshot.of(module)
     with pytest.raises(error, match=message):
         fit(module, tmp_path / file)

@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all."""
+"""Writes a file completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from tempfile import TemporaryDirectory
 
 
 def check_writable(where: str, path: Path) -> None:
-    """Raise a ValueError that begins with ``where`` unless a file can be written to ``path``; it is tried."""
+    """Raise a ValueError if no file can be written to ``path``. The error text begins with ``where``.
+
+    A temporary folder is made beside the file and removed again, so this really tries to write.
+    """
     if path.is_dir():
         raise ValueError(f"{where} is a folder; name a file in it")
     if not path.resolve().parent.is_dir():
@@ -22,8 +25,11 @@ def check_writable(where: str, path: Path) -> None:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Give a path to write to, of the same name in a folder of its own, and move the file if the block succeeds."""
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Give the block a path to write to, and move the file to ``path`` if the block succeeds.
+
+    The file has the same name, but it lies in a temporary folder. If the block fails, an older file at ``path`` stays.
+    """
     with _folder_beside(path) as folder:
         file = Path(folder, path.name)
         yield file
@@ -33,6 +39,6 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def _folder_beside(path: Path) -> TemporaryDirectory[str]:
-    """A folder on the same file system, so that a file can be moved in one step and its traces go with the folder."""
+    """Make a temporary folder on the same file system. Only there can a file be moved in one step."""
     path = path.resolve()
     return TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)

@@ -1,6 +1,6 @@
-"""Deploy copies of whole models: equal to Eval mode, without BatchNorms, at home where this package is not.
+"""Deploy copies of whole models: they equal Eval mode, have no folded BatchNorm, and run without this package.
 
-A copy is given to a process that can't import lightning_convbn, which loads it and runs it.
+Each copy is loaded and run in a process that can't import lightning_convbn.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from lightning_convbn import export, find_conv_bn_pairs, fuse_for_deploy
 from lightning_convbn.exporting.formats import to_onnx
 
-# What other libraries deprecate from release to release is no failure of these tests.
+# Other libraries deprecate something with every release. That is no failure of these tests.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 # Ten models of timm (docs/coverage.md) -> the size of an image.
@@ -44,7 +44,7 @@ TIMM = {
     "ghostnet_100": 64,
     "nasnetalarge": 96,
 }
-# Shortened members of five families, whose graphs take the exporter a second or two instead of ten.
+# Short members of five families. The exporter takes a second or two for each, instead of ten.
 SHORTENED: dict[str, Callable[[], nn.Module]] = {
     "resnet": lambda: models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10),
     "mobilenet_v2": lambda: models.MobileNetV2(10, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]]),
@@ -101,7 +101,7 @@ def runs_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunsEls
 
 
 def settled(model: nn.Module, batch: Tensor) -> nn.Module:
-    """Give BatchNorms a random affine map, and statistics near a batch's: others make rounding grow with depth."""
+    """Give BatchNorms a random affine map and the statistics of a batch. Other statistics make rounding grow."""
     for norm in norms(randomized(model)).values():
         norm.momentum = 0.7
     with torch.no_grad():
@@ -110,7 +110,7 @@ def settled(model: nn.Module, batch: Tensor) -> nn.Module:
 
 
 def assert_ships(model: nn.Module, input: Tensor, runs_elsewhere: RunsElsewhere) -> None:
-    """Compare the Deploy copy with the model in both precisions, look at its layers, and run it elsewhere."""
+    """Compare the Deploy copy with the model in two precisions, check its layers, and run it in the other process."""
     pairs = find_conv_bn_pairs(model)
     assert len(pairs)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_onnx_graph_of_whole_models(name: str, tmp_path: Path) -> None:
 
 
 def assert_lean_graph(model: nn.Module, folder: Path) -> None:
-    """Compare the file with Eval mode in onnxruntime, for several batch sizes, and its graph with that of Eval mode."""
+    """Compare the file with Eval mode for several batch sizes, and its graph with the graph of Eval mode."""
     assert not find_conv_bn_pairs(model).unpaired
     session = onnxruntime.InferenceSession(export(model, folder / "deploy.onnx", (images(1, 3, 64, 64),)))
     for size in (1, 2, 5):

@@ -1,0 +1,46 @@
+"""``lightning-convbn inspect``: lists which BatchNorms are folded, frozen and unfrozen, and why."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import torch
+
+from lightning_convbn.command.model_argument import load_model
+from lightning_convbn.command.model_checks import check_has_batchnorm, check_takes
+from lightning_convbn.command.notes import folded_count, notes_on_model
+from lightning_convbn.command.option_values import sample_shape
+from lightning_convbn.command.output_files import STDOUT, check_output_files, write_json
+from lightning_convbn.command.results import count_batchnorms
+from lightning_convbn.command.terminal import print_notes, print_table
+from lightning_convbn.pairs.find import ConvBNPairs, find_conv_bn_pairs
+
+
+def inspect_model(options: Namespace) -> None:
+    """Print a row for each BatchNorm, or JSON."""
+    example = None if options.size is None else torch.randn(2, *sample_shape(options.size))
+    check_output_files(options)
+    model = load_model(options.model, options.checkpoint_class)
+    check_has_batchnorm(model)
+    if example is not None:
+        check_takes(model, example)
+    pairs = find_conv_bn_pairs(model, example_inputs=None if example is None else (example,))
+    unfrozen = {bn: reason for bn, reason in pairs.unpaired.items() if bn in pairs.left}
+    if options.json != STDOUT:
+        _print_pairs(pairs, unfrozen)
+        print_notes(notes_on_model(model))
+    write_json(
+        options,
+        batchnorms=count_batchnorms(pairs),
+        folded=[pair._asdict() for pair in pairs],
+        frozen=pairs.frozen,
+        unfrozen=unfrozen,
+    )
+
+
+def _print_pairs(pairs: ConvBNPairs, unfrozen: dict[str, str]) -> None:
+    rows = [("folded", pair.bn, f"into {pair.conv}") for pair in pairs]
+    rows += [("frozen", bn, reason) for bn, reason in pairs.frozen.items()]
+    rows += [("unfrozen", bn, reason) for bn, reason in unfrozen.items()]
+    print_table(("state", "BatchNorm", "how or why"), rows)
+    print(f"\n{folded_count(pairs)}, {len(pairs.frozen)} frozen, {len(unfrozen)} unfrozen")

@@ -1,0 +1,95 @@
+"""``lightning-convbn measure``: measures memory and time, and writes what was asked for."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from torch import nn
+
+from lightning_convbn.command.counting_and_timing import ModelMeasurer, count_progress_steps
+from lightning_convbn.command.errors import errors_in_one_line
+from lightning_convbn.command.html_report import render_report
+from lightning_convbn.command.model_argument import load_model
+from lightning_convbn.command.notes import folded_count, input_facts, notes_on, notes_on_model
+from lightning_convbn.command.option_values import DTYPES, budget_bytes, chosen_device, sample_shape
+from lightning_convbn.command.output_files import STDOUT, check_output_files, output_file, write_json
+from lightning_convbn.command.plot import check_plottable, write_plot
+from lightning_convbn.command.results import TITLES, Measurement, Variant
+from lightning_convbn.command.terminal import print_notes, print_table, progress_bar
+from lightning_convbn.command.versions import used_versions
+from lightning_convbn.memory import as_mib
+
+
+def measure_model(options: Namespace) -> None:
+    """Measure memory and time. Print a table or JSON, and write the files that were asked for."""
+    shape = (options.batch_size, *sample_shape(options.size))
+    budget = None if options.budget is None else budget_bytes(options.budget)
+    device = chosen_device(options.device)
+    if options.plot is not None:
+        check_plottable(options.plot)
+    check_output_files(options)
+    model = load_model(options.model, options.checkpoint_class)
+    steps = count_progress_steps(options.variants, rounds=options.rounds, budget=budget)
+    with errors_in_one_line(), progress_bar(steps) as progress:
+        measurer = ModelMeasurer(model, shape, DTYPES[options.dtype], device)
+        found = measurer.measure(options.variants, rounds=options.rounds, budget=budget, progress=progress)
+    _write(options, found, model, budget)
+
+
+def _write(options: Namespace, found: Measurement, model: nn.Module, budget: int | None) -> None:
+    notes = notes_on(found, rounds=options.rounds, has_budget=budget is not None) + notes_on_model(model)
+    if options.json != STDOUT:
+        print(f"{options.model}: {input_facts(found)}\n{folded_count(found.pairs)}\n")
+        _print_results(options, found)
+        print()
+        print_notes(notes)
+    write_json(options, rounds=options.rounds, budget_bytes=budget, **found.as_dict())
+    if options.plot is not None:
+        with output_file(options.plot) as path:
+            write_plot(path, f"{options.model}, {input_facts(found)}", found)
+    if options.html is not None:
+        report = render_report(
+            options.model,
+            found,
+            facts=f"{input_facts(found)} · {folded_count(found.pairs)}",
+            notes=notes,
+            command=options.typed,
+            versions=", ".join(f"{name} {number}" for name, number in used_versions().items()),
+            budget=options.budget or "",
+        )
+        with output_file(options.html) as path:
+            path.write_text(report, encoding="utf-8")
+
+
+def _print_results(options: Namespace, found: Measurement) -> None:
+    """Print a row for each variant. A column is left out if nothing was measured for it."""
+    has_peak = any(result.peak_allocated_bytes is not None for result in found.variants.values())
+    columns = ["variant", "kept for backward", "against Eval"]
+    columns += ["peak"] if has_peak else []
+    columns += ["step time", "ratio to Eval (rounds)"] if options.rounds else []
+    columns += [f"largest batch in {options.budget}"] if options.budget else []
+    rows = []
+    for variant in found.variants:
+        row = _memory_cells(variant, found, has_peak=has_peak)
+        row += _time_cells(variant, found) if options.rounds else []
+        if options.budget:
+            largest = found.variants[variant].largest_batch
+            row.append("-" if largest is None else str(largest))
+        rows.append(row)
+    print_table(columns, rows, numbers=columns[1:])
+
+
+def _memory_cells(variant: Variant, found: Measurement, *, has_peak: bool) -> list[str]:
+    result, change = found.variants[variant], found.kept_change(variant)
+    cells = [TITLES[variant], as_mib(result.saved_bytes), "-" if change is None else f"{change:+.1f} %"]
+    if has_peak:
+        cells.append("-" if result.peak_allocated_bytes is None else as_mib(result.peak_allocated_bytes))
+    return cells
+
+
+def _time_cells(variant: Variant, found: Measurement) -> list[str]:
+    seconds, ratio = found.variants[variant].median_seconds, found.step_time_ratio(variant)
+    return [
+        "-" if seconds is None else f"{1000 * seconds:.1f} ms",
+        "-" if ratio is None else f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})",
+    ]

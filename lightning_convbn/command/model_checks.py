@@ -1,0 +1,44 @@
+"""Refuses a model that the command can't do anything with, before the work begins."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_convbn.command.errors import CommandError
+from lightning_convbn.command.option_values import dtype_name
+from lightning_convbn.layers.table import is_norm
+from lightning_convbn.memory import measure_memory_abstractly
+from lightning_convbn.pairs.find import ConvBNPairs
+from lightning_convbn.text import first_line
+
+
+def check_has_batchnorm(model: nn.Module) -> None:
+    """Raise a `CommandError` if a model has no BatchNorm, or if it has lazy parameters."""
+    if not any(is_norm(module) for module in model.modules()):
+        raise CommandError(f"{type(model).__name__} has no BatchNorm: there is nothing to fold or freeze")
+    lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
+    if lazy is not None:
+        raise CommandError(f"{type(model).__name__} is lazy (`{lazy}`): let the factory run one batch through it")
+
+
+def check_takes(model: nn.Module, batch: Tensor) -> None:
+    """Raise a `CommandError` if the forward of a model does not take a batch.
+
+    The model runs on a tensor without data first. If that fails, it runs on the batch.
+    """
+    with suppress(Exception):  # a user's forward may raise anything; the run below shows if the batch is the reason
+        measure_memory_abstractly(model, (batch,), {}, mode="train", pairs=ConvBNPairs([]), allow_real_run=False)
+        return
+    try:
+        with torch.no_grad(), suppress(torch.OutOfMemoryError):  # the shape is right, even if memory is too small
+            model(batch)
+    except Exception as error:  # a user's forward may raise anything
+        shape = " × ".join(map(str, batch.shape))
+        raise CommandError(
+            f"{type(model).__name__} can't take an input of {shape}, {dtype_name(batch.dtype)}: "
+            f"{type(error).__name__}: {first_line(error)}; see --size, --batch-size and --dtype"
+        ) from error

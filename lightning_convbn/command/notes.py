@@ -1,0 +1,67 @@
+"""The sentences that explain the numbers. The table and the HTML report show the same."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lightning_convbn.command.option_values import dtype_name
+from lightning_convbn.command.results import Measurement
+from lightning_convbn.pairs.find import ConvBNPairs
+
+WHAT_IS_COMPARED = (
+    "Eval and Tune are modes of the model. The Deploy copy is the plain copy that fuse_for_deploy makes. It is "
+    "measured as if it were trained, but only to compare with, because training it is unstable."
+)
+WHAT_IS_COUNTED = (
+    "Kept for backward: the bytes that one forward pass keeps for the backward pass. They are counted, with the model "
+    "in its eval state. Parameters and buffers are not included."
+)
+WHAT_THE_BUDGET_HOLDS = (
+    "The budget holds the parameters, one gradient for each parameter that wants one, the buffers, and what one "
+    "forward pass keeps for the backward pass. It does not include the optimizer's state, temporary memory during the "
+    "passes, workspaces of cuDNN and other libraries, the CUDA context, and fragmentation."
+)
+WHAT_THE_PEAK_IS = (
+    "Peak: the most bytes that are allocated at once in forward and backward pass. Parameters and input are not "
+    "included."
+)
+TORCHVISION_DETECTORS = (
+    "With pretrained weights, torchvision builds its detectors with FrozenBatchNorm2d, and then Eval mode keeps less. "
+    "Here they are built without weights, and most of them have BatchNorm2d."
+)
+
+
+def notes_on(found: Measurement, *, rounds: int, has_budget: bool) -> list[str]:
+    """Return the sentences that explain the measured numbers, and then what could not be measured."""
+    notes = [WHAT_IS_COUNTED, WHAT_IS_COMPARED]
+    if rounds:
+        threads = f" It ran on {torch.get_num_threads()} CPU thread(s), so expect noise."
+        noise = "" if found.device.type == "cuda" else threads
+        notes.append(
+            f"Step time: the median time of a forward and a backward pass in {rounds} interleaved round(s), without an "
+            f"optimizer step. In brackets: the smallest and the largest ratio of a round.{noise}"
+        )
+    if any(result.peak_allocated_bytes is not None for result in found.variants.values()):
+        notes.append(WHAT_THE_PEAK_IS)
+    if has_budget:
+        notes.append(WHAT_THE_BUDGET_HOLDS)
+    return notes + found.notes
+
+
+def notes_on_model(model: nn.Module) -> list[str]:
+    """Return what is special about a model of a library."""
+    is_detector = type(model).__module__.startswith("torchvision.models.detection.")
+    return [TORCHVISION_DETECTORS] if is_detector else []
+
+
+def input_facts(found: Measurement) -> str:
+    """Return shape, dtype and device of the input in one line."""
+    batch, *sample = found.shape
+    device = torch.cuda.get_device_name(found.device) if found.device.type == "cuda" else str(found.device)
+    return f"batch {batch}, {' × '.join(map(str, sample))}, {dtype_name(found.dtype)}, {device}"
+
+
+def folded_count(pairs: ConvBNPairs) -> str:
+    """Return how many BatchNorms are folded, for example ``2 of 3 BatchNorms folded``."""
+    return f"{len(pairs)} of {len(pairs) + len(pairs.unpaired)} BatchNorms folded"

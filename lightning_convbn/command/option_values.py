@@ -1,0 +1,64 @@
+"""Turns the text of options into values: ``--size``, ``--budget``, ``--device``, ``--dtype``."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from lightning_convbn.command.errors import CommandError
+from lightning_convbn.text import first_line
+
+UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the short name of a dtype.
+
+    Example:
+        >>> dtype_name(torch.float32)
+        'float32'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
+DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
+
+
+def sample_shape(size: str) -> tuple[int, ...]:
+    """Return the shape of one sample, without the batch, from ``--size``.
+
+    Example:
+        >>> sample_shape("224"), sample_shape("1x28x28")
+        ((3, 224, 224), (1, 28, 28))
+    """
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
+        raise CommandError(
+            f"--size {size!r} is neither a number of pixels, as 224, nor a shape without batch, as 1x28x28"
+        )
+    sizes = tuple(map(int, size.split("x")))
+    return (3, *sizes, *sizes) if len(sizes) == 1 else sizes
+
+
+def budget_bytes(budget: str) -> int:
+    """Return the number of bytes from ``--budget``.
+
+    Example:
+        >>> budget_bytes("8GiB")
+        8589934592
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]+)", budget.strip().upper())
+    if match is None or match[2] not in UNITS or not float(match[1]):
+        raise CommandError(f"--budget {budget!r} is no amount of memory, as 8GiB, 500MiB or 24GB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """Return the device from ``--device``. Without the option it is CUDA if there is a CUDA device, else the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except Exception as error:  # PyTorch raises different classes for unknown, missing and unsupported devices
+        raise CommandError(f"--device {name!r} can't be used: {first_line(error)}") from error

@@ -1,0 +1,121 @@
+"""What ``lightning-convbn measure`` has found: for each variant, for each block, for the whole model."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from lightning_convbn.command.option_values import dtype_name
+from lightning_convbn.pairs.find import ConvBNPairs
+
+# What is compared: two modes of the model, and its Deploy copy.
+Variant = Literal["eval", "tune", "deploy-copy"]
+VARIANTS: tuple[Variant, ...] = ("eval", "tune", "deploy-copy")
+TITLES: dict[Variant, str] = {"eval": "Eval", "tune": "Tune", "deploy-copy": "Deploy copy"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A convolution with its BatchNorm, or another module that keeps bytes.
+
+    Attributes:
+        name: The qualified names of its modules.
+        section: The section of the model that it lies in; see `blocks.py`.
+        about: The classes of its modules, and whether its BatchNorm is folded, frozen or unfrozen.
+        saved_bytes: Variant -> bytes that were allocated in it and are kept for the backward pass.
+    """
+
+    name: str
+    section: str
+    about: str
+    saved_bytes: dict[Variant, int]
+
+
+@dataclass
+class VariantResult:
+    """What was measured of one variant.
+
+    Attributes:
+        saved_bytes: Bytes that one forward pass keeps for the backward pass.
+        fixed_bytes: Bytes that do not depend on the batch: the parameters, one gradient for each parameter that wants
+            one, and the buffers.
+        peak_allocated_bytes: On CUDA, the most bytes that are allocated at once in forward and backward pass. Bytes
+            that were allocated before do not count. None on other devices, without rounds, and if the device ran out
+            of memory.
+        step_seconds: Time of a forward and a backward pass in each round. Empty if nothing was timed.
+        largest_batch: The largest batch that fits the budget. None without a budget, and if it can't be found.
+    """
+
+    saved_bytes: int
+    fixed_bytes: int
+    peak_allocated_bytes: int | None = None
+    step_seconds: list[float] = field(default_factory=list)
+    largest_batch: int | None = None
+
+    @property
+    def median_seconds(self) -> float | None:
+        """The median of ``step_seconds``. None if there are none."""
+        return statistics.median(self.step_seconds) if self.step_seconds else None
+
+
+@dataclass
+class Measurement:
+    """What was measured of a model.
+
+    Attributes:
+        pairs: The pairs, and why the other BatchNorms are not folded.
+        shape: Shape of the input. The batch is first.
+        dtype: Dtype of the input, the parameters and the buffers.
+        device: The device that the steps ran on.
+        variants: Variant -> what was measured of it.
+        blocks: What each block keeps, in the order of the model.
+        notes: What could not be measured, and why.
+    """
+
+    pairs: ConvBNPairs
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    variants: dict[Variant, VariantResult] = field(default_factory=dict)
+    blocks: list[Block] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def kept_change(self, variant: Variant) -> float | None:
+        """Return by how many percent the kept bytes differ from Eval's. None for Eval, and if Eval keeps nothing."""
+        reference = self.variants["eval"].saved_bytes
+        if variant == "eval" or not reference:
+            return None
+        return 100 * (self.variants[variant].saved_bytes / reference - 1)
+
+    def step_time_ratio(self, variant: Variant) -> tuple[float, float, float] | None:
+        """Return the median step time divided by Eval's, and the smallest and the largest ratio of a round."""
+        own, reference = self.variants[variant], self.variants["eval"]
+        if own.median_seconds is None or reference.median_seconds is None:
+            return None
+        ratios = [seconds / other for seconds, other in zip(own.step_seconds, reference.step_seconds, strict=True)]
+        return own.median_seconds / reference.median_seconds, min(ratios), max(ratios)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything in types that JSON has."""
+        return {
+            "batchnorms": count_batchnorms(self.pairs),
+            "input": list(self.shape),
+            "dtype": dtype_name(self.dtype),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "variants": {
+                variant: {**asdict(result), "step_time_ratio": self.step_time_ratio(variant)}
+                for variant, result in self.variants.items()
+            },
+            "blocks": [asdict(block) for block in self.blocks],
+            "notes": self.notes,
+        }
+
+
+def count_batchnorms(pairs: ConvBNPairs) -> dict[str, int]:
+    """Count the BatchNorms that are folded, frozen and unfrozen."""
+    total = len(pairs) + len(pairs.unpaired)
+    return {"total": total, "folded": len(pairs), "frozen": len(pairs.frozen), "unfrozen": len(pairs.left)}

@@ -1,0 +1,45 @@
+"""Every command in the docs prints what the docs show."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_convbn.command import counting_and_timing
+from lightning_convbn.command.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class TestDocs:
+    PAGE = (ROOT / "docs" / "command.md").read_text()
+    BLOCKS = re.findall(r"```console\n\$ lightning-convbn (.*)\n((?:.*\n)*?)```", PAGE)
+
+    @pytest.mark.parametrize(("typed", "shown"), BLOCKS, ids=[typed for typed, _ in BLOCKS])
+    def test_every_command_of_the_page_says_what_the_page_shows(
+        self, typed: str, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(counting_and_timing, "step_seconds", lambda model, batch: 1.0)  # times are nobody else's
+        monkeypatch.delitem(sys.modules, "models", raising=False)
+        (source,) = re.findall(r"```python\n(.*?)```", self.PAGE, re.DOTALL)
+        Path("models.py").write_text(source)
+        status = main(shlex.split(typed))
+        out, err = capsys.readouterr()
+        assert status == (1 if "lightning-convbn: " in shown else 0)
+        assert self.without_times(out + err) == self.without_times(shown)
+
+    def without_times(self, text: str) -> list[str]:
+        text = re.sub(r"[\d.]+ ms +[\d.]+ \([\d.]+ to [\d.]+\)", "…", text)
+        return [" ".join(line.split()) for line in text.splitlines()]
+
+    def test_there_are_blocks(self) -> None:
+        assert {typed.split()[0] for typed, _ in self.BLOCKS} == {"inspect", "measure", "export"}
+
+    def test_the_readme_has_the_batches_of_the_page(self) -> None:
+        batches = re.search(r"batch (\d+) in Eval mode, (\d+) in Tune mode", (ROOT / "README.md").read_text())
+        assert batches is not None
+        assert re.findall(r"^(?:Eval|Tune) .* (\d+)$", self.PAGE, re.MULTILINE) == list(batches.groups())

@@ -1,0 +1,87 @@
+"""What MODEL may be, and the one line that says why a model can't be built."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from helpers.command_line import SMALL, refusal, write_module
+
+REFUSALS: dict[str, tuple[list[str], str]] = {
+    "unknown torchvision model": (
+        ["torchvision:resnet51"],
+        "torchvision has no 'resnet51'; did you mean torchvision:resnet5",
+    ),
+    "unknown timm model": (["timm:efficientnet_bo"], "timm has no 'efficientnet_bo'; did you mean timm:efficientnet_b"),
+    "no form of a model": (["resnet50"], "unknown model 'resnet50'; MODEL is torchvision:NAME, timm:NAME"),
+    "unknown module": (["no_such.module:net"], "no module 'no_such', neither installed nor in "),
+    "unknown attribute": (
+        ["helpers.models:smal_net"],
+        "helpers.models has no 'smal_net'; did you mean helpers.models:small_net?",
+    ),
+    "module that needs another": (["needs:net"], "needs needs 'not_there'; pip install"),
+    "module that raises": (["raises:net"], "raises can't be imported: ZeroDivisionError: division by zero"),
+    "factory that raises": (["factories:broken"], "could not be built: ValueError: give me weights"),
+    "factory that wants arguments": (["factories:greedy"], "missing 1 required positional argument: 'width'"),
+    "factory of something else": (["factories:other"], "factories:other returns a int, not a torch.nn.Module"),
+    "something else": (["factories:number"], "factories:number is a int, neither a model nor a callable"),
+    "model without BatchNorm": (["torch.nn:Identity"], "Identity has no BatchNorm: there is nothing to fold or freeze"),
+    "checkpoint without class": (["last.ckpt"], "add --class package.module:LightningModuleClass"),
+    "missing checkpoint": (["last.ckpt", "--class", "helpers.runs:BoringModule"], "no checkpoint 'last.ckpt' in "),
+    "class of no checkpoint": (
+        ["helpers.models:small_net", "--class", "helpers.runs:BoringModule"],
+        "--class is for a Lightning",
+    ),
+    "unwritable JSON": (
+        ["helpers.models:small_net", "--json", "no/such.json"],
+        "--json no/such.json: there is no folder",
+    ),
+    "folder for a file": (["helpers.models:small_net", "--json", "."], "--json . is a folder; name a file in it"),
+    "bad size": (["helpers.models:small_net", "--size", "8x"], "--size '8x' is neither a number of pixels"),
+    "channels that don't fit": (
+        ["helpers.models:small_net", "--size", "1x8x8"],
+        "Sequential can't take an input of 2 × 1 × 8 × 8",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_inspect_refuses_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("needs", "raises", "factories"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    write_module("needs", "import not_there")
+    write_module("raises", "1 / 0")
+    write_module(
+        "factories",
+        "def broken(): raise ValueError('give me weights\\nplease')\n"
+        "def greedy(width): return nn.Linear(width, width)\n"
+        "def other(): return 7\n"
+        "number = 7",
+    )
+    assert message in refusal(capsys, "inspect", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "message"),
+    [
+        ("timm", ["inspect", "timm:resnet18"], "timm:NAME needs timm, which can't be imported"),
+        ("torchvision.models", ["inspect", "torchvision:resnet18"], "pip install torchvision"),
+        (
+            "matplotlib",
+            ["measure", *SMALL, "--plot", "a.png"],
+            "--plot needs matplotlib; pip install lightning-convbn[cli]",
+        ),
+    ],
+)
+def test_a_missing_library_is_named(
+    missing: str,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr("lightning_convbn.command.plot.find_spec", lambda name: None)
+    assert message in refusal(capsys, *arguments)
