@@ -2,8 +2,9 @@
 
     python examples/benchmark_plots.py
 
-writes `docs/benchmarks/modes.md` with its pictures from `docs/benchmarks/modes.json`, and `docs/scale.md` with its
-picture from `docs/benchmarks/scale.json` and `processes.json`; a page whose measurements are not there is left out.
+writes `docs/benchmarks/modes.md` with its pictures from `docs/benchmarks/modes.json`, and
+`docs/benchmarks/scaling.md` with its picture from `docs/benchmarks/scale.json` and `processes.json`; a page whose
+measurements are not there is left out.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", type=Path, default=report.BENCHMARKS / "modes.json", help="what to draw the page of")
     parser.add_argument(
-        "--scale", type=Path, default=report.BENCHMARKS / "scale.json", help="what to draw docs/scale.md of"
+        "--scale", type=Path, default=report.BENCHMARKS / "scale.json", help="what to draw scaling.md of"
     )
     parser.add_argument(
         "--processes", type=Path, default=report.BENCHMARKS / "processes.json", help="what it says of processes"

@@ -1,4 +1,4 @@
-"""Draw the figures of `docs/experiment.md`, and write its tables, from what `compare_modes.py` has found.
+"""Draw the figures and tables of `docs/benchmarks/stability-experiment.md` from what `compare_modes.py` has found.
 
 python examples/compare_modes_page.py
 """
@@ -16,11 +16,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from report import BENCHMARKS, ROOT, with_table
+from report import BENCHMARKS, with_table
 
 from lightning_convbn.command.plot import COLOURS
 
-PAGE = ROOT / "docs" / "experiment.md"
+PAGE = BENCHMARKS / "stability-experiment.md"
 RESULTS = BENCHMARKS / "compare_modes.json"
 IN_DOUBLE = BENCHMARKS / "compare_modes_float64.json"
 TITLES = {"train": "Train", "eval": "Eval", "tune": "Tune", "deploy": "Deploy, trained"}

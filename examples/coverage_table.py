@@ -1,4 +1,4 @@
-"""Count what is folded in well-known models, beside what plain symbolic tracing finds, and write `docs/coverage.md`.
+"""Count what is folded in well-known models beside what plain tracing finds; write `docs/benchmarks/coverage.md`.
 
     python examples/coverage_table.py
 
@@ -15,7 +15,7 @@ import report
 import timm
 import torch
 import torchvision
-from report import BENCHMARKS, ROOT
+from report import BENCHMARKS
 from torch import fx, nn
 
 from lightning_convbn import find_conv_bn_pairs
@@ -62,8 +62,8 @@ def main() -> None:
         rows.append(count(name))
         print(rows[-1], flush=True)
     report.write_json(BENCHMARKS / "coverage.json", rows, ("torch", "torchvision", "timm"))
-    (ROOT / "docs" / "coverage.md").write_text(as_markdown(rows))
-    print("wrote docs/benchmarks/coverage.json and docs/coverage.md")
+    (BENCHMARKS / "coverage.md").write_text(as_markdown(rows))
+    print("wrote docs/benchmarks/coverage.json and docs/benchmarks/coverage.md")
 
 
 def build(name: str) -> nn.Module:

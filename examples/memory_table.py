@@ -57,7 +57,10 @@ EXCERPTS = {  # the mark of a table in a page -> the models in it
     "memory": ["resnet50", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "densenet121"],
     "recompute": ["mobilenet_v2", "efficientnet_b0", "efficientnet_v2_s", "mobilenet_v3_large", "mnasnet1_0"],
 }
-MARKS = {ROOT / "README.md": "memory", ROOT / "docs" / "how-it-works.md": "recompute"}
+MARKS = {
+    ROOT / "docs" / "understand" / "what-is-saved.md": "memory",
+    ROOT / "docs" / "understand" / "how-it-works.md": "recompute",
+}
 COLUMNS = {
     "eval": "Eval",
     "tune_by_autograd": "Tune by autograd",

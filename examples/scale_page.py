@@ -1,4 +1,4 @@
-"""The page `docs/scale.md`: growth along batch, resolution and depth, and what several processes add."""
+"""The page `docs/benchmarks/scaling.md`: growth along batch, resolution and depth, and what several processes add."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PROSE = """# How it scales
 
 What one forward keeps for the backward pass, and how long a step (forward and backward, no optimizer) takes, along
 batch, resolution, depth and processes. The tables and the picture are drawn by `python examples/benchmark_plots.py`
-from `docs/benchmarks/scale.json` and `docs/benchmarks/processes.json`. [Another page](benchmarks/modes.md) has peers
+from `docs/benchmarks/scale.json` and `docs/benchmarks/processes.json`. [Another page](modes.md) has peers
 and more networks. Not measured on a GPU yet.
 
 {setting}
 
-![Kept bytes and step time along batch, resolution and depth](benchmarks/scale.png)
+![Kept bytes and step time along batch, resolution and depth](scale.png)
 
 ## Batch
 
@@ -69,7 +69,7 @@ per layer and step, float32.
 
 {sync}
 """
-PAGE = report.ROOT / "docs" / "scale.md"
+PAGE = report.BENCHMARKS / "scaling.md"
 AXES = {"images in a batch": "batch", "pixels": "pixels", "network": "model"}
 SHOWN = ("eval", "tune", "deploy")
 SYNCHRONIZED = ("resnet18", "resnet50", "resnet101")

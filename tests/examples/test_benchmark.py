@@ -249,7 +249,7 @@ class TestPages:
     def test_the_page_of_scale_comes_from_the_committed_measurements(self) -> None:
         path = report.BENCHMARKS / "scale.json"
         if not path.exists() and not scale_page.PAGE.exists():
-            pytest.skip("neither docs/benchmarks/scale.json nor docs/scale.md is there")
+            pytest.skip("neither docs/benchmarks/scale.json nor docs/benchmarks/scaling.md is there")
         rows = json.loads(path.read_text())["rows"]
         processes = json.loads((report.BENCHMARKS / "processes.json").read_text())
         assert scale_page.as_markdown(rows, processes) == scale_page.PAGE.read_text()

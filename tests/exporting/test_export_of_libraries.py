@@ -31,7 +31,7 @@ from lightning_convbn.exporting.formats import to_onnx
 # What other libraries deprecate from release to release is no failure of these tests.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# Ten models of timm (docs/coverage.md) -> the size of an image.
+# Ten models of timm (docs/benchmarks/coverage.md) -> the size of an image.
 TIMM = {
     "efficientnet_b0": 64,
     "mobilenetv3_large_100": 64,

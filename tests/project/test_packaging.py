@@ -79,7 +79,7 @@ def test_the_version_stands_in_one_place(wheel: Path, project: dict[str, Any]) -
     assert re.search(r"^## (\S+)", (ROOT / "docs" / "changelog.md").read_text(), re.MULTILINE)[1] == version
     written = [
         path.relative_to(ROOT).as_posix()
-        for path in [ROOT / "README.md", *(ROOT / "lightning_convbn").rglob("*.py"), *(ROOT / "docs").glob("*.md")]
+        for path in [ROOT / "README.md", *(ROOT / "lightning_convbn").rglob("*.py"), *(ROOT / "docs").rglob("*.md")]
         if version in re.findall(r"(?<![\d.])\d+\.\d+\.\d+(?![\d.])", path.read_text())
     ]
     assert written == ["docs/changelog.md"]

@@ -288,7 +288,7 @@ def test_script_run_from_a_shell(module: str, cli: str, flags: list[str], tmp_pa
 
 # ------------------------------------------------------------------------------------------------- docs, examples
 
-PAGE = (ROOT / "docs" / "cli.md").read_text()
+PAGE = (ROOT / "docs" / "use" / "flags-yaml-environment.md").read_text()
 DOCUMENTED = [
     line.partition("  #")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
