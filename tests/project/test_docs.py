@@ -59,13 +59,16 @@ def test_blocks_run_elsewhere_are_read_there() -> None:
         for test, _ in PYTHON.findall(page.read_text())
         if test and page.name in (ROOT / test).read_text()
     }
-    assert marked == {("cli.md", "tests/trainer/test_cli.py"), ("export.md", "tests/project/test_docs.py")}
+    assert marked == {
+        ("flags-yaml-environment.md", "tests/trainer/test_cli.py"),
+        ("export.md", "tests/project/test_docs.py"),
+    }
 
 
 def test_exported_files_load_as_the_docs_say_where_the_package_can_not_be_imported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    page = (ROOT / "docs" / "export.md").read_text()
+    page = (ROOT / "docs" / "use" / "export.md").read_text()
     exports = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
     loads = re.findall(r"```python title=.*?\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -104,14 +107,15 @@ def test_links_lead_somewhere() -> None:
         ("activations recomputed", activations.ACTIVATION_LAYERS),
     ],
 )
-def test_readme_names_the_table_of_supported_layers(row: str, table: dict[type | str, object]) -> None:
-    (claim,) = re.findall(rf"^\| {row} \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_the_page_of_supported_layers_names_the_table(row: str, table: dict[type | str, object]) -> None:
+    page = (ROOT / "docs" / "use" / "supported-layers.md").read_text()
+    (claim,) = re.findall(rf"^\| {row} \| (.*) \|$", page, re.MULTILINE)
     supported = {key.rpartition(".")[2] if isinstance(key, str) else key.__name__ for key in table}
     assert set(re.findall(r"`(\w+)`", claim)) == supported
 
 
 def test_every_reason_is_in_the_troubleshooting_table() -> None:
-    documented = re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    documented = re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "use" / "troubleshooting.md").read_text(), re.MULTILINE)
     for name, reason in vars(reasons).items():
         if name.isupper():
             assert re.sub(r"`?\{.*?\}`?", "…", reason) in documented, name
@@ -174,7 +178,7 @@ def test_overhead_table_comes_from_the_committed_times_and_is_within_the_noise()
 
 def test_coverage_table_comes_from_the_committed_counts() -> None:
     rows = json.loads((ROOT / "docs" / "benchmarks" / "coverage.json").read_text())["rows"]
-    assert coverage_table.as_markdown(rows) == (ROOT / "docs" / "coverage.md").read_text()
+    assert coverage_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "coverage.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["timm:efficientnet_b0", "timm:repvgg_a0", "torchvision:retinanet_resnet50_fpn"])
@@ -185,7 +189,7 @@ def test_committed_coverage_is_still_so(name: str) -> None:
 
 def test_lightning_matrix_and_tests_are_in_step() -> None:
     """Every row that works names a test that exists; whatever those tests run over has a row; refusals are quoted."""
-    page = (ROOT / "docs" / "lightning.md").read_text()
+    page = (ROOT / "docs" / "use" / "works-with-lightning.md").read_text()
     rows = [row.strip("| ").split(" | ") for row in re.findall(r"^\| .* \|$", page, re.MULTILINE)]
     rows = [row for row in rows if row[1] != "state"]
     sources = "".join(path.read_text() for path in (ROOT / "lightning_convbn").glob("*.py"))
