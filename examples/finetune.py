@@ -27,16 +27,16 @@ from statistics import median
 from typing import Any, Literal, get_args
 
 import torch
-from backbones import build_classifier
-from classification import Classifier
-from data import ImageData
-from datasets import BadImages, DataError
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from report import write_json
-from weights import WeightsError
 
+from examples.data.images_with_classes import ImageData
+from examples.data.pretrained_weights import WeightsError
+from examples.data.sources import BadImages, DataError
+from examples.results_file import write_json
+from examples.templates.classification import Classifier
+from examples.templates.networks.classifiers import build_classifier
 from lightning_convbn import ConvBNModeCallback, measure_memory
 
 Mode = Literal["train", "eval", "tune"]

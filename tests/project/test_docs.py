@@ -10,11 +10,6 @@ import types
 from pathlib import Path
 from unittest import mock
 
-import coverage_table
-import deploy_table
-import figures
-import memory_table
-import overhead_table
 import pytest
 import test_loggers
 import test_other_callbacks
@@ -26,6 +21,11 @@ from helpers.runs import LIGHTNING_SAYS
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from examples.benchmarks import coverage_of_models as coverage_table
+from examples.benchmarks import deploy as deploy_table
+from examples.benchmarks import figures
+from examples.benchmarks import memory as memory_table
+from examples.benchmarks import overhead as overhead_table
 from lightning_convbn import measure_memory
 from lightning_convbn.layers import activations, layers
 from lightning_convbn.pairs import reasons
