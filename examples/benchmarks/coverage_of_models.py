@@ -45,11 +45,14 @@ MODELS = [
 ]
 INTRODUCTION = """# Coverage
 
-What `find_conv_bn_pairs` folds, and what plain `torch.fx.symbolic_trace`, the way of the published implementations,
-finds on the same model: convolutions of `torch.nn` whose output goes into a `BatchNorm2d` of `torch.nn` and nowhere
-else. Models are in eval state. *Folded* BatchNorms cost nothing in Tune mode, *frozen* ones run as in Eval mode for the
-reason given, *left* ones (without running statistics) are not touched. Written by
-`python examples/benchmarks/coverage_of_models.py`.
+For users who want to know if their network can be folded. The table shows what happens to the BatchNorms of known
+models in eval state. It is written by `python examples/benchmarks/coverage_of_models.py`.
+
+- *Folded* BatchNorms cost nothing in Tune mode.
+- *Frozen* BatchNorms run as in Eval mode. The last column says why.
+- *Unfrozen* BatchNorms have no running statistics. They run as they were found.
+- *Plain tracing finds* counts the pairs that `torch.fx.symbolic_trace` finds, as the published implementations use
+  it. These are convolutions of `torch.nn` whose output goes only into a `BatchNorm2d` of `torch.nn`.
 """
 
 

@@ -30,11 +30,15 @@ MODELS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "regnet_y_4
 PIXELS = 224
 INTRODUCTION = f"""# Deploy copies
 
-Inference of torchvision's classifiers with random weights and statistics on one image of {PIXELS} px, float32, without
-gradients: CPU time of one thread, relative to the model in Eval mode, medians of interleaved rounds with the smallest
-and largest ratio of a round. *fx fuse* is `torch.fx.experimental.optimization.fuse`. *ONNX nodes* are those of the
-graphs that torch's exporter makes of the Deploy copy and of the model in Eval mode; it folds BatchNorms behind a
-convolution by itself, so the two are alike. Not measured on a GPU. Written by `python examples/benchmarks/deploy.py`.
+For users who want to know how fast inference is after folding. The table compares the CPU time of one thread for one
+image of {PIXELS} px, in float32, without gradients. The networks are torchvision's classifiers with random weights
+and statistics. It is written by `python examples/benchmarks/deploy.py`. Not measured on a GPU.
+
+- Times are ratios: medians of interleaved rounds, with the smallest and the largest ratio of a round.
+- *Deploy / Eval* compares the Deploy copy with the model in Eval mode.
+- *fx fuse* is `torch.fx.experimental.optimization.fuse`.
+- *ONNX nodes* counts the nodes of the graphs that torch's exporter makes of the Deploy copy and of the model in Eval
+  mode. The exporter folds BatchNorms behind a convolution by itself, so the two are alike.
 """
 
 

@@ -39,12 +39,15 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 BATCH, PIXELS = 2, 128
 INTRODUCTION = f"""# Detectors
 
-One training step of torchvision's detectors with a ResNet-50 FPN backbone, all layers trainable, random weights and
-statistics, {BATCH} images of {PIXELS} px, float32, CPU. *Kept* is what the backbone keeps for the backward pass,
-counted. *Step time* is Tune's over Eval's, medians of interleaved rounds with the smallest and largest ratio; two
-shared cores, not measured on a GPU yet. Written by `python examples/benchmarks/detectors.py`.
+For users who fine-tune a detector. The table shows one training step of torchvision's detectors with a ResNet-50 FPN
+backbone, on {BATCH} images of {PIXELS} px, in float32, on a CPU. All layers are trained; weights and statistics are
+random. It is written by `python examples/benchmarks/detectors.py`.
 
-With `FrozenBatchNorm2d` autograd keeps no convolution output in Eval mode either: no memory to save there.
+- *Kept* is what the backbone keeps for the backward pass. It is counted.
+- *Step time* is Tune's over Eval's: the median of interleaved rounds, with the smallest and the largest ratio. It was
+  measured on two shared cores, and not on a GPU yet.
+
+With `FrozenBatchNorm2d` autograd keeps no convolution output in Eval mode either, so there is no memory to save.
 """
 
 

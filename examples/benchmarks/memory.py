@@ -47,12 +47,16 @@ NAMES = [
 SIZES = [(1, 64), (1, 224), (8, 224)]  # batch, pixels
 INTRODUCTION = """# Memory kept for the backward pass
 
-MiB that one forward pass keeps for the backward pass, in float32, parameters and buffers excluded. Written by
-`python examples/benchmarks/memory.py`, which counts; nothing here is estimated. *Tune by autograd* leaves the folding to
-autograd, which keeps every folded weight, as the published implementations do. *Tune + recompute* is Tune mode with
-`recompute_activations=True`, which keeps either the input or the output of activations such as SiLU, Hardswish and
-ReLU6, not both. *Deploy copy* is the trainable copy that `fuse_for_deploy` makes: the floor of any method that keeps
-the convolutions' inputs."""
+For users who want to know how much each mode keeps in a network of torchvision. The tables show MiB that one forward
+pass keeps for the backward pass, in float32, without parameters and buffers. `python examples/benchmarks/memory.py`
+counts them; nothing is estimated.
+
+- *Tune as published* leaves the folding to autograd, which keeps every folded weight. The published implementations
+  do this.
+- *Tune + recompute* is Tune mode with `recompute_activations=True`. Of activations such as SiLU, Hardswish and ReLU6
+  it keeps either the input or the output, not both.
+- *Deploy copy* is the trainable copy that `fuse_for_deploy` makes. It is the lower limit for every method that keeps
+  the inputs of the convolutions."""
 EXCERPTS = {  # the mark of a table in a page -> the models in it
     "memory": ["resnet50", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "densenet121"],
     "recompute": ["mobilenet_v2", "efficientnet_b0", "efficientnet_v2_s", "mobilenet_v3_large", "mnasnet1_0"],
@@ -63,7 +67,7 @@ MARKS = {
 }
 COLUMNS = {
     "eval": "Eval",
-    "tune_by_autograd": "Tune by autograd",
+    "tune_by_autograd": "Tune as published",
     "tune": "**Tune**",
     "tune_recompute": "**Tune + recompute**",
     "deploy": "Deploy copy",

@@ -108,27 +108,30 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "-" if found["gradient_deviation"] is None else f"{found['gradient_deviation']:.0e}"
     ),
 }
-INTRODUCTION = """# Modes and peers
+INTRODUCTION = """# All modes, and other tools
 
-One training step of each network in every mode and with every peer, measured in one process: forward, mean of the
-outputs, backward; all parameters trained, no optimizer. Weights and statistics are random. Unless it says Train,
-BatchNorms use running statistics.
+For users who want to compare every mode with other tools, also where Tune mode loses. Each network makes a training
+step in every mode and with every tool, all in one process: forward, mean of the outputs, backward. All parameters are
+trained, without an optimizer. Weights and statistics are random. Except in Train mode, BatchNorms use their running
+statistics.
 
-- *Kept* is the allocator's own account after one forward, the batch included if it is kept; *peak* is the most at once
-  in forward and backward, the gradients included. Both count beyond what was there before the step.
-- *Step time* is the median of interleaved rounds, each in an order of its own; a ratio stands with the quartiles of the
-  ratios of single rounds.
-- *Deploy copy* is the trainable fused copy: the floor of any method that keeps the convolutions' inputs, but it does
-  not train the parameters of the original.
-- *mmengine* is its `turn_on_efficient_conv_bn_eval`; *inductor's pass* is `efficient_conv_bn_eval_fx_passes` under
-  `torch.compile`; *checkpoint per stage* is `torch.utils.checkpoint` around each stage in Eval mode, which runs the
-  forward of each stage twice.
-- Of the detector, compilers and tracers are given the backbone. It samples its proposals by score, so that rounding
-  moves some of them and with them the gradients.
+- *Kept* is what the allocator has counted after one forward pass. It includes the batch if it is kept. *Peak* is the
+  most at one moment of the forward and the backward pass, gradients included. What was there before the step does not
+  count.
+- *Step time* is the median of interleaved rounds; each round has its own order. A ratio is shown with the quartiles
+  of the ratios of single rounds.
+- *Deploy copy* is the trainable copy that `fuse_for_deploy` makes. It is the lower limit for every method that keeps
+  the inputs of the convolutions, but it does not train the parameters of the original.
+- *mmengine* is its `turn_on_efficient_conv_bn_eval`. *inductor's pass* is `efficient_conv_bn_eval_fx_passes` under
+  `torch.compile`. *checkpoint per stage* is `torch.utils.checkpoint` around each stage in Eval mode, which runs the
+  forward pass of each stage twice.
+- Compilers and tracers get only the backbone of the detector. The detector samples its proposals by score. So
+  rounding changes some of them, and with them the gradients.
 - A ratio above its target is **bold**."""
 
-ALLOCATOR = """The variables let glibc's allocator keep what is freed. Without them it returns large blocks to the
-kernel and gets them back page by page, in some steps more than in others; whoever keeps most loses most by it."""
+ALLOCATOR = """The variables make glibc's allocator keep memory that is freed. Without them it returns large blocks
+to the kernel and gets them back page by page. It does so in some steps more often than in others. The variant that
+keeps most loses most time by it."""
 
 
 def as_markdown(measurements: Mapping[str, Any], stem: str) -> str:
@@ -188,8 +191,8 @@ def _largest(rows: Sequence[Row], budget_mib: float) -> Iterator[str]:
     if not found:
         return
     yield from (f"## Largest batch in {budget_mib} MiB", "")
-    yield "Derived, not tried: the peak grows with the batch by the same amount per sample, which two measured batches"
-    yield "give; parameters and buffers are added, an optimizer's state is not."
+    yield "These batches are derived, not tried. The peak grows by the same amount with each sample, and two measured"
+    yield "batches give this amount. Parameters and buffers are added; the state of an optimizer is not."
     yield ""
     titles = ["image", "measured at batches", *(VARIANTS[variant].title for variant in variants)]
     cells = []

@@ -15,12 +15,13 @@ from examples.benchmarks.variants import VARIANTS
 from examples.results_file import BENCHMARKS
 from lightning_convbn.memory import MIB
 
-PROSE = """# How it scales
+PROSE = """# Scaling
 
-What one forward keeps for the backward pass, and how long a step (forward and backward, no optimizer) takes, along
-batch, resolution, depth and processes. `python examples/benchmarks/write_pages.py` draws the tables and the picture from
-`docs/benchmarks/scale.json` and `docs/benchmarks/processes.json`. [Another page](modes.md) has peers and more
-networks. Not measured on a GPU yet.
+For users who want to know how memory and time grow with batch, resolution, depth and number of processes. The tables
+show what one forward pass keeps for the backward pass, and how long a step takes (forward and backward, no
+optimizer). They are drawn by `python examples/benchmarks/write_pages.py` from `docs/benchmarks/scale.json` and
+`docs/benchmarks/processes.json`. [Another page](modes.md) compares other tools and more networks. Not measured on a
+GPU yet.
 
 {setting}
 
@@ -28,44 +29,52 @@ networks. Not measured on a GPU yet.
 
 ## Batch
 
-What is kept grows in proportion to the batch in all modes, so that Tune's share of Eval's stays what it is. Folding
-costs time once per step, whatever the batch: with few images it weighs most, and there a step of Tune is longer than
-one of Eval.
+In all modes, kept bytes grow in proportion to the batch. So Tune's share of Eval's stays the same. Folding takes time
+once per step, for every batch size. With few images this time matters most, and a step of Tune is longer than one of
+Eval.
 
 {batch}
 
 ## Resolution
 
-Kept bytes and step time grow with the area of the image. Folding works on weights, which have no pixels: the larger the
-image, the less it weighs.
+Kept bytes and step time grow with the area of the image. Folding takes the same time for every image size, because it
+only works on weights. So it matters less for larger images.
 
 {pixels}
 
 ## Depth
 
-Each convolution with its BatchNorm keeps its input in Tune mode, and its input and output in Eval mode. A deeper
+In Tune mode each convolution with its BatchNorm keeps its input, in Eval mode its input and its output. A deeper
 network has more of both.
 
 {model}
 
 ## Processes
 
-Each process keeps what a single one would keep for its share of the batch, in every mode. What a wrapper adds hardly
-depends on the mode, since Tune mode leaves the parameters as they are. The table shows what one of the processes has
-allocated after a first step and not freed: the gradients, and with DDP its buckets, another copy of the gradients
-unless `gradient_as_bucket_view=True` makes the gradients views of them. FSDP holds a share of the parameters and
-gradients in each process; its rows count the shards that it made, while what it frees of the original parameters is
-older than the account. An optimizer's state comes on top, whole with DDP and sharded with FSDP. The last column
-counts calls in the second step.
+In every mode, each process keeps what a single one would keep for its share of the batch. What a wrapper adds hardly
+depends on the mode, because Tune mode does not change the parameters.
+
+The table shows what one of the processes has allocated after a first step and not freed:
+
+- The gradients.
+- With DDP its buckets, which are another copy of the gradients. With `gradient_as_bucket_view=True` the gradients are
+  views of the buckets.
+- With FSDP each process holds a share of the parameters and gradients. The rows count the shards that FSDP made. They
+  do not subtract the original parameters that it freed, because these are older than the count.
+
+An optimizer's state comes on top, whole with DDP and sharded with FSDP. The last column counts calls in the second
+step.
 
 {processes}
 
 ## SyncBatchNorm
 
-In Train mode a SyncBatchNorm gathers statistics in forward (per process two numbers for each channel, and a count) and
-sums two numbers for each channel in backward. Frozen statistics need neither: in Eval and in Tune mode no SyncBatchNorm
-communicates. SyncBatchNorm needs a GPU, so this is counted from the layers of the networks, not measured: two calls
-per layer and step, float32.
+In Train mode a SyncBatchNorm communicates twice per step. In the forward pass it gathers two numbers for each channel
+and a count from each process. In the backward pass it sums two numbers for each channel. Frozen statistics need
+neither: in Eval and in Tune mode no SyncBatchNorm communicates.
+
+SyncBatchNorm needs a GPU. So this is counted from the layers of the networks, not measured: two calls per layer and
+step, float32.
 
 {sync}
 """
@@ -97,7 +106,7 @@ def setting(rows: Sequence[Row]) -> Iterator[str]:
     middle = along(rows, "batch")[0]
     rounds = f"{middle['rounds']} interleaved rounds"
     batch = Counter(row["batch"] for row in rows).most_common(1)[0][0]
-    yield f"Where nothing else is said: {middle['model']}, batch {batch}, {middle['pixels']} px,"
+    yield f"If nothing else is said: {middle['model']}, batch {batch}, {middle['pixels']} px,"
     yield f"{middle['precision']}, {middle['device']}, {rounds}."
 
 
