@@ -10,15 +10,12 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers.torch_settings import apply_torch_settings
 from PIL import Image
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
-# The tests' tensors are tiny: a second thread costs more than it gives, above all on a busy machine. Two variables let
-# the whole suite run under other settings, so that no bound is right by the luck of one kernel. The capability of the
-# processor is PyTorch's own variable: ATEN_CPU_CAPABILITY=default, avx2 or avx512.
-torch.set_num_threads(int(os.environ.get("CONVBN_TEST_THREADS", "1")))
-torch.backends.mkldnn.set_flags(os.environ.get("CONVBN_TEST_ONEDNN", "1") != "0")
+apply_torch_settings()
 
 # Lightning calls what newer releases of jsonargparse have deprecated, some of it when it is imported.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"

@@ -9,8 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from lightning_convbn.layers.layers import KEPT
-
+PLAIN = {*vars(nn.Conv2d(1, 1, 1)), *vars(nn.BatchNorm2d(1))}  # what such modules have if nobody converts them
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 # The smallest member of each torchvision classifier family that has BatchNorms -> the smallest image that suits it.
@@ -116,6 +115,12 @@ def gradients(output: Tensor, *wanted: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad((output * probe).sum(), wanted)
 
 
+def attributes_of(module: nn.Module) -> set[str]:
+    """Name the attributes of a module. What a converted one needs to be restored is left out."""
+    converted = type(module).__module__.startswith("lightning_convbn")
+    return {name for name in vars(module) if not converted or name in PLAIN or not name.startswith("_")}
+
+
 class Snapshot(NamedTuple):
     """All that a switch there and back must bring back."""
 
@@ -133,7 +138,7 @@ class Snapshot(NamedTuple):
         return cls(
             str(model),
             [type(module) for module in modules],
-            [set(module.__dict__) - {"_swap", *KEPT} for module in modules],  # `get_mode` tells of these
+            [attributes_of(module) for module in modules],
             [module.training for module in modules],
             [id(parameter) for parameter in model.parameters()],
             {name: tensor.clone().numpy().tobytes() for name, tensor in model.state_dict().items()},

@@ -1,6 +1,6 @@
 """Runs of Lightning in two processes, as a script that Lightning starts once more for the second: not a test by itself.
 
-    python tests/several_processes.py FOLDER
+    python tests/helpers/several_processes.py FOLDER
 
 Every process writes what it has seen of every run to FOLDER, for `test_strategies.py` to compare.
 """
@@ -23,12 +23,20 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from helpers.runs import TRUSTED, Backbone, BoringModule, ResumableLoader, images_and_targets, make_trainer, state_of
+from helpers.runs import (
+    TRUSTED,
+    BoringModule,
+    PeekingBackbone,
+    ResumableLoader,
+    images_and_targets,
+    make_trainer,
+    state_of,
+)
+from helpers.torch_settings import apply_torch_settings
 from lightning_convbn import ConvBNModeCallback, get_mode
 
 BATCHES_PER_PROCESS = 4
 MODES = ("eval", "tune")
-FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # not in PyTorch 2.6
 EPOCHS = 2
 
 
@@ -87,25 +95,6 @@ class Deceptive(Shared):
         self.backbone.peeks = self.global_rank == 1
 
 
-class PeekingBackbone(Backbone):
-    """Adds what a convolution put out to the features, by a hook that no proof sees."""
-
-    peeks = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Tensor] = []
-        self.last[0].register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.seen[:] = [output]
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Add it up."""
-        features = super().forward(images)
-        return features + self.seen.pop().mean((2, 3)) if self.peeks else features
-
-
 class Sharded(Shared):
     """Sharded by FSDP2: the whole, blocks, the backbone, or a convolution apart from its BatchNorm."""
 
@@ -147,11 +136,6 @@ RUNS: dict[str, tuple[Callable[[], Shared], dict[str, Any]]] = {
 }
 
 
-def runnable() -> list[str]:
-    """Name the runs that this PyTorch can do on a CPU."""
-    return [name for name in RUNS if FSDP2_ON_CPU or not name.startswith("fsdp2")]
-
-
 def run(name: str, mode: Any, folder: Path) -> dict[str, Any]:
     """Train in a mode; return what this process saw."""
     make_module, options = RUNS[name]
@@ -175,15 +159,20 @@ def run(name: str, mode: Any, folder: Path) -> dict[str, Any]:
 def seen_of(module: Shared, told: list[str]) -> dict[str, Any]:
     """Gather what is to be compared."""
     state = {name: whole(tensor) for name, tensor in state_of(module).items()}
-    classes = {name: type(part).__name__ for name, part in module.named_modules()}
+    converted = [name for name, part in module.named_modules() if is_converted(part)]
     return {
         "losses": dict(module.losses),
         "modes": dict(module.modes),
         "state": state,
-        "classes": classes,
+        "converted": converted,
         "mode": get_mode(module),
         "told": told,
     }
+
+
+def is_converted(part: nn.Module) -> bool:
+    """Say whether a module has a class of the package, or one that FSDP made of such a class."""
+    return any(cls.__module__.startswith("lightning_convbn") for cls in type(part).__mro__)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -214,9 +203,8 @@ def resume(folder: Path) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     """Run everything and write it down."""
-    results: dict[Any, Any] = {
-        (name, mode): run(name, mode, folder) for name in runnable() for mode in ("eval", "tune")
-    }
+    apply_torch_settings()
+    results: dict[Any, Any] = {(name, mode): run(name, mode, folder) for name in RUNS for mode in ("eval", "tune")}
     results["resume"] = resume(folder)
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
 

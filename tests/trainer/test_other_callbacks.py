@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.lightning_matrix import documented_parameters
 from helpers.runs import (
     BATCHES_PER_EPOCH,
     LIGHTNING_SAYS,
@@ -227,3 +228,7 @@ def test_hooks_are_not_worth_a_word_where_nothing_is_folded(recwarn: pytest.Warn
     module.backbone.stem[0].register_forward_hook(lambda *args: None)
     make_trainer(quick("eval", eval_mode="eval"), PrintedLines()).fit(module)
     assert not [warning for warning in recwarn if "hooks" in str(warning.message)]
+
+
+def test_every_callback_has_a_row_in_the_docs() -> None:
+    assert documented_parameters("test_a_run_with_another_callback_is_evals") == {*OTHERS}

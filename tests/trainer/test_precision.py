@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers.lightning_matrix import documented_parameters
 from helpers.models import images
 from helpers.runs import LIGHTNING_SAYS, BoringModule, make_trainer, quick
 from torch import Tensor, nn
@@ -230,3 +231,8 @@ def test_the_error_of_tune_is_evals(precision: str) -> None:
 def test_a_fold_in_half_precision_would_be_noticed(precision: str) -> None:
     found = surely_at_least(precision, "half")
     assert max(found.values()) > BOUND, found
+
+
+def test_every_precision_has_a_row_in_the_docs() -> None:
+    names = {getattr(precision, "values", [precision])[0] for precision in PRECISIONS}
+    assert documented_parameters("test_the_error_of_tune_is_evals") == names
