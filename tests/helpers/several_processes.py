@@ -144,7 +144,11 @@ def run(name: str, mode: Any, folder: Path) -> dict[str, Any]:
     module = make_module()
     logger = CSVLogger(folder, name=name, version=mode)
     trainer = make_trainer(
-        ConvBNModeCallback(mode, eval_mode="eval" if mode == "eval" else "deploy"),
+        ConvBNModeCallback(
+            mode,
+            eval_mode="eval" if mode == "eval" else "deploy",
+            export_path=folder / "deceptive.pt" if (name, mode) == ("deceptive", "tune") else None,
+        ),
         devices=2,
         max_epochs=EPOCHS,
         logger=logger,

@@ -90,6 +90,12 @@ def test_what_one_process_finds_wrong_is_unfolded_in_all(ranks: list[dict[Any, A
     assert len(warned) == 1
 
 
+def test_what_another_process_finds_wrong_is_not_folded_in_the_export(ranks: list[dict[Any, Any]]) -> None:
+    names = torch.load(ranks[0]["folder"] / "deceptive.pt", weights_only=True)
+    assert "backbone.last.1.running_mean" in names
+    assert "backbone.stem.1.running_mean" not in names
+
+
 def test_rank_zero_alone_reports_and_logs(ranks: list[dict[Any, Any]]) -> None:
     """One file with each metric once, one table for each run."""
     folder = ranks[0]["folder"]

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import images, randomized, relative
-from helpers.runs import LIGHTNING_SAYS, BoringModule, make_trainer
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lightning_convbn import (
-    ConvBNModeCallback,
     conv_bn_mode,
     find_conv_bn_pairs,
     fuse_for_deploy,
@@ -186,21 +184,3 @@ def test_a_frozen_batchnorm_with_an_epsilon_of_its_own_is_not_folded_by_another(
             return (input - mean) * weight * (var + epsilon).rsqrt() + bias
 
     assert len(find_conv_bn_pairs(nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm2d()))) == folded
-
-
-class TestUntrainedNotes:
-    pytestmark = LIGHTNING_SAYS
-
-    def test_a_checkpoint_saved_after_the_run_knows_what_stayed_in_train_mode(self, tmp_path: Any) -> None:
-        module, trainer = with_untrained_norm(), make_trainer(ConvBNModeCallback())
-        with pytest.warns(UserWarning, match="stay in Train mode"):
-            trainer.fit(module)
-        trainer.save_checkpoint(tmp_path / "last.ckpt")
-        notes = torch.load(tmp_path / "last.ckpt", weights_only=False)["lightning_convbn"]
-        assert [*notes.values()] == [["lone"]]
-
-
-def with_untrained_norm() -> BoringModule:
-    module = BoringModule()
-    module.backbone.lone.reset_running_stats()
-    return module
