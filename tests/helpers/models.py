@@ -94,6 +94,16 @@ def images(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+# How much two ways to compute the same may differ in float64, relative to the norm. One rounding is at most 2**-53, so
+# these are 9 thousand and 9 hundred thousand of them. The rounding errors of sums of K products in L layers grow as the
+# root of K * L, which is at most 1224 here (K = 4608, L = 325). A wrong fold, a cast to float32 on the way (2**-24), or
+# another epsilon of a BatchNorm makes more than 1e-8. So the bounds hold on any processor, and miss no mistake.
+# In float32 no such bound does: where a rounding changes the sign of a ReLU's input, or the order of two scores, the
+# result jumps.
+FORWARD = 1e-12
+BACKWARD = 1e-10  # the activations' errors come in, too, and the norm of a gradient may be far below that of its terms
+
+
 def relative(output: Tensor, expected: Tensor) -> float:
     """The norm of the difference over the norm of what is expected."""
     output, expected = output.detach().double(), expected.detach().double()

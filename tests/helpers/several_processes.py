@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from helpers.runs import (
     TRUSTED,
+    Backbone,
     BoringModule,
     PeekingBackbone,
     ResumableLoader,
@@ -41,7 +42,17 @@ EPOCHS = 2
 
 
 class Shared(BoringModule):
-    """The tiny module, with four batches for each of two processes."""
+    """The tiny module, with four batches for each of two processes; in float64, so that roundings change nothing."""
+
+    precision = torch.float64
+
+    def __init__(self, make_backbone: Callable[[], nn.Module] = Backbone) -> None:
+        super().__init__(make_backbone)
+        self.to(self.precision)
+
+    def step(self, stage: str, batch: list[Tensor]) -> Tensor:
+        """Convert the batch as well."""
+        return super().step(stage, [tensor.to(self.precision) for tensor in batch])
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Give different data to each process: Lightning adds the sampler."""
@@ -50,6 +61,12 @@ class Shared(BoringModule):
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Give one batch to each process."""
         return images_and_targets(2)
+
+
+class Single(Shared):
+    """The same in float32, for mixed precision."""
+
+    precision = torch.float32
 
 
 class ByHand(Shared):
@@ -127,7 +144,7 @@ RUNS: dict[str, tuple[Callable[[], Shared], dict[str, Any]]] = {
     "static_graph": (Shared, {"strategy": partial(DDPStrategy, static_graph=True)}),
     "by_hand": (ByHand, {"strategy": "ddp"}),
     "unused": (Unused, {"strategy": "ddp_find_unused_parameters_true"}),
-    "bf16": (Shared, {"strategy": "ddp", "precision": "bf16-mixed"}),
+    "bf16": (Single, {"strategy": "ddp", "precision": "bf16-mixed"}),
     "deceptive": (Deceptive, {"strategy": "ddp"}),
     "fsdp2_whole": (partial(Sharded, ""), {"strategy": fsdp2}),
     "fsdp2_blocks": (partial(Sharded, "backbone.stem", "backbone.middle", ""), {"strategy": fsdp2}),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import images, randomized, relative
+from helpers.models import FORWARD, images, randomized, relative
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -156,19 +156,19 @@ def test_a_deploy_copy_folds_only_what_is_proven_in_its_eval_state() -> None:
             output: Tensor = self.bn(features)
             return output if self.training else output + features
 
-    model = Residual()
-    expected = model(IMAGE)
+    model, image = Residual().double(), IMAGE.double()
+    expected = model(image)
     set_mode(model.train(), "tune")
-    assert relative(fuse_for_deploy(model)(IMAGE), expected) < 1e-6
+    assert relative(fuse_for_deploy(model)(image), expected) < FORWARD
 
 
 def test_deploy_notices_parameters_with_other_storage() -> None:
-    model = Net()
+    model, image = Net().double(), IMAGE.double()
     with conv_bn_mode(model, "deploy"), torch.no_grad():
-        model(IMAGE)
+        model(image)
         vector_to_parameters(parameters_to_vector(model.parameters()) * 3, model.parameters())
-        found = model(IMAGE)
-    assert relative(found, model(IMAGE)) < 1e-6
+        found = model(image)
+    assert relative(found, model(image)) < FORWARD
 
 
 @pytest.mark.parametrize(("epsilon", "folded"), [(1e-5, 1), (0.5, 0)])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.lightning_matrix import documented_parameters
+from helpers.models import BACKWARD
 from helpers.runs import (
     LIGHTNING_SAYS,
     BoringModule,
@@ -70,8 +71,12 @@ def test_processes_end_with_the_same_bits_and_plain_modules(ranks: list[dict[Any
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "deceptive"])
 def test_the_loss_curve_in_several_processes_is_evals(ranks: list[dict[Any, Any]], name: str) -> None:
-    """Every loss of every process, and the weights, within the rounding of the precision."""
-    tolerance = 2e-2 if name == "bf16" else 2e-5
+    """Every loss of every process, and the weights.
+
+    In bf16 a rounding is at most 2**-9. A loss has that of four layers with two roundings each, in Eval and in Tune
+    mode, and the square in the loss doubles it: ``2 * sqrt(16) * 2**-9``, if each is as large as it can be.
+    """
+    tolerance = 8 * 2**-9 if name == "bf16" else 10 * BACKWARD
     for rank in ranks:
         tune, frozen = rank[name, "tune"], rank[name, "eval"]
         for stage in ("fit", "validate"):
