@@ -85,12 +85,12 @@ def test_the_version_stands_in_one_place(wheel: Path, project: dict[str, Any]) -
     assert written == ["docs/changelog.md"]
 
 
-def test_the_metadata_says_what_pypi_shows(wheel: Path) -> None:
+def test_the_metadata_says_what_pypi_shows(wheel: Path, project: dict[str, Any]) -> None:
     said = metadata(wheel)
     assert said["License-Expression"] == "Apache-2.0"
     assert said["License-File"] == "LICENSE"
     assert said["Description-Content-Type"] == "text/markdown"
-    assert said["Requires-Python"] == ">=3.10"
+    assert said["Requires-Python"] == project["project"]["requires-python"]
     needed = [need for need in said.get_all("Requires-Dist") if "extra ==" not in need]
     assert sorted(need.partition(">=")[0] for need in needed) == ["lightning", "torch"]
 
