@@ -1,9 +1,9 @@
-"""Count what torchvision's classifiers keep for the backward pass in each mode, and write the tables of the docs.
+"""Count the bytes that torchvision's classifiers keep for the backward pass in each mode.
 
     python examples/benchmarks/memory.py
 
-writes `docs/benchmarks/memory.json` and, from it, `docs/benchmarks/memory.md` and excerpts in other pages. The counts
-are exact and made on tensors without data, so that this takes minutes and little memory on any machine.
+writes `docs/benchmarks/memory.json`, the page `docs/benchmarks/memory.md`, and the tables in other pages. The counts
+are exact. They are made on tensors without data, so they take minutes and little memory on any machine.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ SIZES = [(1, 64), (1, 224), (8, 224)]  # batch, pixels
 INTRODUCTION = """# Memory kept for the backward pass
 
 MiB that one forward pass keeps for the backward pass, in float32, parameters and buffers excluded. Written by
-`python examples/benchmarks/memory.py`, which counts; nothing here is estimated. *Tune by autograd* leaves the folding to
-autograd, which keeps every folded weight, as the published implementations do. *Tune + recompute* is Tune mode with
+`python examples/benchmarks/memory.py`, which counts; nothing here is estimated. *Tune by autograd* leaves the folding
+to autograd, which keeps every folded weight, as the published implementations do. *Tune + recompute* is Tune mode with
 `recompute_activations=True`, which keeps either the input or the output of activations such as SiLU, Hardswish and
 ReLU6, not both. *Deploy copy* is the trainable copy that `fuse_for_deploy` makes: the floor of any method that keeps
 the convolutions' inputs."""
@@ -101,7 +101,7 @@ def count(name: str) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def folding_by_autograd() -> Iterator[None]:
-    """Leave the fold of Tune mode to autograd, which then keeps every folded weight: the published way."""
+    """Leave the fold of Tune mode to autograd, as published. It then keeps every folded weight."""
 
     def conv_bn(input: Tensor, *operands: Any) -> Tensor:
         *pair, spec, _ = operands
@@ -121,13 +121,13 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def with_table(page: str, mark: str, rows: list[dict[str, Any]]) -> str:
-    """Put a few of the rows between two marks in a page."""
+    """Put some of the rows as a table between two marks in a page."""
     chosen = [row for row in rows if row["model"] in EXCERPTS[mark] and (row["batch"], row["pixels"]) == (8, 224)]
     return results_file.with_table(page, mark, table(chosen, 224))
 
 
 def table(rows: list[dict[str, Any]], pixels: int) -> list[str]:
-    """Draw one table; a model that takes no image so small says what it was given."""
+    """Draw one table. A model that needs larger images has their size beside its name."""
     headers = [*COLUMNS.values(), "Tune / Deploy", "with recompute", "saved against Eval", "with recompute"]
     lines = [f"| model | {' | '.join(headers)} |", "|---|" + "---:|" * len(headers)]
     for row in rows:
