@@ -2,8 +2,8 @@
 
     python examples/benchmarks/adversarial.py --out docs/benchmarks/adversarial.json
 
-runs both attacks of the template in each mode. Rounding may change the sign of a gradient near zero, and with it a value
-of a pixel. So the table also says how many values equal those of Eval mode.
+runs both attacks of the template in each mode. Rounding may change the sign of a gradient near zero, and with it
+a value of a pixel. So the table also says how many values equal those of Eval mode.
 """
 
 from __future__ import annotations
