@@ -63,7 +63,7 @@ def moved_scripts(commands: Sequence[str]) -> list[str]:
 
 
 def allocator_settings() -> dict[str, str]:
-    """Return the environment variables that set glibc's allocator; they change the time of a step by several percent."""
+    """Return the environment variables that set glibc's allocator. They change step times by several percent."""
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")}
 
 

@@ -1,6 +1,9 @@
-"""`adversarial.py` in plain Python: FGSM and PGD in Eval, Tune and Deploy mode, and how far their examples agree.
+"""Compare FGSM and PGD in Eval, Tune and Deploy mode: images that fool the network, kept bytes, time.
 
-python examples/benchmarks/adversarial.py
+    python examples/benchmarks/adversarial.py --out docs/benchmarks/adversarial.json
+
+runs both attacks of the template in each mode. Rounding may change the sign of a gradient near zero, and with it
+a value of a pixel. So the table also says how many values equal those of Eval mode.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 def run(model: Attack, data: ImageData, mode: Mode) -> tuple[list[Examples], float]:
-    """Attack the test set in a mode; return the examples and the seconds that it took."""
+    """Attack the test set in a mode; return the examples and the seconds."""
     callback = ConvBNModeCallback(eval_mode=mode)
     trainer = Trainer(inference_mode=False, callbacks=[callback], logger=False, enable_progress_bar=False)
     start = time.perf_counter()
@@ -40,7 +43,7 @@ def main() -> None:
     parser.add_argument("--data", default="photos", help="photos, elpv, imagefolder:PATH, ...")
     parser.add_argument("--weights", default="default", help="of MobileNetV2: default, none or a file")
     parser.add_argument("--image-size", type=int, default=224, help="edge of the square images in pixels")
-    parser.add_argument("--rounds", type=int, default=2, help="runs per mode, in turn; the fastest counts")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each mode; the table shows the fastest")
     parser.add_argument("--out", type=Path, default=Path("runs/adversarial.json"), help="file for the results")
     args = parser.parse_args()
     try:

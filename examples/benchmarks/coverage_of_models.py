@@ -1,8 +1,9 @@
-"""Count what is folded in well-known models beside what plain tracing finds; write `docs/benchmarks/coverage.md`.
+"""Count the BatchNorms that are folded in well-known models, and those that plain symbolic tracing finds.
 
     python examples/benchmarks/coverage_of_models.py
 
-Needs timm and torchvision. Nothing is downloaded: the weights are random, and pairs do not depend on them.
+writes `docs/benchmarks/coverage.json` and the page `docs/benchmarks/coverage.md`. Nothing is downloaded: the weights are
+random, and the pairs do not depend on them.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def build(name: str) -> nn.Module:
 
 
 def count(name: str) -> dict[str, Any]:
-    """Count the BatchNorms of one model by what happens to them."""
+    """Count the folded, frozen and other BatchNorms of one model."""
     model = build(name)
     pairs = find_conv_bn_pairs(model)
     return {
@@ -98,7 +99,7 @@ def count(name: str) -> dict[str, Any]:
 
 
 def by_plain_tracing(model: nn.Module) -> int | str:
-    """Count the pairs that a plain symbolic trace shows, or say how it fails."""
+    """Count the pairs that a plain symbolic trace finds, or return the name of its error."""
     try:
         graph = fx.symbolic_trace(model).graph
     except Exception as error:  # the failure is the result

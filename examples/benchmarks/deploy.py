@@ -1,9 +1,9 @@
-"""Time inference of Deploy copies beside Eval mode and torch's own fusion, and write the page of the docs.
+"""Time the inference of Deploy copies, of Eval mode and of torch's own fusion.
 
     python examples/benchmarks/deploy.py
 
 writes `docs/benchmarks/deploy.json` and `docs/benchmarks/deploy.md`. Times are medians over interleaved rounds in one
-process, in CPU time of one thread, which other work on the machine stretches least; only ratios mean anything.
+process. They are CPU times of one thread, which other work on the machine changes least. Compare only their ratios.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     variants = {"eval": model, "deploy": fuse_for_deploy(model), "fx": fuse(model)}
     expected = model(image)
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
-    orders = [*itertools.permutations(variants)]  # what ran before a variant leaves its mark in the caches
+    orders = [*itertools.permutations(variants)]  # the variant that ran before has an effect by the caches
     for number in range(rounds + 2):
         for variant in orders[number % len(orders)]:
             started = time.process_time()

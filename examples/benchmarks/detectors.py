@@ -1,9 +1,9 @@
-"""Measure one training step of torchvision's detectors in Eval and in Tune mode, and write the page of the docs.
+"""Measure one training step of torchvision's detectors in Eval and in Tune mode.
 
     python examples/benchmarks/detectors.py
 
-writes `docs/benchmarks/detectors.json` and `docs/benchmarks/detectors.md`. Kept bytes are counted; step times are
-medians over interleaved rounds in one process, and only their ratio means anything.
+writes `docs/benchmarks/detectors.json` and `docs/benchmarks/detectors.md`. Kept bytes are counted. Step times are
+medians over interleaved rounds in one process; compare only their ratio.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def measure(detector: str, norm: str, rounds: int) -> dict[str, Any]:
 
 
 def build(detector: str, norm: Callable[..., nn.Module]) -> nn.Module:
-    """Build a detector in training state, on a ResNet-50 FPN whose BatchNorms have seen something."""
+    """Build a detector in training state on a ResNet-50 FPN with random statistics."""
     body = resnet50(weights=None, norm_layer=norm)
     give_statistics(body)
     backbone: BackboneWithFPN = _resnet_fpn_extractor(body, 5)
@@ -109,7 +109,7 @@ def build(detector: str, norm: Callable[..., nn.Module]) -> nn.Module:
 
 
 def target(pixels: int) -> dict[str, Tensor]:
-    """Two boxes with labels and masks."""
+    """Return two boxes with labels and masks."""
     boxes = torch.tensor([[0.1, 0.1, 0.5, 0.6], [0.4, 0.3, 0.9, 0.9]]) * pixels
     masks = torch.zeros(2, pixels, pixels, dtype=torch.uint8)
     for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):

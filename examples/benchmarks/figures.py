@@ -2,8 +2,8 @@
 
     python examples/benchmarks/figures.py
 
-writes `docs/figures/memory.svg`, from the counts in `docs/benchmarks/memory.json`, and `docs/figures/modes.svg`, what
-each mode computes and keeps.
+writes `docs/figures/memory.svg` from the counts in `docs/benchmarks/memory.json`, and `docs/figures/modes.svg`, which
+shows what each mode computes and keeps.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def draw_memory(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     return save(figure, path)
 
 
-KINDS: dict[str, dict[str, Any]] = {  # what a box of the graph says about the memory
+KINDS: dict[str, dict[str, Any]] = {  # styles of the boxes, by what they mean for the memory
     "kept": {"facecolor": "#f6c9a8", "edgecolor": COLOURS["eval"]},
     "output": {"facecolor": "white", "edgecolor": FAINT},
     "again": {"facecolor": "white", "edgecolor": COLOURS["tune"], "linestyle": "--"},

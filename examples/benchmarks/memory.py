@@ -1,9 +1,9 @@
-"""Count what torchvision's classifiers keep for the backward pass in each mode, and write the tables of the docs.
+"""Count the bytes that torchvision's classifiers keep for the backward pass in each mode.
 
     python examples/benchmarks/memory.py
 
-writes `docs/benchmarks/memory.json` and, from it, `docs/benchmarks/memory.md` and excerpts in other pages. The counts
-are exact and made on tensors without data, so that this takes minutes and little memory on any machine.
+writes `docs/benchmarks/memory.json`, the page `docs/benchmarks/memory.md`, and the tables in other pages. The counts
+are exact. They are made on tensors without data, so they take minutes and little memory on any machine.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ For users who want to know how much each mode keeps in a network of torchvision.
 pass keeps for the backward pass, in float32, without parameters and buffers. `python examples/benchmarks/memory.py`
 counts them; nothing is estimated.
 
-- *Tune as published* leaves the folding to autograd, which keeps every folded weight. The published implementations
-  do this.
+- *Tune as published* leaves the folding to autograd, which keeps every folded weight. The published implementations do
+  this.
 - *Tune + recompute* is Tune mode with `recompute_activations=True`. Of activations such as SiLU, Hardswish and ReLU6
   it keeps either the input or the output, not both.
 - *Deploy copy* is the trainable copy that `fuse_for_deploy` makes. It is the lower limit for every method that keeps
@@ -108,7 +108,7 @@ def count(name: str) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def folding_by_autograd() -> Iterator[None]:
-    """Leave the fold of Tune mode to autograd, which then keeps every folded weight: the published way."""
+    """Leave the fold of Tune mode to autograd, as published. It then keeps every folded weight."""
 
     def conv_bn(input: Tensor, *operands: Any) -> Tensor:
         *pair, spec, _ = operands
@@ -128,13 +128,13 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def with_table(page: str, mark: str, rows: list[dict[str, Any]]) -> str:
-    """Put a few of the rows between two marks in a page."""
+    """Put some of the rows as a table between two marks in a page."""
     chosen = [row for row in rows if row["model"] in EXCERPTS[mark] and (row["batch"], row["pixels"]) == (8, 224)]
     return results_file.with_table(page, mark, table(chosen, 224))
 
 
 def table(rows: list[dict[str, Any]], pixels: int) -> list[str]:
-    """Draw one table; a model that takes no image so small says what it was given."""
+    """Draw one table. A model that needs larger images has their size beside its name."""
     headers = [*COLUMNS.values(), "Tune / Deploy", "with recompute", "saved against Eval", "with recompute"]
     lines = [f"| model | {' | '.join(headers)} |", "|---|" + "---:|" * len(headers)]
     for row in rows:

@@ -1,4 +1,4 @@
-"""The page of the docs that shows what `benchmark.py` has measured, losing cases included."""
+"""The page `docs/benchmarks/modes.md`: what `run.py` has measured, with the cases that Tune mode loses."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ RECOMPUTE_LIMITS = {"efficientnet_b0": 0.62, "efficientnet_v2_s": 0.63, "mobilen
 
 
 class Target(NamedTuple):
-    """A ratio that is to be at most so large.
+    """A ratio of two variants, and the largest value that is good.
 
     Attributes:
         ours: Variants; the best of them counts.
-        theirs: Variants to be held against; the best of them counts.
-        limit: The largest ratio that is good, by model.
+        theirs: Variants to compare with; the best of them counts.
+        limit: The largest good ratio for a model.
         what: ``"kept_bytes"``, ``"peak_bytes"`` or ``"step_ms"``.
     """
 
@@ -42,12 +42,12 @@ class Target(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What a table calls it."""
+        """Its name in a table."""
         best = (" or ".join(VARIANTS[name].title for name in names) for names in (self.ours, self.theirs))
         return " / ".join(best)
 
     def ratio(self, row: Row) -> Spread | None:
-        """Return the ratio of the best of both sides; of bytes without a spread."""
+        """Return the ratio of the best of both sides. A ratio of bytes has no spread."""
         ours, theirs = (
             min((name for name in names if measured(row, name)), key=lambda name: self._amount(row, name), default=None)
             for names in (self.ours, self.theirs)
@@ -60,7 +60,7 @@ class Target(NamedTuple):
         return None if ratio is None else Spread(ratio, ratio, ratio)
 
     def text(self, row: Row) -> str:
-        """Write the ratio; what is above the target is bold and says so."""
+        """Return the ratio as text. A ratio above the target is bold."""
         ratio, limit = self.ratio(row), self.limit(row["model"])
         if ratio is None:
             return "-"
@@ -135,7 +135,7 @@ keeps most loses most time by it."""
 
 
 def as_markdown(measurements: Mapping[str, Any], stem: str) -> str:
-    """Draw the page; ``stem`` begins the names of the pictures."""
+    """Draw the page. The names of the pictures begin with ``stem``."""
     rows, machine = measurements["rows"], measurements["machine"]
     known = ", ".join(f"{name} {version}" for name, version in measurements["versions"].items())
     allocator = "".join(f", {name}={value}" for name, value in machine["allocator"].items())
@@ -163,7 +163,7 @@ def as_markdown(measurements: Mapping[str, Any], stem: str) -> str:
 
 
 def pictures(rows: Sequence[Row], stem: str) -> dict[str, list[Row]]:
-    """Group the rows by all but the network; name a picture for each group."""
+    """Group the rows by all settings but the network, by the name of a picture for each group."""
     ordered = sorted(rows, key=lambda row: (row["pixels"], row["batch"], title(row)))  # stable: models as measured
     return {
         f"{stem}-{name.replace(', ', '-').replace(' ', '')}.png": list(chosen)

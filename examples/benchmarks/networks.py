@@ -1,4 +1,4 @@
-"""What the benchmark trains: networks with random weights, statistics as training leaves them behind, and a batch."""
+"""The networks of the benchmark, with random weights and statistics, and a batch for each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODELS = [
     "densenet121",
     DETECTOR,
 ]
-# The modules between which activation checkpointing keeps something: stages, or blocks where a network has no stages.
+# The modules that activation checkpointing wraps: stages, or blocks if a network has no stages.
 STAGE = re.compile(r"(backbone\.body\.)?layer\d|stage\d|(features|trunk_output|blocks|stages)\.\w+")
 
 
@@ -44,9 +44,9 @@ class Workload:
     Attributes:
         model: The plain network; its BatchNorms use running statistics.
         inputs: Positional arguments of its forward.
-        part: Qualified name of the part that compilers and tracers are given; ``""`` for the whole network. A
-            detector looks at values between its parts, so that people compile its backbone.
-        training: Whether all but the BatchNorms is in its training state, as a detector must be to have losses.
+        part: Qualified name of the part for compilers and tracers; ``""`` for the whole network. The code of a detector
+            depends on values, so only its backbone is compiled.
+        training: Whether all but the BatchNorms is in training state. A detector returns losses only then.
     """
 
     model: nn.Module
@@ -58,7 +58,7 @@ class Workload:
         self.freeze(self.model)
 
     def freeze(self, model: nn.Module) -> nn.Module:
-        """Set the training flags of a network of this kind; its BatchNorms are in their eval state."""
+        """Set the training flags; BatchNorms are always in eval state."""
         model.train(self.training)
         for module in model.modules():
             if is_norm(module):
@@ -66,13 +66,13 @@ class Workload:
         return model
 
     def copy(self, model: nn.Module, *, own_buffers: bool = False) -> nn.Module:
-        """Copy a network without its parameters, and without its buffers unless they are to change."""
+        """Copy a network that shares its parameters, and its buffers unless `own_buffers` is set."""
         shared = [*model.parameters(), *([] if own_buffers else model.buffers())]
         return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
     @cached_property
     def pairs(self) -> ConvBNPairs:
-        """What can be folded."""
+        """The pairs that can be folded."""
         pairs = find_conv_bn_pairs(self.model)
         return find_conv_bn_pairs(self.model, example_inputs=self.inputs) if pairs.untraced else pairs
 
@@ -83,16 +83,16 @@ class Workload:
 
     @cached_property
     def stages(self) -> list[str]:
-        """Qualified names of what is checkpointed."""
+        """Qualified names of the modules for activation checkpointing."""
         modules = self.model.named_modules()
         return [name for name, module in modules if STAGE.fullmatch(name) and any(module.children())]
 
 
 def build(name: str) -> tuple[nn.Module, bool]:
-    """Build a network; return whether it is a detector, too.
+    """Build a network; return it and whether it is a detector.
 
     Args:
-        name: `DETECTOR`, or what the command ``lightning-convbn`` takes; torchvision's names stand alone.
+        name: `DETECTOR`, a name in torchvision, or a name that the command ``lightning-convbn`` takes.
 
     Raises:
         CommandError: If there is no such network.
@@ -122,6 +122,6 @@ def workload(name: str, batch: int, pixels: int, device: torch.device, channels_
 
 
 def loss_of(output: Any) -> Tensor:
-    """Return the sum of the means of all outputs: of a classifier's logits, or of a detector's losses."""
+    """Return the sum of the means of all outputs: the logits of a classifier, or the losses of a detector."""
     means = [leaf.float().mean() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
     return torch.stack(means).sum()

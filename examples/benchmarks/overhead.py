@@ -1,9 +1,9 @@
-"""What the callback itself adds to a training step: Tune mode set by hand and by the callback, step by step in turn.
+"""Measure the time that the callback adds to a training step, against Tune mode set by hand.
 
     python examples/benchmarks/overhead.py
 
-Writes `docs/benchmarks/overhead.json` and `docs/benchmarks/overhead.md`. Two Trainers train equal networks in one
-process, each in a thread of its own; they take turns after every step, so that both meet the same weather.
+writes `docs/benchmarks/overhead.json` and `docs/benchmarks/overhead.md`. Two Trainers train equal networks in one
+process, each in its own thread. They take turns after every step, so that other work slows down both alike.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from examples.results_file import BENCHMARKS, write_json
 from lightning_convbn import ConvBNModeCallback, set_mode
 
 WARM_UP = 5
-# Left to itself the C library serves each thread from a heap of its own, and steps differ by up to 20 % between them.
+# By default the C library gives each thread its own heap; then equal steps differ by up to 20 % between threads.
 ONE_HEAP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31)}
 
 
@@ -59,7 +59,7 @@ class Classifier(LightningModule):
 
 
 class TakesTurns(Callback):
-    """After every step, waits for the other Trainer's, and takes the time between waiting and waiting."""
+    """Waits after every step for a step of the other Trainer, and measures the time between two waits."""
 
     def __init__(self, mine: Semaphore, other: Semaphore) -> None:
         self.mine, self.other = mine, other
@@ -76,10 +76,10 @@ class TakesTurns(Callback):
 
 
 def measure(name: str, steps: int, size: int) -> dict[str, Any]:
-    """Train twice, in turn; return the medians and the ratio of the callback's step to the one by hand."""
+    """Train two networks in turn; return the median step times and their ratio."""
     by_hand, by_callback = (Classifier(name, steps, size) for _ in range(2))
     set_mode(by_hand.backbone, "tune")
-    # Without its looks at the first batch: they grow the heap, which makes all later steps faster.
+    # Without the checks at the first batch: they enlarge the heap, which makes all later steps faster.
     by_itself = ConvBNModeCallback(freeze_untrained=True, verify=False, log_memory=False)
     semaphores = Semaphore(0), Semaphore(0)
     turns = [TakesTurns(*semaphores), TakesTurns(*reversed(semaphores))]

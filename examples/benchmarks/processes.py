@@ -1,8 +1,8 @@
-"""Measure what DDP and FSDP hold and send in one training step of two processes in Eval and in Tune mode.
+"""Measure the memory and the communication of DDP and FSDP in one training step, in Eval and in Tune mode.
 
     python examples/benchmarks/processes.py
 
-writes `docs/benchmarks/processes.json`. The processes talk by gloo on the CPU.
+writes `docs/benchmarks/processes.json`. Two processes communicate by gloo on the CPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MODES: tuple[Mode, ...] = ("eval", "tune")
 def _sharded(model: nn.Module) -> nn.Module:
     for name in ("layer1", "layer2", "layer3", "layer4"):
         fully_shard(model.get_submodule(name))
-    sharded: nn.Module = fully_shard(model)  # type: ignore[assignment]  # an FSDPModule is one, too
+    sharded: nn.Module = fully_shard(model)  # type: ignore[assignment]  # an FSDPModule is a Module, too
     return sharded
 
 
@@ -63,7 +63,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def main() -> None:
-    """Start the processes; write what the first one has measured."""
+    """Start the processes, and write the measurements of the first one."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "rows")
@@ -87,7 +87,7 @@ def _measure(rank: int, folder: str, results: Path) -> None:
 
 
 def measure(wrapped: str, mode: Mode) -> dict[str, Any]:
-    """Measure one way of wrapping in one mode, in every process at once."""
+    """Measure one wrapper in one mode, in all processes at once."""
     model, _ = build(MODEL)
     size = sum(parameter.nbytes for parameter in model.parameters())
     set_mode(model, mode)

@@ -1,13 +1,13 @@
-"""Train networks in every mode and with every peer, in one process: bytes kept, peak, step time, gradients.
+"""Measure training steps in every mode, and with other tools: kept bytes, peak memory, step time, gradients.
 
     python examples/benchmarks/run.py --out docs/benchmarks/modes.json
     python examples/benchmarks/run.py --models resnet50 timm:hrnet_w18 --sizes 1:224 8:224 --rounds 25 --out mine.json
 
-A cell is a network and a batch. For each the variants are warmed up, measured one by one (bytes, by the allocator's own
-account; gradients, compared with Eval's), and then timed in interleaved rounds, so that what disturbs the machine
-disturbs all of them alike. A step is forward, mean of the outputs, backward, gradients set to None; all parameters are
-trained, there is no optimizer. A variant that fails stands in the results with its error. After each cell the JSON
-file is written anew, whole; cells that it holds already are not run again.
+A cell is a network and a batch size. All variants of a cell run in one process. First each is warmed up, and its bytes
+(as the allocator counts them) and its gradients (compared with those of Eval) are measured. Then all are timed in
+interleaved rounds, so that other work on the machine slows down all alike. A step is forward, mean of the outputs,
+backward, and gradients set to None. All parameters are trained; there is no optimizer. If a variant fails, the results
+hold its error. The JSON file is written after each cell, and the cells that it holds are not run again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PACKAGES = ("torch", "torchvision", "timm", "mmengine")
 
 
 def main() -> None:
-    """Measure cell by cell; write the JSON after each."""
+    """Measure cell by cell, and write the JSON after each."""
     parser = _parser()
     arguments = parser.parse_args()
     try:
@@ -53,8 +53,8 @@ def main() -> None:
         _check_alike(arguments.out, before, facts)
     except (CommandError, ValueError) as error:
         parser.error(str(error))
-    warnings.simplefilter("ignore")  # of compilers, about what they can't fuse
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes lines of its own between the tables
+    warnings.simplefilter("ignore")  # from compilers, about what they can't fuse
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints between the tables
     rows: list[dict[str, Any]] = before.get("rows", [])
     commands = [*before.get("commands", []), results_file.command()]
     cells = [(name, *size) for name in arguments.models for size in sizes]
@@ -78,12 +78,12 @@ def measure(setting: dict[str, Any], variants: Sequence[str], rounds: int) -> di
     """Measure one cell.
 
     Args:
-        setting: What `SETTING` names.
+        setting: A value for each key in `SETTING`.
         variants: Names in `VARIANTS`.
         rounds: How often each variant is timed.
 
     Returns:
-        The setting and, by variant, what was measured of it or why it failed.
+        The setting and, for each variant, its measurements or its error.
     """
     started = time.perf_counter()
     device = torch.device(setting["device"])
@@ -97,7 +97,7 @@ def measure(setting: dict[str, Any], variants: Sequence[str], rounds: int) -> di
             step = Step(work, VARIANTS[name].build(work), device, setting["precision"])
             results[name] = _measure_alone(step, name, work, expected)
             running[name] = step
-        except Exception as error:  # whatever a tracer, a compiler or an allocator raises is the result
+        except Exception as error:  # any error of a tracer, a compiler or an allocator is the result
             results[name] = _failure(error)
     _time(running, results, rounds)
     row = {
@@ -116,14 +116,14 @@ def measure(setting: dict[str, Any], variants: Sequence[str], rounds: int) -> di
 
 
 def _measure_alone(step: Step, name: str, work: Workload, expected: dict[str, Tensor]) -> dict[str, Any]:
-    """Measure all but the time of a step; the first variant, Eval, leaves the gradients that are to be expected."""
+    """Measure all but the step time. The first variant, Eval, also sets the expected gradients."""
     first = step.seconds()
     found: dict[str, Any] = {"first_step_s": round(first, 3), **step.memory()}
     found["resident_bytes"] = _resident_bytes(step.model)
     gradients = step.gradients()
     if name == "eval":
         expected.update(gradients)
-    if VARIANTS[name].folded_weights:  # the gradients of folded weights are others
+    if VARIANTS[name].folded_weights:  # folded weights have other gradients
         folded = tuple(f"{module}." for pair in work.pairs for module in pair)
         gradients = {name: gradient for name, gradient in gradients.items() if not name.startswith(folded)}
     off = deviation(gradients, expected) if VARIANTS[name].has_evals_gradients else None
@@ -136,7 +136,7 @@ def _measure_alone(step: Step, name: str, work: Workload, expected: dict[str, Te
 def _time(running: dict[str, Step], results: dict[str, dict[str, Any]], rounds: int) -> None:
     """Time steps in interleaved rounds, each in an order of its own; the first round warms up.
 
-    A step finds the heap as the step before it has left it, so the order of the variants is worth several percent.
+    The step before changes the state of the heap, so the order of the variants can change a time by several percent.
     """
     for name in running:
         results[name]["step_ms"] = []
@@ -173,7 +173,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raise an error before anything is measured, not hours later."""
+    """Raise an error for wrong arguments before anything is measured."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no GPU on this machine; use --device cpu")
     for name, least in (("rounds", 1), ("threads", 1), ("budget_mib", 1)):
@@ -185,7 +185,7 @@ def _check(arguments: argparse.Namespace) -> None:
     check_writable(f"--out {arguments.out}", arguments.out)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    # Eval comes first: its gradients are what the others are compared with.
+    # Eval comes first, since the others are compared with its gradients.
     asked = set(arguments.variants) | set(REFERENCES)
     arguments.variants = sorted(asked, key=lambda name: (name != "eval", list(VARIANTS).index(name)))
 
@@ -214,7 +214,7 @@ def _facts(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_alike(path: Path, before: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Refuse to put what another machine or other versions have measured into one file."""
+    """Refuse a file that was measured on another machine or with other versions."""
     for what, now in facts["compared"].items():
         if before and (then := before.get(what)) != now:
             raise ValueError(f"--out {path}: was measured with {what} {then}, this is {now}; name another file")
@@ -243,10 +243,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=15, help="how often each variant is timed")
     parser.add_argument("--device", choices=list(SIZES), default="cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast")
-    parser.add_argument("--channels-last", action="store_true", help="lay images and weights out so")
+    parser.add_argument("--channels-last", action="store_true", help="use this memory format for images and weights")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
-    parser.add_argument("--budget-mib", type=int, default=8192, help="for the column of the largest batch")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file; what it holds is not measured again")
+    parser.add_argument("--budget-mib", type=int, default=8192, help="memory for the column of the largest batch")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the JSON file; the cells that it holds are not measured again"
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The page `docs/benchmarks/scaling.md`: growth along batch, resolution and depth, and what several processes add."""
+"""The page `docs/benchmarks/scaling.md`: how memory and time grow with batch, resolution, depth and processes."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ FLOAT_BYTES = 4
 
 
 def along(rows: Sequence[Row], key: str) -> list[Row]:
-    """Return the rows that differ from the one measured in the middle of all axes in nothing but ``key``."""
+    """Return the rows that differ from the most common setting in ``key`` alone."""
     middle = {one: Counter(row[one] for row in rows).most_common(1)[0][0] for one in SETTING}
     chosen = [row for row in rows if all(row[one] == middle[one] for one in SETTING if one != key)]
     if key != "model":
@@ -95,14 +95,14 @@ def along(rows: Sequence[Row], key: str) -> list[Row]:
 
 
 def as_markdown(rows: Sequence[Row], processes: Mapping[str, Any]) -> str:
-    """Draw the page from the cells of `benchmark.py` and from what `scale_processes.py` has measured."""
+    """Draw the page from the results of `run.py` and of `processes.py`."""
     tables = {key: growth_table(rows, key) for key in AXES.values()}
     tables |= {"setting": setting(rows), "sync": sync_table(), "processes": processes_table(processes)}
     return PROSE.format(**{name: "\n".join(lines) for name, lines in tables.items()})
 
 
 def setting(rows: Sequence[Row]) -> Iterator[str]:
-    """Say what does not change along the axes."""
+    """Return the setting that the tables share."""
     middle = along(rows, "batch")[0]
     rounds = f"{middle['rounds']} interleaved rounds"
     batch = Counter(row["batch"] for row in rows).most_common(1)[0][0]
@@ -111,7 +111,7 @@ def setting(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def growth_table(rows: Sequence[Row], key: str) -> Iterator[str]:
-    """Draw what is kept and how long a step takes along one axis."""
+    """Draw kept bytes and step times along one axis."""
     kept = [f"{VARIANTS[name].title} kept, MiB" for name in SHOWN]
     steps = [f"{VARIANTS[name].title} step, ms" for name in SHOWN]
     yield f"| {key} | {' | '.join([*kept, 'Tune / Eval', *steps, 'Tune / Eval (quartiles)'])} |"
@@ -127,7 +127,7 @@ def growth_table(rows: Sequence[Row], key: str) -> Iterator[str]:
 
 
 def sync_table() -> Iterator[str]:
-    """Count what a SyncBatchNorm in Train mode communicates in a step."""
+    """Count what SyncBatchNorms communicate in one step in Train mode."""
     yield "| model | SyncBatchNorms | channels | collectives, Train | sent by a process, KiB | collectives, Tune |"
     yield "|---|---:|---:|---:|---:|---:|"
     for name in SYNCHRONIZED:
@@ -140,7 +140,7 @@ def sync_table() -> Iterator[str]:
 
 
 def processes_table(measurements: Mapping[str, Any]) -> Iterator[str]:
-    """Draw what wrapping adds in each process."""
+    """Draw what each wrapper adds in a process."""
     where = "{model}, batch {batch} and {pixels} px in each of {processes} processes, {backend}.".format(**measurements)
     yield where[0].upper() + where[1:]
     yield ""

@@ -1,6 +1,6 @@
-"""`segmentation.py` in plain Python: three ways to treat a head whose BatchNorm layers nothing has trained yet.
+"""Compare three ways to treat a new head whose BatchNorms are untrained, on the segmentation template.
 
-python examples/benchmarks/segmentation.py
+python examples/benchmarks/segmentation.py --epochs 8
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from lightning_convbn import ConvBNModeCallback
 
 
 def ways(epochs: int) -> dict[str, dict[str, Any]]:
-    """Return options of the callback for a run of so many epochs, by a name for each way."""
+    """Return the options of the callback for each way, by name."""
     return {
-        "start_epoch": {"start_epoch": max(1, epochs // 2)},  # half in Train mode, then all is frozen and folded
+        "start_epoch": {
+            "start_epoch": max(1, epochs // 2)
+        },  # the first half in Train mode, then all BatchNorms are frozen and folded
         "default": {},  # the head stays in Train mode, with a warning
         "freeze_untrained": {"freeze_untrained": True},  # the head is folded at mean 0 and variance 1
     }

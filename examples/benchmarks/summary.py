@@ -1,4 +1,4 @@
-"""Reading what `benchmark.py` has measured: ratios with their spread, the largest batch in a budget, tables."""
+"""Summaries of what `run.py` has measured: ratios with their spread, the largest batch in a budget, tables."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Summarise values; of a single one the quartiles are that value."""
+        """Summarise values. For a single value, the quartiles are that value."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         lower, _, upper = quantiles(values, n=4, method="inclusive")
@@ -42,7 +42,7 @@ class Spread(NamedTuple):
 
 
 def measured(row: Row, variant: str) -> Mapping[str, Any] | None:
-    """Return what was measured of a variant; None if it was not run or failed."""
+    """Return the measurements of a variant; None if it was not run or failed."""
     found: Mapping[str, Any] | None = row["variants"].get(variant)
     return None if found is None or "failed" in found else found
 
@@ -65,18 +65,18 @@ def time_ratio(row: Row, variant: str, other: str) -> Spread | None:
 def largest_batch(rows: Sequence[Row], row: Row, variant: str, budget_mib: float) -> tuple[int, list[int]] | None:
     """Derive the largest batch that fits a budget from two measured points.
 
-    Parameters and buffers are there in any case; the peak of forward and backward, the gradients included, grows with
-    the batch by the same amount per sample, or nearly so.
+    Parameters and buffers do not depend on the batch. The peak of forward and backward, with the gradients, grows by
+    nearly the same amount for each sample.
 
     Args:
-        rows: Everything that was measured.
-        row: The setting, whatever its batch.
+        rows: All measured cells.
+        row: The setting; its batch does not matter.
         variant: The variant.
         budget_mib: The budget.
 
     Returns:
-        The batch and the two batches it was derived from, the smallest and the largest that were measured in this
-        setting; None if there are no two. The batch is 0 if not even one sample fits.
+        The largest batch, and the smallest and the largest measured batch of this setting. None if there are not two.
+        The largest batch is 0 if not even one sample fits.
     """
     alike = [one for one in rows if all(one[key] == row[key] for key in SETTING if key != "batch")]
     points = {one["batch"]: found for one in alike if (found := measured(one, variant)) is not None}
@@ -91,14 +91,14 @@ def largest_batch(rows: Sequence[Row], row: Row, variant: str, budget_mib: float
 
 
 def title(row: Row) -> str:
-    """Name what a row holds the measurements of."""
+    """Return the setting of a row as text."""
     precision = "" if row["precision"] == "fp32" else f", {row['precision']} autocast"
     layout = ", channels_last" if row["channels_last"] else ""
     return f"batch {row['batch']}, {row['pixels']} px, {row['device']}{precision}{layout}"
 
 
 def cell_table(rows: Sequence[Row], row: Row, budget_mib: float) -> list[str]:
-    """Draw what was measured of one network in one setting, padded so that a console can show it."""
+    """Draw the measurements of one network in one setting as a table for a console."""
     lines = [list(COLUMNS), *_cells(rows, row, budget_mib)]
     widths = [max(len(line[place]) for line in lines) for place in range(len(COLUMNS))]
     drawn = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
@@ -127,7 +127,7 @@ def _cells(rows: Sequence[Row], row: Row, budget_mib: float) -> Iterator[list[st
 
 
 def notes(row: Row) -> list[str]:
-    """Say what failed, and what else is to be known."""
+    """Return a line for each variant that failed, and for each note."""
     found = [(VARIANTS[name].title, one) for name, one in row["variants"].items()]
     failed = [f"{name} failed: {one['failed']}" for name, one in found if "failed" in one]
     return failed + [f"{name}: {one['note']}" for name, one in found if "note" in one]

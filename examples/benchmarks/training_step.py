@@ -1,4 +1,4 @@
-"""What a training step takes: bytes by the allocator's own account, seconds, and the gradients it ends with."""
+"""One training step, and its measurements: bytes as the allocator counts them, seconds, gradients."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from examples.benchmarks.networks import Workload, loss_of
 
 
 class Step:
-    """Forward, the mean of the outputs, backward; the gradients are then set to None. There is no optimizer.
+    """Runs forward, mean of the outputs and backward, and sets the gradients to None. There is no optimizer.
 
     Args:
-        workload: Gives the batch.
-        model: The network, in whatever way it is run.
+        workload: Holds the batch.
+        model: The network as a variant has built it.
         device: Where it runs.
-        precision: What autocast uses: ``"fp32"`` for no autocast, or ``"bf16"``.
+        precision: ``"fp32"``, or ``"bf16"`` for autocast.
     """
 
     def __init__(self, workload: Workload, model: nn.Module, device: torch.device, precision: str) -> None:
@@ -39,8 +39,8 @@ class Step:
         self.drop_gradients()
 
     def loss(self, *, fresh_inputs: bool = False) -> Tensor:
-        """Run the forward pass, on a copy of the batch if it shall count as allocated."""
-        torch.manual_seed(0)  # a detector samples proposals, and each variant shall have the same ones
+        """Run the forward pass; with `fresh_inputs` on a copy of the batch, so that it counts as allocated."""
+        torch.manual_seed(0)  # a detector samples proposals; all variants need the same ones
         copied: Any = tree_map_only(Tensor, torch.clone, self.inputs) if fresh_inputs else self.inputs
         with self._autocast():
             output = self.model(*copied)
@@ -66,10 +66,10 @@ class Step:
         return time.perf_counter() - started
 
     def memory(self) -> dict[str, int]:
-        """Return the bytes that the allocator tells of, beyond those allocated before the step.
+        """Return bytes as the allocator counts them, beyond those allocated before the step.
 
-        ``kept_bytes`` are what is left of one forward while its loss is alive, the batch included if it is kept;
-        ``peak_bytes`` the most at once in forward and backward, the gradients of the parameters included.
+        ``kept_bytes`` are allocated after one forward, while its loss is alive; the batch counts if it is kept.
+        ``peak_bytes`` are the most at once in forward and backward, with the gradients of the parameters.
         """
         return self._memory_on_cuda() if self.device.type == "cuda" else self._memory_on_cpu()
 
@@ -105,8 +105,8 @@ class Step:
 
 
 def allocations(function: Callable[[], Any]) -> list[int]:
-    """Run a function and return what the allocator of the CPU gave (above 0) and took back, in order."""
-    gc.collect()  # nothing may be freed within that was allocated before
+    """Run a function; return the sizes that the CPU allocator gave (above 0) and took back (below 0), in order."""
+    gc.collect()  # so that nothing is freed during the function that was allocated before it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
         gc.collect()
@@ -118,11 +118,11 @@ def allocations(function: Callable[[], Any]) -> list[int]:
 def deviation(gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """Return the largest relative deviation of a parameter's gradient, by norms.
 
-    A gradient of nearly nothing (a millionth of the largest, say) is held against that millionth: its digits are noise.
+    A norm below a millionth of the largest norm is mostly rounding. Its deviation is relative to that millionth.
 
     Args:
         gradients: By name of the parameter.
-        expected: Those to compare with. Parameters that only one side has are left out.
+        expected: The gradients to compare with. Parameters that only one side has are left out.
     """
     norms = {name: float(torch.linalg.vector_norm(gradient.double())) for name, gradient in expected.items()}
     least = 1e-6 * max(norms.values())

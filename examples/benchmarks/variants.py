@@ -1,4 +1,4 @@
-"""How the benchmark runs a network: the modes of this package, and what others offer for the same purpose."""
+"""The variants of the benchmark: the modes of this package, and other tools for the same purpose."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Variant(NamedTuple):
     """One way to run a network.
 
     Attributes:
-        title: What tables call it.
-        build: Makes a network out of a workload that shares its parameters where it has the same ones.
-        colour: What plots draw it in; readable on light and on dark ground.
-        compiled: Whether `torch.compile` is at work.
-        folded_weights: Whether it trains folded weights in place of those they were made of.
-        has_evals_gradients: Whether its gradients are to equal Eval's.
+        title: Its name in tables.
+        build: Builds a network from a workload; it shares the parameters that both have.
+        colour: Its colour in plots.
+        compiled: Whether it uses `torch.compile`.
+        folded_weights: Whether it trains folded weights instead of the original ones.
+        has_evals_gradients: Whether its gradients should equal those of Eval.
     """
 
     title: str
@@ -58,8 +58,8 @@ def _deploy(workload: Workload) -> nn.Module:
 
 def _compiled(workload: Workload, build: Callable[[Workload], nn.Module], **options: Any) -> nn.Module:
     model = build(workload)
-    # Without dynamic shapes, or the second batch size would be compiled for any size, unlike the first. Without what an
-    # earlier run has left on the disk: of code that is taken from there no folds are counted.
+    # Without dynamic shapes: otherwise the second batch size would be compiled for any size, unlike the first.
+    # Without the cache on disk: inductor does not count the folds of cached code.
     model.get_submodule(workload.part).compile(dynamic=False, options={"fx_graph_cache": False, **options})
     return model
 
@@ -74,7 +74,7 @@ def _mmengine(workload: Workload) -> nn.Module:
 
 def _checkpointed(workload: Workload) -> nn.Module:
     if not workload.stages:
-        raise ValueError("no stages are known to checkpoint; see STAGE in benchmark_models.py")
+        raise ValueError("no stages are known to checkpoint; see STAGE in networks.py")
     model = workload.copy(workload.model)
     for name in workload.stages:
         stage = model.get_submodule(name)
@@ -84,7 +84,7 @@ def _checkpointed(workload: Workload) -> nn.Module:
 
 def _checkpoint(forward: Callable[..., Any], *inputs: Any) -> Any:
     def run(*inputs: Any) -> Any:
-        return forward(*tree_map(lambda leaf: leaf, inputs))  # HRNet writes into the list that it is given
+        return forward(*tree_map(lambda leaf: leaf, inputs))  # HRNet changes the list that it gets
 
     return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
 
@@ -114,7 +114,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def forget_compiled() -> None:
-    """Drop compiled code and counters, so that one cell of the benchmark knows nothing of the last."""
+    """Drop compiled code and counters, so that a cell of the benchmark does not depend on the one before."""
     torch._dynamo.reset()
     counters.clear()
 

@@ -1,10 +1,9 @@
-"""Draw the pictures and the tables of the docs from what `benchmark.py` has measured.
+"""Write the pages of the docs about modes and scale, with their pictures, from what `run.py` has measured.
 
     python examples/benchmarks/write_pages.py
 
-writes `docs/benchmarks/modes.md` with its pictures from `docs/benchmarks/modes.json`, and
-`docs/benchmarks/scaling.md` with its picture from `docs/benchmarks/scale.json` and `processes.json`; a page whose
-measurements are not there is left out.
+writes `docs/benchmarks/modes.md` with its pictures from `docs/benchmarks/modes.json`, and `docs/benchmarks/scaling.md`
+with its picture from `docs/benchmarks/scale.json` and `processes.json`. A page without measurements is left out.
 """
 
 from __future__ import annotations
@@ -34,12 +33,16 @@ SCALE_VARIANTS = ("eval", "tune", "deploy")
 def main() -> None:
     """Write every page whose measurements are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modes", type=Path, default=BENCHMARKS / "modes.json", help="what to draw the page of")
-    parser.add_argument("--scale", type=Path, default=BENCHMARKS / "scale.json", help="what to draw scaling.md of")
     parser.add_argument(
-        "--processes", type=Path, default=BENCHMARKS / "processes.json", help="what it says of processes"
+        "--modes", type=Path, default=BENCHMARKS / "modes.json", help="measurements for the page of the modes"
     )
-    parser.add_argument("--scale-page", type=Path, default=scale_page.PAGE, help="where to write it")
+    parser.add_argument(
+        "--scale", type=Path, default=BENCHMARKS / "scale.json", help="measurements for the page of scale"
+    )
+    parser.add_argument(
+        "--processes", type=Path, default=BENCHMARKS / "processes.json", help="measurements of several processes"
+    )
+    parser.add_argument("--scale-page", type=Path, default=scale_page.PAGE, help="the page of scale")
     arguments = parser.parse_args()
     written = []
     if arguments.modes.exists():
@@ -94,7 +97,7 @@ def compare(rows: Sequence[Row]) -> Figure:
 
 
 def growth(rows: Sequence[Row]) -> Figure:
-    """Draw how kept bytes and step time grow with batch, resolution and depth."""
+    """Draw how kept bytes and step times grow with batch, resolution and depth."""
     figure = Figure(figsize=(12, 6.4), layout="constrained", dpi=120, facecolor=PANEL)
     grid = figure.subplots(2, 3)
     for column, (label, key) in enumerate(scale_page.AXES.items()):

@@ -19,19 +19,19 @@ IMAGENET = MobileNet_V2_Weights.IMAGENET1K_V1.transforms()
 
 
 class SplitData(LightningDataModule, ABC, Generic[Set]):
-    """Three sets and their loaders; a subclass fills the sets and says what their items are.
+    """Three sets and their loaders. A subclass fills the sets and defines `items`.
 
-    A subclass may set ``collate``, what makes a batch of items; None stacks them.
+    A subclass may set ``collate``, the function that makes a batch from items; None stacks them.
 
     Args:
         batch_size: Images per step.
         workers: Processes that read images.
-        seed: Seed of the order and of random transforms, whatever the model does.
+        seed: Seed of the order and of random transforms. The random numbers that the model draws don't change them.
 
     Attributes:
         train: The training set.
         val: The validation set.
-        test: The test set, which predict runs over, too.
+        test: The test set; `Trainer.predict` uses it, too.
     """
 
     train: Set
@@ -47,10 +47,10 @@ class SplitData(LightningDataModule, ABC, Generic[Set]):
 
     @abstractmethod
     def items(self, samples: Set, *, training: bool) -> Dataset[Any]:
-        """Return what a loader batches, of one of the sets."""
+        """Return the dataset of items for one of the sets."""
 
     def check_batch(self) -> None:
-        """Raise a DataError if there is not one whole training batch."""
+        """Raise a DataError if the training images don't fill one batch."""
         if len(self.train) < self.batch_size:
             raise DataError(
                 f"batch size {self.batch_size}: there are only {len(self.train)} training images; "
@@ -58,7 +58,7 @@ class SplitData(LightningDataModule, ABC, Generic[Set]):
             )
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the training batches: shuffled, augmented, all of one size if there is more than one."""
+        """Return the training batches, shuffled and augmented. The last one is dropped if it is not full."""
         return self._loader(self.train, training=True)
 
     def val_dataloader(self) -> DataLoader[Any]:

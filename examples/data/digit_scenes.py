@@ -1,4 +1,4 @@
-"""Handwritten digits pasted on photographs, with exact masks and boxes, written as a COCO folder or one of masks.
+"""Handwritten digits pasted on photographs, with exact masks and boxes, written in COCO's format or as masks.
 
 Digits and photographs come with scikit-learn, so nothing is downloaded. Training, validation and test set share
 neither a digit nor a part of a photograph.
@@ -48,7 +48,7 @@ class SceneMaker:
     Args:
         split: The set, a key of `SHARES`.
         size: Edge of the square scenes in pixels.
-        seed: Decides everything that is drawn.
+        seed: Seed of everything that is drawn.
     """
 
     def __init__(self, split: str, size: int, seed: int) -> None:
@@ -96,15 +96,15 @@ class SceneMaker:
 
 
 def write_digit_scenes(folder: Path, scenes: Mapping[str, int], *, size: int, seed: int) -> None:
-    """Write scenes as a COCO folder: `images/*.jpg` and `annotations/instances_SET.json`.
+    """Write scenes in COCO's format: `images/*.jpg` and `annotations/instances_SET.json`.
 
-    A folder that is there already is left as it is.
+    A folder that exists already is not changed.
 
     Args:
-        folder: Where to.
-        scenes: Set, a key of `SHARES` -> how many scenes of it.
+        folder: The folder to write.
+        scenes: Set, a key of `SHARES` -> number of scenes.
         size: Edge of the square scenes in pixels.
-        seed: Decides everything that is drawn.
+        seed: Seed of everything that is drawn.
     """
     if folder.is_dir():
         return
@@ -122,9 +122,9 @@ def write_digit_scenes(folder: Path, scenes: Mapping[str, int], *, size: int, se
 
 
 def write_digit_masks(folder: Path, scenes: Mapping[str, int], *, size: int, seed: int) -> None:
-    """Write them with a mask each, as `masks.MaskData` reads: `SET/images/*.png`, `SET/masks/*.png`, `classes.txt`.
+    """Write scenes with a mask each, as `MaskData` reads them: `SET/images/*.png`, `SET/masks/*.png`, `classes.txt`.
 
-    All else is as in `write_digit_scenes`.
+    The arguments are those of `write_digit_scenes`.
     """
     if folder.is_dir():
         return
@@ -146,7 +146,7 @@ def write_digit_masks(folder: Path, scenes: Mapping[str, int], *, size: int, see
 
 @contextmanager
 def folder_written_whole(folder: Path) -> Iterator[Path]:
-    """Give a folder to write to that becomes ``folder`` when all went well; another process may be quicker."""
+    """Yield a temporary folder, and rename it to ``folder`` if there was no error and no other process was faster."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as temporary:
         whole = Path(temporary, folder.name)
@@ -160,7 +160,7 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
 
 
 def as_coco(names: Sequence[str], scenes: Sequence[Sequence[Digit]], size: int) -> dict[str, Any]:
-    """Describe scenes as COCO's annotation files do; its masks are run lengths."""
+    """Describe scenes in the format of COCO's annotation files, masks as run lengths."""
     numbers = count(1)
     annotations = []
     for image_id, digits in enumerate(scenes, start=1):

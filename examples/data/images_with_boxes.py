@@ -37,25 +37,26 @@ LAYOUTS = (
 DIGIT_SCENES = {"train": 480, "val": 80, "test": 80}
 DIGIT_SCENE_SIZE = 192
 NAMED = 3
-"""So many examples of what is left out or changed are named; all are counted."""
+"""A message names this many of the annotations that are left out or changed, and counts all."""
 
 
 class CocoImages(CocoDetection):
-    """Images with boxes as torchvision's detectors take them; label 0 is the background, then the categories by id.
+    """Images with boxes as the detectors of torchvision expect them.
 
-    Everything is checked when this is made, images included: a bad one must not end the training in the night.
+    Label 0 is the background; the categories follow in the order of their ids. The constructor checks everything,
+    images included, so that a bad file does not stop a training halfway.
 
     Args:
         annotations: The annotation file.
-        images: The folder that its file names are relative to.
-        transforms: Changes an image and its target.
-        masks: Give masks, too.
-        training: Leave out crowds, which are no single objects.
+        images: The folder of the images.
+        transforms: Transforms an image and its target.
+        masks: Read masks, too.
+        training: Leave out crowds.
         keep_empty: Keep images without a box.
 
     Attributes:
         classes: The names of the categories.
-        notes: What is left out or changed -> where.
+        notes: What is left out or changed -> the places.
 
     Raises:
         DataError: If something can't be used; the message names the file and the fix.
@@ -100,7 +101,7 @@ class CocoImages(CocoDetection):
         self._check_images()
 
     def __getitem__(self, index: int) -> Item:
-        """Return an image, and its boxes (left, top, right, bottom), labels and what else was asked for."""
+        """Return an image and its target: boxes (left, top, right, bottom), labels, crowds and, if asked for, masks."""
         image = self._load_image(self.ids[index])
         entries = self._load_target(self.ids[index])
         corners = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float32).reshape(-1, 4)
@@ -119,7 +120,7 @@ class CocoImages(CocoDetection):
         return transformed
 
     def describe_notes(self) -> list[str]:
-        """Say what is left out or changed, how often, and name the first."""
+        """Return a line for each kind of change: what, how often, and the first places."""
         lines = []
         for what, places in self.notes.items():
             if places:
@@ -188,7 +189,7 @@ class CocoImages(CocoDetection):
 
 
 def as_batch(items: Sequence[Item]) -> Batch:
-    """Put images side by side, not into one tensor: they may differ in size."""
+    """Make a batch of images side by side. They may differ in size, so they are not stacked."""
     images, targets = zip(*items, strict=True)
     return images, targets
 
@@ -202,12 +203,12 @@ class CocoData(SplitData[CocoImages]):
         val: Name of the validation set.
         test: Name of the test set; None for `test`, or, where there is none, the validation set.
         batch_size: Images per step.
-        flip: Probability that a training image is mirrored; 0 where mirrored objects have another meaning.
-        masks: Give masks, for Mask R-CNN.
+        flip: Probability that a training image is mirrored; 0 if a mirrored object has another meaning.
+        masks: Read masks, for Mask R-CNN.
         keep_empty: Train on images without a box, too.
         workers: Processes that read images.
-        seed: Seed of the order and, with `digits`, of the scenes.
-        cache: Folder in which the digit scenes are written, once.
+        seed: Seed of the order and, for `digits`, of the scenes.
+        cache: Folder for the digit scenes; they are written once.
 
     Attributes:
         classes: The names of the categories; label 1 is the first.
@@ -267,7 +268,7 @@ class CocoData(SplitData[CocoImages]):
                 rank_zero_warn(note)
 
     def items(self, samples: CocoImages, *, training: bool) -> CocoImages:
-        """Return a set as it is: it reads and transforms by itself."""
+        """Return the set itself: it reads and transforms its images."""
         return samples
 
 
@@ -284,12 +285,12 @@ def find_split(folder: Path, split: str) -> tuple[Path, Path]:
 
 
 def _transforms(augment: Sequence[v2.Transform] = ()) -> v2.Transform:
-    """Return what makes plain float tensors; the detectors themselves resize and normalise."""
+    """Return the transforms to float tensors. The detectors resize and normalise by themselves."""
     return v2.Compose([v2.ToImage(), *augment, v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()])
 
 
 def _by_box(inputs: Any) -> tuple[Tensor, ...]:
-    """Return what SanitizeBoundingBoxes must shorten when it drops a box, beside masks."""
+    """Return the tensors that SanitizeBoundingBoxes must shorten when it drops a box, beside masks."""
     _, target = inputs
     return target["labels"], target["iscrowd"]
 

@@ -1,4 +1,4 @@
-"""Images in batches for Lightning: a training, a validation and a test set with one way of reading and loading them."""
+"""Images with a class each, from any source of `sources.py`: the data of the classification templates."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ Item = tuple[Tensor, int]
 
 @dataclass
 class Images(Dataset[Item]):
-    """Images, read and transformed as they are asked for.
+    """Images that are read and transformed when they are needed.
 
     Attributes:
         samples: The images and their classes.
-        transform: From a PIL image in RGB to what the network takes.
+        transform: From a PIL image in RGB to the input of the network.
     """
 
     samples: Sequence[Sample]
@@ -51,25 +51,25 @@ class Images(Dataset[Item]):
 class ImageData(SplitData[Sequence[Sample]]):
     """Classified images in a training, a validation and a test set.
 
-    They are resized and normalised as the ImageNet weights expect; training images are flipped at random. The seed
-    decides the sets, the batches and their order, whatever the model does.
+    They are resized and normalised as the ImageNet weights expect. Training images are flipped at random. The seed
+    alone decides the sets, the batches and their order.
 
     Args:
-        source: `elpv`, `fashion-mnist`, `imagefolder:PATH`, `csv:PATH`, `cub:PATH` ...: see `datasets.SOURCES`.
+        source: `elpv`, `fashion-mnist`, `imagefolder:PATH`, `csv:PATH`, `cub:PATH` ...: see `sources.SOURCES`.
         image_size: Edge of the square that the network sees, in pixels.
         batch_size: Images per step.
-        limit: Train on at most so many images, the classes in their proportions; None for all.
-        eval_limit: Validate, and test, on at most so many.
+        limit: Most training images, drawn with the classes in their proportions; None for all.
+        eval_limit: Most validation images, and most test images.
         workers: Processes that read images.
         seed: Seed of the split, the order and the flips.
-        bad_images: What to do about files that can't be read: `error` names them before anything starts, `skip` leaves
-            them out and prints which, `unchecked` reads none beforehand.
+        bad_images: What to do about files that can't be read: `error` names them before training, `skip` leaves them
+            out and prints their names, `unchecked` checks nothing beforehand.
 
     Attributes:
         classes: The names of the classes.
 
     Raises:
-        DataError: If the images can't be found or don't suffice.
+        DataError: If the images can't be found or are too few.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class ImageData(SplitData[Sequence[Sample]]):
         return [len(self.train) / (len(counts) * counts[label]) for label in range(len(self.classes))]
 
     def items(self, samples: Sequence[Sample], *, training: bool) -> Images:
-        """Return the images of a set; those to train on are flipped at random."""
+        """Return the images of a set. Training images are flipped at random."""
         flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()] if training else []
         transform = v2.Compose(
             [
@@ -123,7 +123,7 @@ class ImageData(SplitData[Sequence[Sample]]):
 
 
 def _at_most(number: int | None, samples: list[Sample], seed: int) -> list[Sample]:
-    """Draw so many samples, the classes in their proportions; None for all."""
+    """Draw this many samples, with the classes in their proportions; None for all."""
     if number is None or number >= len(samples):
         return samples
     return stratified_split(samples, [number / len(samples)], seed)[0]

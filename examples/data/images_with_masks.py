@@ -1,8 +1,8 @@
-"""Images with a mask each, a class to every pixel: a folder of yours, or digits pasted on photographs.
+"""Images with a mask each, which gives every pixel a class: a folder of your own, or digits pasted on photographs.
 
-The folder holds `classes.txt`, a name to a line, and for each of the sets `train`, `val` and `test` two folders:
-`SET/images/NAME.jpg` (or `.png`) and `SET/masks/NAME.png`, whose pixels are line numbers of `classes.txt`, from 0, or
-255 for what doesn't count.
+The folder holds `classes.txt` with a name in each line, and for each of the sets `train`, `val` and `test` two folders:
+`SET/images/NAME.jpg` (or `.png`) and `SET/masks/NAME.png`. A pixel of a mask is a line number of `classes.txt`, from 0,
+or 255 where nothing counts.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class MaskedSample(NamedTuple):
 
 @dataclass
 class MaskedImages(Dataset[Masked]):
-    """Image files and masks, read and transformed together as they are asked for.
+    """Image files and masks that are read and transformed together when they are needed.
 
     Attributes:
         samples: The files.
-        transform: Of an image and a mask, in tensors of torchvision's kinds.
+        transform: Transforms an image and a mask, given as TVTensors.
     """
 
     samples: Sequence[MaskedSample]
@@ -68,14 +68,14 @@ class MaskData(SplitData[Sequence[MaskedSample]]):
     """Images with masks in a training, a validation and a test set, normalised as the ImageNet weights expect.
 
     Args:
-        folder: Where they lie; null draws `digits` once, in `cache`, and takes those.
+        folder: The folder; None draws digits on photographs into `cache`, once, and uses those.
         image_size: Edge of the square that the network sees, in pixels.
         batch_size: Images per step.
         flip: Flip training images at random, left to right; not for digits.
         workers: Processes that read images.
         seed: Seed of the order, the flips and the drawn digits.
-        bad_images: What to do about images that can't be read, as for `ImageData`. A bad mask is an error.
-        cache: Where digits are drawn.
+        bad_images: What to do about images that can't be read, as for `ImageData`. A bad mask is always an error.
+        cache: Folder for the digits on photographs.
 
     Attributes:
         classes: The names of the classes.
@@ -100,7 +100,7 @@ class MaskData(SplitData[Sequence[MaskedSample]]):
         self.image_size = image_size
         self.flip = flip
         if folder is None:
-            from examples.data.digit_scenes import write_digit_masks  # which needs more packages than masks do
+            from examples.data.digit_scenes import write_digit_masks  # it needs more packages than masks do
 
             folder = cache / f"digit-masks-{image_size}-{seed}"
             write_digit_masks(folder, SCENES, size=image_size, seed=seed)
@@ -110,12 +110,12 @@ class MaskData(SplitData[Sequence[MaskedSample]]):
 
     @property
     def class_weights(self) -> list[float]:
-        """Weight of each class in the loss: the rarer its pixels, the more, by the square root."""
+        """Weight of each class in the loss: the inverse square root of its share of the pixels."""
         counts = np.zeros(IGNORED + 1, np.int64)
         for sample in self.train:
             counts += np.bincount(_read_mask(sample.mask).ravel(), minlength=IGNORED + 1)
         found = counts[: len(self.classes)]
-        weights = np.sqrt(found.sum() / np.maximum(found, 1)) * (found > 0)  # none for a class that never comes
+        weights = np.sqrt(found.sum() / np.maximum(found, 1)) * (found > 0)  # 0 for a class without pixels
         scaled: list[float] = (weights * found.sum() / max(1.0, float((weights * found).sum()))).tolist()
         return scaled
 
@@ -164,7 +164,7 @@ def _find_samples(folder: Path, num_classes: int, bad_images: BadImages) -> list
 
 
 def _why_wrong(sample: MaskedSample, num_classes: int) -> str | None:
-    """Say what is wrong with a mask, if anything is."""
+    """Return what is wrong with a mask, or None."""
     mask = _read_mask(sample.mask)
     with Image.open(sample.image) as image:
         if mask.shape != (image.height, image.width):

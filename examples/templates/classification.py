@@ -1,13 +1,14 @@
 """Classify images by fine-tuning any torchvision or timm network, its BatchNorm layers in Tune mode.
 
-    pip install lightning-convbn[examples]
-    python examples/templates/classification.py fit                                        # solar cells, MobileNetV2
+    pip install --editable ".[examples]"  # in the root folder of this repository
+    python examples/templates/classification.py fit  # MobileNetV2 on photographs of solar cells
     python examples/templates/classification.py fit --data.source=imagefolder:PATH/TO/IMAGES
     python examples/templates/classification.py fit --model.backbone=timm:efficientnet_b0 --data.source=cub:PATH
     python examples/templates/classification.py fit --convbn.mode=eval --convbn.eval_mode=eval
     python examples/templates/classification.py test --ckpt_path=PATH/TO/CHECKPOINT
 
-The defaults are those of `configs/classification.yaml`; `classification_plain.py` does the same in plain Python.
+The defaults are in `configs/classification.yaml`. A page to copy, without a command line, is
+`examples/single_file/classification.py`.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ from examples.templates.template_cli import TemplateCLI, run
 
 
 class Classifier(LightningModule):
-    """A pretrained network with a new head; the callback finds the part to switch by its name, `backbone`.
+    """A pretrained network with a new head. The callback finds the part to switch by its name, `backbone`.
 
     Args:
-        num_classes: Outputs of the head; on the command line, the data decide.
-        class_weights: Weight of each class in the loss; None for equal ones. On the command line, the data decide.
+        num_classes: Number of classes. On the command line it comes from the data.
+        class_weights: Weight of each class in the loss; None for equal weights. On the command line they come from the
+            data.
         backbone: `torchvision:NAME` or `timm:NAME`.
-        weights: `default` for its library's, `none`, or a file with a state dict. A checkpoint brings its own.
-        lr: Peak learning rate of the head; the backbone's is a tenth.
+        weights: `default` for those of its library, `none`, or a file with a state dict. A checkpoint has its own.
+        lr: Peak learning rate of the head; that of the backbone is a tenth.
     """
 
     def __init__(
@@ -87,24 +89,24 @@ class Classifier(LightningModule):
         return answers
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return SGD with a warm-up and a decay; the pretrained backbone learns more slowly than the new head."""
+        """Return SGD with a warm-up and a decay. The pretrained backbone learns more slowly than the new head."""
         groups = [{"params": self.backbone.parameters()}, {"params": self.head.parameters()}]
         optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=1e-4)
         return one_cycle(self, optimizer, [self.lr / 10, self.lr])
 
 
 def one_cycle(module: LightningModule, optimizer: torch.optim.Optimizer, peaks: list[float]) -> OptimizerLRScheduler:
-    """Let the learning rates rise to their peaks, one to a group of parameters, and fall again."""
+    """Let the learning rate of each group of parameters rise to its peak and fall again."""
     steps = int(module.trainer.estimated_stepping_batches)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, cycle_momentum=False)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class ClassificationCLI(TemplateCLI):
-    """A TemplateCLI in which the data tell the model its classes."""
+    """A TemplateCLI that gives the classes of the data to the model."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link arguments as in any LightningCLI."""
+        """Link the arguments, as in any LightningCLI."""
         super().add_arguments_to_parser(parser)
         parser.link_arguments("data.classes", "model.num_classes", compute_fn=len, apply_on="instantiate")
         parser.link_arguments("data.class_weights", "model.class_weights", apply_on="instantiate")

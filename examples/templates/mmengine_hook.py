@@ -1,11 +1,12 @@
 """Tune mode on an MMEngine Runner: a hook of a few lines, and a run that compares it with MMEngine's own switch.
 
-    pip install lightning-convbn[examples] mmengine mmcv-lite
+    pip install --editable ".[examples]" mmengine mmcv-lite  # in the root folder of this repository
     python examples/templates/mmengine_hook.py
 
-trains a small network of mmcv's ConvModules on the handwritten digits 0 to 4, and then fine-tunes it on 5 to 9: in Eval
-mode, with MMEngine's `efficient_conv_bn_eval`, and in Tune mode by `ConvBNModeHook`. For your own Runner, import this
-file and add `dict(type="ConvBNModeHook", target="backbone")` to `custom_hooks`.
+trains a small network of mmcv's ConvModules on the handwritten digits 0 to 4. Then it fine-tunes the network on 5 to 9
+in three ways: in Eval mode, with MMEngine's `efficient_conv_bn_eval`, and in Tune mode by `ConvBNModeHook`. For a
+Runner of your own, copy this file beside your script, import it there, and put
+`dict(type="ConvBNModeHook", target="backbone")` into `custom_hooks`.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from lightning_convbn.memory import count_saved_bytes
 
 @HOOKS.register_module()
 class ConvBNModeHook(Hook):
-    """Trains a part of the model in one mode, and gives back plain modules when the training ends.
+    """Trains a part of the model in one mode. After the training, the model has its plain modules again.
 
     Args:
-        mode: `tune`, or `eval` to compare with.
-        target: Path of the part, `backbone` for instance; empty for the whole model.
+        mode: `tune`, or `eval` for a comparison.
+        target: Attribute path of the part, for example `backbone`; empty for the whole model.
     """
 
     def __init__(self, mode: Mode = "tune", target: str = "") -> None:
@@ -48,7 +49,7 @@ class ConvBNModeHook(Hook):
         runner.logger.info(f"ConvBN: `{self.target or 'model'}` trains in {self.mode} mode\n{pairs}")
 
     def after_train(self, runner: Runner) -> None:
-        """Give back plain modules."""
+        """Restore the plain modules."""
         set_mode(self._part(runner), "train")
 
     def _part(self, runner: Runner) -> nn.Module:
@@ -57,19 +58,19 @@ class ConvBNModeHook(Hook):
 
 
 class Recorder(Hook):
-    """Notes the losses, and what the backbone keeps for the backward pass of a step."""
+    """Records the losses, and the bytes that the backbone keeps for the backward pass of a step."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.kept_bytes = 0
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Count, once the Runner has made all of its changes."""
+        """Count at the first step, when the Runner has made all of its changes."""
         if batch_idx == 0:
             self.kept_bytes = count_saved_bytes(runner.model.backbone, data_batch[0])
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Note the loss."""
+        """Record the loss."""
         self.losses.append(outputs["loss"].item())
 
 
@@ -77,7 +78,7 @@ class Backbone(nn.Sequential):
     """Three ConvModules.
 
     Args:
-        norm_eval: Keep BatchNorms in eval state during training, as mmdetection's backbones do.
+        norm_eval: Keep the BatchNorms in eval state during training, as the backbones of mmdetection do.
     """
 
     def __init__(self, norm_eval: bool) -> None:
@@ -89,7 +90,7 @@ class Backbone(nn.Sequential):
         self.norm_eval = norm_eval
 
     def train(self, mode: bool = True) -> Backbone:
-        """Switch to train state, but for the BatchNorms if they are to stay in eval state."""
+        """Switch to train state; with `norm_eval` the BatchNorms stay in eval state."""
         super().train(mode)
         if self.norm_eval:
             for module in self.modules():
@@ -107,7 +108,7 @@ class DigitNet(BaseModel):
         self.head = nn.Linear(32, 10)
 
     def forward(self, images: Tensor, labels: Tensor, mode: str = "tensor") -> Tensor | dict[str, Tensor]:
-        """Return the scores, or, where MMEngine asks for the mode `loss`, the loss."""
+        """Return the scores; in MMEngine's mode `loss`, return the loss."""
         scores: Tensor = self.head(self.backbone(images).mean((2, 3)))
         return {"loss": cross_entropy(scores, labels)} if mode == "loss" else scores
 
@@ -136,9 +137,9 @@ def train(
         model: The model; it is changed.
         data: Its batches.
         *hooks: Custom hooks of the Runner.
-        name: Name of the experiment: MMEngine wants another one for each Runner.
+        name: Name of the experiment. MMEngine needs a new name for each Runner.
         epochs: Passes over the data.
-        config: Further settings of the Runner, `efficient_conv_bn_eval` among them.
+        config: Further settings of the Runner, for example `efficient_conv_bn_eval`.
     """
     recorder = Recorder()
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +159,7 @@ def train(
 
 
 def main() -> None:
-    """Pretrain, fine-tune in three ways, and print what each came to."""
+    """Pretrain, fine-tune in three ways, and print kept bytes and losses of each."""
     torch.manual_seed(0)
     pretrained = DigitNet()
     train(pretrained, digits(0, 5), name="pretraining", epochs=2)
@@ -169,7 +170,7 @@ def main() -> None:
     }
     print(f"{'':<36}{'kept KiB':>10}{'first loss':>12}{'last loss':>12}")
     for name, (norm_eval, hooks, config) in ways.items():
-        torch.manual_seed(1)  # each starts with the same new head
+        torch.manual_seed(1)  # the same new head for each
         model = DigitNet(norm_eval)
         model.backbone.load_state_dict(pretrained.backbone.state_dict())
         recorder = train(model, digits(5, 10), *hooks, name=name, epochs=2, config=config)

