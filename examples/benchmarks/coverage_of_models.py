@@ -2,7 +2,7 @@
 
     python examples/benchmarks/coverage_of_models.py
 
-writes `docs/benchmarks/coverage.json` and the page `docs/benchmarks/coverage.md`. Nothing is downloaded: the weights are
+writes `docs/benchmarks/coverage.json` and `docs/benchmarks/coverage.md`. Nothing is downloaded: the weights are
 random, and the pairs do not depend on them.
 """
 
