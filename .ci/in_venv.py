@@ -2,14 +2,18 @@
 
     python3 .ci/in_venv.py pytest
     python3 .ci/in_venv.py python examples/finetune.py
-    python3.10 .ci/in_venv.py --lowest pytest
+    python3.11 .ci/in_venv.py --lowest pytest
 
-Needs Python 3.10 or later and pip, nothing else. The environment is `.venv` in the project's root; it is brought up to
+Needs Python 3.11 or later and pip, nothing else. The environment is `.venv` in the project's root. It is brought up to
 date when `pyproject.toml` or the Python version has changed, and reused as it is otherwise. With `--lowest` it is
 `.venv-lowest`, with the oldest versions that the project supports.
+
+Packages are installed by uv, which is several times as fast as pip. If uv is neither on the PATH nor importable, pip
+installs it into the environment. If uv can't be had, or fails, pip does its work.
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -19,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOWEST = ROOT / ".ci" / "lowest.txt"
-EXTRAS = "examples,test"
+PROJECT = ".[examples,test]"
 
 
 def main(command: list[str]) -> int:
@@ -29,8 +33,8 @@ def main(command: list[str]) -> int:
     if not command:
         print(__doc__)
         return 2
-    if sys.version_info < (3, 10):  # noqa: UP036 - whoever has an older one meets this line first
-        print(f"Python 3.10 or later is needed; this is {sys.version.split()[0]}", file=sys.stderr)
+    if sys.version_info < (3, 11):  # noqa: UP036 - whoever has an older one meets this line first
+        print(f"Python 3.11 or later is needed; this is {sys.version.split()[0]}", file=sys.stderr)
         return 2
     venv = ROOT / (".venv-lowest" if lowest else ".venv")
     bin = venv / ("Scripts" if os.name == "nt" else "bin")
@@ -39,6 +43,7 @@ def main(command: list[str]) -> int:
     state = [sys.version, hashlib.sha256(wanted).hexdigest()]
     found = json.loads(stamp.read_text()) if stamp.exists() else [None, None]
     if found != state:
+        stamp.unlink(missing_ok=True)
         set_up(venv, bin / "python", anew=found[0] != state[0], constraints=["--constraint", str(LOWEST)] * lowest)
         stamp.write_text(json.dumps(state))
     environment = {**os.environ, "VIRTUAL_ENV": str(venv), "PATH": f"{bin}{os.pathsep}{os.environ.get('PATH', '')}"}
@@ -51,20 +56,46 @@ def main(command: list[str]) -> int:
 
 def set_up(venv: Path, python: Path, *, anew: bool, constraints: list[str]) -> None:
     """Create the environment if need be, and install the project with what its examples and tests need."""
-    print(f"Setting up {venv} (a few minutes, once: PyTorch is several GB)", flush=True)
+    print(f"Setting up {venv} (a minute or more, once: PyTorch is several GB)", flush=True)
     if anew:
-        create(venv, python)
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
-    subprocess.check_call([*pip, "install", "--quiet", *constraints, "--editable", f"{ROOT}[{EXTRAS}]"])
+        # Debian's Python has pip but not always ensurepip, so the environment gets its pip from the one outside.
+        subprocess.check_call([sys.executable, "-m", "venv", "--clear", "--without-pip", str(venv)])
+    wanted = [*constraints, "--editable", PROJECT]
+    uv = find_uv()
+    if not uv:
+        install_pip(python)
+        if succeeds([str(python), "-m", "pip", "install", "--quiet", "uv"]):
+            uv = [str(python), "-m", "uv"]
+    # The tests of the built package use the environment's pip.
+    if uv and succeeds([*uv, "pip", "install", "--quiet", "--python", str(python), "pip", *wanted]):
+        return
+    print("uv could not install the packages; now pip does, which takes some minutes", flush=True)
+    install_pip(python)
+    subprocess.check_call([str(python), "-m", "pip", "install", "--quiet", *wanted], cwd=ROOT)
 
 
-def create(venv: Path, python: Path) -> None:
-    """Create an empty environment with pip."""
-    # Debian's Python has pip but not always ensurepip, so the environment gets its pip from the one outside.
-    subprocess.check_call([sys.executable, "-m", "venv", "--clear", "--without-pip", str(venv)])
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
-    subprocess.check_call([*pip, "install", "--quiet", "pip"])
+def find_uv() -> list[str]:
+    """Return a command that runs uv, or nothing if there is none."""
+    commands = [["uv"]] if shutil.which("uv") else []
+    if importlib.util.find_spec("uv"):
+        commands.append([sys.executable, "-m", "uv"])
+    # A program of that name need not work: pyenv's stand-ins fail unless the package is in the Python that is chosen.
+    return next((command for command in commands if succeeds([*command, "--version"], stdout=subprocess.DEVNULL)), [])
+
+
+def succeeds(command: list[str], **options: int) -> bool:
+    """Run a command in the project's root; tell whether it could be run and reported success."""
+    try:
+        return subprocess.call(command, cwd=ROOT, **options) == 0
+    except OSError:
+        return False
+
+
+def install_pip(python: Path) -> None:
+    """Install pip into the environment by the pip of the Python that runs this."""
+    subprocess.check_call([sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "pip"])
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("PIP_DISABLE_PIP_VERSION_CHECK", "1")
     sys.exit(main(sys.argv[1:]))

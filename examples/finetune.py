@@ -1,12 +1,12 @@
 """Fine-tune an ImageNet network on photographs of solar cells, with its BatchNorm layers in the mode you choose.
 
-    pip install lightning-convbn[examples]
+    pip install --editable ".[examples]"           # in the root folder of this repository
     python examples/finetune.py                  # Tune mode, about two minutes on two CPU cores
     python examples/finetune.py --mode all       # Train, Eval and Tune side by side
     python examples/finetune.py --data imagefolder:PATH/TO/IMAGES
 
-`Trainer(callbacks=[ConvBNModeCallback(mode), ...])` is all that this file does for the modes; the rest is fine-tuning
-as usual. In the end it prints and saves what each mode reached and what it cost.
+For the modes this file only adds `ConvBNModeCallback(mode)` to the callbacks of the Trainer. In the end it prints and
+saves the accuracy, the memory and the step time of each mode.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from statistics import median
 from typing import Any, Literal, get_args
 
 import torch
-from backbones import build_classifier
-from classification import Classifier
-from data import ImageData
-from datasets import BadImages, DataError
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from report import write_json
-from weights import WeightsError
 
+from examples.data.images_with_classes import ImageData
+from examples.data.pretrained_weights import WeightsError
+from examples.data.sources import BadImages, DataError
+from examples.results_file import write_json
+from examples.templates.classification import Classifier
+from examples.templates.networks.classifiers import build_classifier
 from lightning_convbn import ConvBNModeCallback, measure_memory
 
 Mode = Literal["train", "eval", "tune"]
@@ -47,7 +47,7 @@ COMPARED_STEPS = 20
 
 
 class Recorder(Callback):
-    """Notes each training step's loss and duration."""
+    """Records the loss and the duration of each training step."""
 
     clock = staticmethod(time.perf_counter)
 
@@ -56,18 +56,18 @@ class Recorder(Callback):
         self.seconds: list[float] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Start the clock when the batch is there."""
+        """Start the clock after the batch is loaded."""
         self._start = self.clock()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any) -> None:
-        """Stop it after the optimizer's step; reading the loss waits for a GPU to finish."""
+        """Stop the clock after the optimizer's step. Reading the loss waits until a GPU has finished."""
         self.losses.append(float(outputs["loss"]))
         self.seconds.append(self.clock() - self._start)
 
 
 @dataclass
 class Row:
-    """A row of the closing table; None is what was not measured."""
+    """A row of the closing table; None stands for what was not measured."""
 
     mode: str
     val_balanced_accuracy: float | None = None
@@ -79,7 +79,7 @@ class Row:
 
 @dataclass
 class Run:
-    """What training in one mode left behind."""
+    """The results of a training in one mode."""
 
     row: Row
     eval_kept_mib: float
@@ -114,7 +114,7 @@ def fine_tune(mode: Mode, args: argparse.Namespace) -> Run:
     peak = peak_memory_mib()
     (scores,) = trainer.test(model, data, ckpt_path="best", verbose=False)
 
-    # The checkpoint is a plain model's: it loads where there is no callback.
+    # The checkpoint is that of a plain model, so it loads without the callback.
     plain_model = Classifier.load_from_checkpoint(best.best_model_path)
     plain_trainer = Trainer(logger=False, precision=args.precision, enable_progress_bar=False)
     (plain_scores,) = plain_trainer.test(plain_model, data, verbose=False)
@@ -140,13 +140,13 @@ def fine_tune(mode: Mode, args: argparse.Namespace) -> Run:
 
 
 def fine_tune_in_own_process(mode: Mode, args: argparse.Namespace) -> Run:
-    """Train so that the peak of memory is this mode's own."""
+    """Train in a new process, so that the peak memory belongs to this mode alone."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(fine_tune, mode, args).result()
 
 
 def peak_memory_mib() -> float | None:
-    """Return the most memory this process has held: GPU memory where there is a GPU, or else main memory."""
+    """Return the peak memory of this process: GPU memory if there is a GPU, or else main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     if sys.platform == "win32":
@@ -158,7 +158,7 @@ def peak_memory_mib() -> float | None:
 
 
 def read_data(args: argparse.Namespace, bad_images: BadImages = "error") -> ImageData:
-    """Return the data that the command line asks for."""
+    """Return the data that the command line names."""
     return ImageData(
         args.data,
         image_size=args.image_size,
@@ -171,7 +171,7 @@ def read_data(args: argparse.Namespace, bad_images: BadImages = "error") -> Imag
 
 
 def report(runs: Sequence[Run], classes: Sequence[str], out: Path) -> None:
-    """Print the closing table and say where everything lies; write the table as CSV."""
+    """Print the closing table and the paths of all results; write the table as CSV and JSON."""
     rows = [run.row for run in runs]
     if all(row.mode != "eval" for row in rows):
         rows.insert(0, Row("eval", kept_for_backward_mib=runs[0].eval_kept_mib))
@@ -210,7 +210,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> Path:
 
 
 def write_results(runs: Sequence[Run], rows: Sequence[Row], path: Path) -> Path:
-    """Write the rows with the first losses, the command and the versions that they come from; return the path."""
+    """Write the rows with the first losses, the command and the versions; return the path."""
     return write_json(
         path,
         [asdict(row) for row in rows],
@@ -222,7 +222,7 @@ def write_results(runs: Sequence[Run], rows: Sequence[Row], path: Path) -> Path:
 
 
 def compare_losses(runs: Sequence[Run]) -> str | None:
-    """Say how far the first training losses of Tune and Eval are apart, if both ran."""
+    """Return a sentence on how far the first training losses of Tune and Eval differ, if both ran."""
     losses = {run.row.mode: run.losses[:COMPARED_STEPS] for run in runs}
     if not {"eval", "tune"} <= losses.keys():
         return None
@@ -248,7 +248,7 @@ def parse_args() -> argparse.Namespace:
     add("--epochs", type=above_zero, default=3, help="passes over the training images (%(default)s)")
     add("--batch-size", type=above_zero, default=32, help="images per training step (%(default)s)")
     add("--image-size", type=above_zero, default=128, help="edge of the square images in pixels (%(default)s)")
-    add("--limit", type=above_zero, help="train on at most so many images (all)")
+    add("--limit", type=above_zero, help="most training images (all)")
     add("--lr", type=float, default=0.01, help="peak learning rate of the head, ten times the backbone's (%(default)s)")
     add("--seed", type=int, default=0, help="decides the sets, the order of the images, the new head (%(default)s)")
     add("--workers", type=int, default=workers, help="processes that read images (%(default)s)")
@@ -266,9 +266,9 @@ def above_zero(text: str) -> int:
 
 
 def main() -> None:
-    """Train in the modes asked for, and report."""
+    """Train in the chosen modes, and report."""
     args = parse_args()
-    try:  # what can't work is told here, before anything starts
+    try:  # find wrong arguments before the training starts
         data = read_data(args)
         build_classifier(BACKBONE, args.weights)
         args.out.mkdir(parents=True, exist_ok=True)

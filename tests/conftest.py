@@ -2,7 +2,7 @@
 
 import os
 import shutil
-import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,12 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers.torch_settings import apply_torch_settings
 from PIL import Image
-from torch.torch_version import TorchVersion
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
-# The tests' tensors are tiny: a second thread costs more than it gives, above all on a busy machine.
-torch.set_num_threads(1)
+apply_torch_settings()
 
 # Lightning calls what newer releases of jsonargparse have deprecated, some of it when it is imported.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
@@ -64,14 +58,6 @@ def installed(project: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monke
     (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
     monkeypatch.syspath_prepend(metadata.parent)
     return metadata.parent
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what PyTorch 2.6 can't write; that it is refused there is a test of its own."""
-    if TorchVersion(torch.__version__) < "2.7":
-        for item in items:
-            if any(word in item.name for word in ("onnx", "export.md", "exported_files")):
-                item.add_marker(pytest.mark.skip(reason="PyTorch 2.6 does not write ONNX well"))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Why a BatchNorm is not folded: every reason in one place, as it is documented in `docs/troubleshooting.md`.
+"""Why a BatchNorm is not folded: every reason in one place, as it is documented in `docs/use/troubleshooting.md`.
 
 A reason completes the sentence "The BatchNorm ...", in one line that a user can act on.
 """

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class TestDocs:
-    PAGE = (ROOT / "docs" / "command.md").read_text()
+    PAGE = (ROOT / "docs" / "use" / "inspect-and-measure.md").read_text()
     BLOCKS = re.findall(r"```console\n\$ lightning-convbn (.*)\n((?:.*\n)*?)```", PAGE)
 
     @pytest.mark.parametrize(("typed", "shown"), BLOCKS, ids=[typed for typed, _ in BLOCKS])

@@ -8,17 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-import coco
-import detection
-import detectors
-import digit_scenes
 import pytest
 import torch
-from coco import CocoData, CocoImages, find_split
-from data import DataError
 from helpers.runs import LIGHTNING_SAYS, make_trainer
 from PIL import Image
 
+from examples.data import digit_scenes, images_with_boxes
+from examples.data.images_with_boxes import CocoData, CocoImages, find_split
+from examples.data.sources import DataError
+from examples.templates import detection
+from examples.templates.networks import detectors
 from lightning_convbn import find_conv_bn_pairs
 
 pytestmark = [
@@ -61,7 +60,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object], split: str = 
 
 def read(folder: Path, **options: Any) -> CocoImages:
     """Read the training set of a folder."""
-    return CocoImages(*find_split(folder, "train"), coco._transforms(), **options)
+    return CocoImages(*find_split(folder, "train"), images_with_boxes._transforms(), **options)
 
 
 def type_in(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
@@ -127,7 +126,7 @@ def test_scenes_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("annotations", "images"), coco.LAYOUTS)
+@pytest.mark.parametrize(("annotations", "images"), images_with_boxes.LAYOUTS)
 def test_finds_the_usual_layouts(annotations: str, images: str, folder: Path, tmp_path: Path) -> None:
     file, pictures = (
         tmp_path / "other" / annotations.format("train2017"),
@@ -138,7 +137,7 @@ def test_finds_the_usual_layouts(annotations: str, images: str, folder: Path, tm
     file.parent.mkdir(exist_ok=True)
     (folder / "annotations" / "instances_train.json").rename(file)
     assert find_split(tmp_path / "other", "train2017") == (file, pictures)
-    assert len(CocoImages(file, pictures, coco._transforms())) == SCENES["train"]
+    assert len(CocoImages(file, pictures, images_with_boxes._transforms())) == SCENES["train"]
 
 
 def test_labels_count_from_one_whatever_the_ids(folder: Path) -> None:
@@ -291,5 +290,5 @@ def test_training_on_images_without_boxes_when_asked(folder: Path) -> None:
     edit(folder, drop_first)
     data = CocoData(f"coco:{folder}", keep_empty=True)
     model = detection.Detector(data.classes, "retinanet", pretrained=False, image_size=SIZE, channels=8)
-    loss = detection.total_loss(model.detector, coco.as_batch([data.train[0]]))
+    loss = detection.total_loss(model.detector, images_with_boxes.as_batch([data.train[0]]))
     assert loss.isfinite()

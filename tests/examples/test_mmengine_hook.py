@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.runs import Snapshot, pretend_trained, statistics_of
-from mmengine_hook import ConvBNModeHook, DigitNet, Recorder, digits, train
 
+from examples.templates.mmengine_hook import ConvBNModeHook, DigitNet, Recorder, digits, train
 from lightning_convbn import get_mode
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:mmengine")

@@ -7,24 +7,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import adversarial
-import adversarial_plain
-import classification_plain
 import numpy as np
 import pytest
-import segmentation
-import segmentation_plain
 import torch
-from adversarial import Attack, fgsm, pgd
-from backbones import BackboneError, build_backbone, build_classifier
-from digit_scenes import write_digit_masks
 from helpers.runs import LIGHTNING_SAYS, pretend_trained
 from PIL import Image
-from report import as_table
 from torch import nn
 from torchvision.models import mobilenet_v2
-from weights import WeightsError
 
+from examples.data.digit_scenes import write_digit_masks
+from examples.data.pretrained_weights import WeightsError
+from examples.results_file import as_table
+from examples.templates import adversarial, segmentation
+from examples.templates.adversarial import Attack, fgsm, pgd
+from examples.templates.networks.classifiers import BackboneError, build_backbone, build_classifier
 from lightning_convbn import conv_bn_mode, measure_memory
 
 pytestmark = [
@@ -50,16 +46,6 @@ def typed(main: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *args: str)
     main()
 
 
-def test_classification_in_plain_python(
-    images: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tiny = [f"--data=imagefolder:{images}", f"--weights={weights}", "--image-size=32", "--batch-size=7", "--epochs=1"]
-    typed(classification_plain.main, monkeypatch, *tiny)
-    printed = capsys.readouterr().out
-    assert "ConvBN: `backbone` trains in Tune mode" in printed
-    assert "test_acc" in printed
-
-
 def test_segmentation_trains_first_and_then_folds_the_head(
     digits: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,17 +58,6 @@ def test_segmentation_trains_first_and_then_folds_the_head(
         picture = np.asarray(image)
     assert picture.shape == (3 * 34 + 2, 2 * 34 + 2, 3)
     assert not (picture[2:34, 2:34] == picture[36:68, 2:34]).all()  # a digit is coloured
-
-
-@pytest.mark.filterwarnings("ignore:ConvBN. 7 BatchNorm.s. of `network` stay in Train mode")
-def test_segmentation_in_plain_python_tries_each_way(
-    digits: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny = [f"--folder={digits}", f"--weights={weights}", "--image-size=32", "--epochs=1", "--out=out"]
-    typed(segmentation_plain.main, monkeypatch, *tiny)
-    rows = json.loads(Path("out/results.json").read_text())["rows"]
-    assert [row["way"] for row in rows] == list(segmentation_plain.ways(1))
-    assert {path.stem for path in Path("out").glob("*.png")} == set(segmentation_plain.ways(1))
 
 
 def test_features_are_mobilenets_at_a_finer_resolution() -> None:
@@ -171,18 +146,6 @@ def test_adversarial_examples_are_saved(
     assert {path.name for path in Path().iterdir()} == {"runs", "scores.json"}
     with Image.open("runs/adversarial.png") as picture:
         assert picture.width == 750
-
-
-def test_adversarial_in_plain_python_compares_the_modes(
-    images: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args = [f"--data=imagefolder:{images}", f"--weights={weights}", "--image-size=32", "--rounds=1", "--out=out.json"]
-    typed(adversarial_plain.main, monkeypatch, *args)
-    rows = json.loads(Path("out.json").read_text())["rows"]
-    assert [(row["attack"], row["mode"]) for row in rows] == [
-        (attack, mode) for attack in ("fgsm", "pgd") for mode in adversarial_plain.MODES
-    ]
-    assert all(row["kept MiB"] < rows[0]["kept MiB"] for row in rows if row["mode"] != "eval")
 
 
 def test_an_attack_without_gradients_says_what_to_do(weights: Path) -> None:

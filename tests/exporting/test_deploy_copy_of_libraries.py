@@ -31,7 +31,7 @@ from lightning_convbn.exporting.formats import to_onnx
 # Other libraries deprecate something with every release. That is no failure of these tests.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# Ten models of timm (docs/coverage.md) -> the size of an image.
+# Ten models of timm (docs/benchmarks/coverage.md) -> the size of an image.
 TIMM = {
     "efficientnet_b0": 64,
     "mobilenetv3_large_100": 64,
@@ -64,7 +64,8 @@ import sys, warnings
 sys.modules["lightning_convbn"] = None
 warnings.simplefilter("ignore")
 import torch
-torch.set_num_threads(1)
+torch.set_num_threads(int(sys.argv[1]))
+torch.backends.mkldnn.set_flags(sys.argv[2] == "True")
 for line in sys.stdin:
     model, inputs, outputs = torch.load(line.strip(), weights_only=False)
     with torch.no_grad():
@@ -81,7 +82,8 @@ def runs_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunsEls
     """Give a function that says whether a model computes the same in a process without this package."""
     path = tmp_path_factory.mktemp("elsewhere") / "model.pt"
     errors = (path.parent / "errors.txt").open("w+")
-    command = [sys.executable, "-c", ELSEWHERE]
+    how = [str(torch.get_num_threads()), str(torch.backends.mkldnn.enabled)]  # the same kernels give the same bits
+    command = [sys.executable, "-c", ELSEWHERE, *how]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=path.parent, stdin=pipe, stdout=pipe, stderr=errors, text=True) as process:
         assert process.stdin is not None

@@ -1,6 +1,6 @@
 """Runs to be interrupted, as a script: not a test by itself.
 
-    python tests/interrupted_runs.py FOLDER/straight FOLDER/SIGINT-training FOLDER/SIGKILL-validation ...
+    python tests/helpers/interrupted_runs.py FOLDER/straight FOLDER/SIGINT-training FOLDER/SIGKILL-validation ...
 
 Each folder gets a process of its own and in it a checkpoint after every second step. At its place, in training or in
 validation, the process says so by a file ``there`` with its id, and waits for its signal, and goes on if it survives;
@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from helpers.runs import TRUSTED, BoringModule, ResumableLoader, images_and_targets, make_trainer, quick, state_of
+from helpers.torch_settings import apply_torch_settings
 
 EPOCHS = 3
 BATCHES = 5
@@ -105,7 +106,7 @@ def statuses(work: Callable[[Path], None], folders: list[Path]) -> dict[Path, in
 
 def main(folders: list[Path]) -> None:
     """Run all, and resume those that were interrupted."""
-    torch.set_num_threads(1)
+    apply_torch_settings()
     for folder, status in statuses(lambda folder: run(folder, Waiting(folder)), folders).items():
         (folder / "ended.json").write_text(json.dumps({"status": status, "steps": steps_in(folder)}))
     resumed = statuses(resume, [folder for folder in folders if folder.name != "straight"])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from helpers.models import assert_close
+from helpers.models import FORWARD, assert_close
 from lightning_convbn import ConvBNPairs, Mode, conv_bn_mode, find_conv_bn_pairs
 from lightning_convbn.layers.table import is_norm
 from lightning_convbn.pairs.data_flow import DataFlow
@@ -95,11 +96,16 @@ def assert_folded_equals_eval(
     model: nn.Module,
     *inputs: Any,
     pairs: ConvBNPairs | None = None,
-    tolerance: float = 1e-4,
     kwargs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Compare the outputs in Tune and in Deploy mode with those in Eval mode."""
+    """Compare the outputs in Tune and in Deploy mode with those in Eval mode, all of them in float64."""
+    model, inputs = copy.deepcopy(model).double(), tree_map(in_float64, inputs)
     expected = outputs(model, "eval", *inputs, pairs=pairs, **(kwargs or {}))
     assert expected
     for mode in ("tune", "deploy"):
-        assert_close(outputs(model, mode, *inputs, pairs=pairs, **(kwargs or {})), expected, tolerance)
+        assert_close(outputs(model, mode, *inputs, pairs=pairs, **(kwargs or {})), expected, FORWARD)
+
+
+def in_float64(leaf: Any) -> Any:
+    """Convert a tensor of floating-point numbers."""
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf

@@ -9,8 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from lightning_convbn.layers.swap import LINKS
-
+PLAIN = {*vars(nn.Conv2d(1, 1, 1)), *vars(nn.BatchNorm2d(1))}  # what such modules have if nobody converts them
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 # The smallest member of each torchvision classifier family that has BatchNorms -> the smallest image that suits it.
@@ -95,6 +94,16 @@ def images(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+# How much two ways to compute the same may differ in float64, relative to the norm. One rounding is at most 2**-53, so
+# these are 9 thousand and 9 hundred thousand of them. The rounding errors of sums of K products in L layers grow as the
+# root of K * L, which is at most 1224 here (K = 4608, L = 325). A wrong fold, a cast to float32 on the way (2**-24), or
+# another epsilon of a BatchNorm makes more than 1e-8. So the bounds hold on any processor, and miss no mistake.
+# In float32 no such bound does: where a rounding changes the sign of a ReLU's input, or the order of two scores, the
+# result jumps.
+FORWARD = 1e-12
+BACKWARD = 1e-10  # the activations' errors come in, too, and the norm of a gradient may be far below that of its terms
+
+
 def relative(output: Tensor, expected: Tensor) -> float:
     """The norm of the difference over the norm of what is expected."""
     output, expected = output.detach().double(), expected.detach().double()
@@ -116,6 +125,12 @@ def gradients(output: Tensor, *wanted: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad((output * probe).sum(), wanted)
 
 
+def attributes_of(module: nn.Module) -> set[str]:
+    """Name the attributes of a module. What a converted one needs to be restored is left out."""
+    converted = type(module).__module__.startswith("lightning_convbn")
+    return {name for name in vars(module) if not converted or name in PLAIN or not name.startswith("_")}
+
+
 class Snapshot(NamedTuple):
     """All that a switch there and back must bring back."""
 
@@ -133,7 +148,7 @@ class Snapshot(NamedTuple):
         return cls(
             str(model),
             [type(module) for module in modules],
-            [set(module.__dict__) - {"_swap", *LINKS} for module in modules],  # `get_mode` tells of these
+            [attributes_of(module) for module in modules],
             [module.training for module in modules],
             [id(parameter) for parameter in model.parameters()],
             {name: tensor.clone().numpy().tobytes() for name, tensor in model.state_dict().items()},

@@ -186,6 +186,41 @@ class BoringModule(BoringSteps, LightningModule):
         self.build(make_backbone)
 
 
+class OwnNorm(BoringSteps, LightningModule):
+    """A LightningModule that has a convolution and a BatchNorm of its own, not in a child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+        self.after = conv_bn(4, 4)
+        pretend_trained(self)
+        self.forget()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Predict."""
+        return self.after(self.bn(self.conv(images))).mean((2, 3))
+
+
+class PeekingBackbone(Backbone):
+    """Adds what a convolution put out to the features, by a hook that no proof sees."""
+
+    peeks = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+        self.last[0].register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.seen[:] = [output]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Add it up."""
+        features = super().forward(images)
+        return features + self.seen.pop().mean((2, 3)) if self.peeks else features
+
+
 class PrintedLines(ProgressBar):
     """A progress bar that shows nothing but keeps what is printed through it."""
 

@@ -1,6 +1,6 @@
 """Runs of Lightning in two processes, as a script that Lightning starts once more for the second: not a test by itself.
 
-    python tests/several_processes.py FOLDER
+    python tests/helpers/several_processes.py FOLDER
 
 Every process writes what it has seen of every run to FOLDER, for `test_strategies.py` to compare.
 """
@@ -23,17 +23,36 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from helpers.runs import TRUSTED, Backbone, BoringModule, ResumableLoader, images_and_targets, make_trainer, state_of
+from helpers.runs import (
+    TRUSTED,
+    Backbone,
+    BoringModule,
+    PeekingBackbone,
+    ResumableLoader,
+    images_and_targets,
+    make_trainer,
+    state_of,
+)
+from helpers.torch_settings import apply_torch_settings
 from lightning_convbn import ConvBNModeCallback, get_mode
 
 BATCHES_PER_PROCESS = 4
 MODES = ("eval", "tune")
-FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # not in PyTorch 2.6
 EPOCHS = 2
 
 
 class Shared(BoringModule):
-    """The tiny module, with four batches for each of two processes."""
+    """The tiny module, with four batches for each of two processes; in float64, so that roundings change nothing."""
+
+    precision = torch.float64
+
+    def __init__(self, make_backbone: Callable[[], nn.Module] = Backbone) -> None:
+        super().__init__(make_backbone)
+        self.to(self.precision)
+
+    def step(self, stage: str, batch: list[Tensor]) -> Tensor:
+        """Convert the batch as well."""
+        return super().step(stage, [tensor.to(self.precision) for tensor in batch])
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Give different data to each process: Lightning adds the sampler."""
@@ -42,6 +61,12 @@ class Shared(BoringModule):
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Give one batch to each process."""
         return images_and_targets(2)
+
+
+class Single(Shared):
+    """The same in float32, for mixed precision."""
+
+    precision = torch.float32
 
 
 class ByHand(Shared):
@@ -87,25 +112,6 @@ class Deceptive(Shared):
         self.backbone.peeks = self.global_rank == 1
 
 
-class PeekingBackbone(Backbone):
-    """Adds what a convolution put out to the features, by a hook that no proof sees."""
-
-    peeks = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Tensor] = []
-        self.last[0].register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.seen[:] = [output]
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Add it up."""
-        features = super().forward(images)
-        return features + self.seen.pop().mean((2, 3)) if self.peeks else features
-
-
 class Sharded(Shared):
     """Sharded by FSDP2: the whole, blocks, the backbone, or a convolution apart from its BatchNorm."""
 
@@ -138,18 +144,13 @@ RUNS: dict[str, tuple[Callable[[], Shared], dict[str, Any]]] = {
     "static_graph": (Shared, {"strategy": partial(DDPStrategy, static_graph=True)}),
     "by_hand": (ByHand, {"strategy": "ddp"}),
     "unused": (Unused, {"strategy": "ddp_find_unused_parameters_true"}),
-    "bf16": (Shared, {"strategy": "ddp", "precision": "bf16-mixed"}),
+    "bf16": (Single, {"strategy": "ddp", "precision": "bf16-mixed"}),
     "deceptive": (Deceptive, {"strategy": "ddp"}),
     "fsdp2_whole": (partial(Sharded, ""), {"strategy": fsdp2}),
     "fsdp2_blocks": (partial(Sharded, "backbone.stem", "backbone.middle", ""), {"strategy": fsdp2}),
     "fsdp2_backbone": (partial(Sharded, "backbone", ""), {"strategy": fsdp2}),
     "fsdp2_apart": (partial(Sharded, "backbone.last.0", ""), {"strategy": fsdp2}),
 }
-
-
-def runnable() -> list[str]:
-    """Name the runs that this PyTorch can do on a CPU."""
-    return [name for name in RUNS if FSDP2_ON_CPU or not name.startswith("fsdp2")]
 
 
 def run(name: str, mode: Any, folder: Path) -> dict[str, Any]:
@@ -160,7 +161,11 @@ def run(name: str, mode: Any, folder: Path) -> dict[str, Any]:
     module = make_module()
     logger = CSVLogger(folder, name=name, version=mode)
     trainer = make_trainer(
-        ConvBNModeCallback(mode, eval_mode="eval" if mode == "eval" else "deploy"),
+        ConvBNModeCallback(
+            mode,
+            eval_mode="eval" if mode == "eval" else "deploy",
+            export_path=folder / "deceptive.pt" if (name, mode) == ("deceptive", "tune") else None,
+        ),
         devices=2,
         max_epochs=EPOCHS,
         logger=logger,
@@ -175,15 +180,20 @@ def run(name: str, mode: Any, folder: Path) -> dict[str, Any]:
 def seen_of(module: Shared, told: list[str]) -> dict[str, Any]:
     """Gather what is to be compared."""
     state = {name: whole(tensor) for name, tensor in state_of(module).items()}
-    classes = {name: type(part).__name__ for name, part in module.named_modules()}
+    converted = [name for name, part in module.named_modules() if is_converted(part)]
     return {
         "losses": dict(module.losses),
         "modes": dict(module.modes),
         "state": state,
-        "classes": classes,
+        "converted": converted,
         "mode": get_mode(module),
         "told": told,
     }
+
+
+def is_converted(part: nn.Module) -> bool:
+    """Say whether a module has a class of the package, or one that FSDP made of such a class."""
+    return any(cls.__module__.startswith("lightning_convbn") for cls in type(part).__mro__)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -214,9 +224,8 @@ def resume(folder: Path) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     """Run everything and write it down."""
-    results: dict[Any, Any] = {
-        (name, mode): run(name, mode, folder) for name in runnable() for mode in ("eval", "tune")
-    }
+    apply_torch_settings()
+    results: dict[Any, Any] = {(name, mode): run(name, mode, folder) for name in RUNS for mode in ("eval", "tune")}
     results["resume"] = resume(folder)
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers.libraries import Counts, randomized
-from helpers.models import assert_close, images
+from helpers.models import BACKWARD, assert_close, images
 from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.ops import FrozenBatchNorm2d
@@ -79,29 +79,25 @@ def training_step(model: nn.Module, mode: Mode) -> tuple[dict[str, Tensor], list
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", DETECTORS)
-def test_losses_equal_evals(name: str, norm: str) -> None:
-    """In float32, where a choice of proposals passes on the rounding of fifty layers."""
-    model = detector(name, norm)
+def test_losses_and_gradients_equal_evals(name: str, norm: str) -> None:
+    """In float64. In float32 a rounding can move a choice of proposals, and then the losses are others."""
+    model = detector(name, norm).double()
     pairs = find_conv_bn_pairs(model)
     assert Counts.of(pairs) == COUNTS.get(name, Counts(53, 0))
     assert {class_name(model.get_submodule(pair.bn)) for pair in pairs} == {NORMS[norm].__name__}
     expected, expected_gradients = training_step(model, "eval")
     losses, gradients = training_step(model, "tune")
     assert losses.keys() == expected.keys()
-    for key, loss in losses.items():
-        torch.testing.assert_close(loss, expected[key], rtol=2e-3, atol=1e-5)
-    assert [gradient.shape for gradient in gradients] == [gradient.shape for gradient in expected_gradients]
+    assert_close([*losses.values()], [*expected.values()], BACKWARD)
+    assert_close(gradients, expected_gradients, 10 * BACKWARD)  # each by itself; the smallest are nearly zero
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", ["faster_rcnn_mobilenet", "retinanet"])
-def test_losses_and_gradients_equal_evals_exactly(name: str, norm: str) -> None:
-    """In float64, where rounding moves no choice."""
-    model = detector(name, norm).double()
-    expected, expected_gradients = training_step(model, "eval")
-    losses, gradients = training_step(model, "tune")
-    assert_close([*losses.values()], [*expected.values()], 1e-10)
-    assert_close(gradients, expected_gradients, 1e-9)
+def test_a_detector_trains_in_float32(norm: str) -> None:
+    """As users train it."""
+    losses, gradients = training_step(detector("faster_rcnn_mobilenet", norm), "tune")
+    assert all(tensor.isfinite().all() for tensor in (*losses.values(), *gradients))
+    assert {tensor.dtype for tensor in (*losses.values(), *gradients)} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", ["faster_rcnn_mobilenet", "faster_rcnn"])

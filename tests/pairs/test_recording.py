@@ -11,7 +11,7 @@ from helpers.libraries import assert_folded_equals_eval, randomized, recorded_pa
 from helpers.models import images
 from torch import Tensor, nn
 
-from lightning_convbn import ConvBNPair, Mode, conv_bn_mode, find_conv_bn_pairs, set_mode
+from lightning_convbn import ConvBNPair, Mode, conv_bn_mode, find_conv_bn_pairs, get_mode, set_mode
 
 PAIR = ConvBNPair("conv", "bn")
 IMAGE = images(2, 4, 6, 6)
@@ -320,4 +320,5 @@ def test_recorded_pairs_go_into_force() -> None:
     set_mode(model, "train")
     found = set_mode(model, "tune", pairs=find_conv_bn_pairs(model, example_inputs=(IMAGE,)))
     assert [*found] == [PAIR]
-    assert type(model.conv).__name__ == "TuneConv2d"
+    assert get_mode(model) == "tune"
+    assert_folded_equals_eval(model, IMAGE, pairs=found)

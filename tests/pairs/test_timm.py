@@ -15,7 +15,7 @@ from torch import nn
 # What other libraries deprecate from release to release is no failure of these tests.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# What becomes of the BatchNorms of ten models that people fine-tune (docs/coverage.md).
+# What becomes of the BatchNorms of ten models that people fine-tune (docs/benchmarks/coverage.md).
 COUNTS = {
     "efficientnet_b0": Counts(49, 0),
     "mobilenetv3_large_100": Counts(46, 0),

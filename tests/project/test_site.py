@@ -1,4 +1,4 @@
-"""The docs as a site: built strictly without a network, complete, and read in a real browser."""
+"""The docs as a site: it builds strictly without a network, is complete, and can be read in a real browser."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ cli()
 
 
 def build(root: Path, site: Path) -> subprocess.CompletedProcess[str]:
-    """Build the docs of a project as the README says, without a network."""
+    """Build the docs as the README says, without a network."""
     options = [
         "build",
         "--strict",
@@ -57,7 +57,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def url_of(page: Path) -> str:
-    """Where a page stands in the site."""
+    """Return the address of a page in the site."""
     folder = page.parent if page.name == "index.md" else page.with_suffix("")
     return "" if folder == Path() else f"{folder.as_posix()}/"
 
@@ -72,12 +72,26 @@ def test_every_page_is_in_the_navigation(site: Path) -> None:
 def test_a_page_out_of_the_navigation_a_dead_link_and_a_dead_anchor_are_errors(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copytree(ROOT / "lightning_convbn", tmp_path / "lightning_convbn")
-    (tmp_path / "docs" / "stray.md").write_text("[dead](nowhere.md), [broken](callback.md#nowhere)\n")
+    (tmp_path / "docs" / "stray.md").write_text("[dead](nowhere.md), [broken](use/callback.md#nowhere)\n")
     built = build(tmp_path, tmp_path / "site")
     assert built.returncode == 1
     assert re.search(r"not included in the \"nav\" configuration:\s+- stray.md", built.stderr)
     assert "contains a link 'nowhere.md', but the target is not found" in built.stderr
     assert "does not contain an anchor '#nowhere'" in built.stderr
+
+
+def test_the_map_of_the_package_names_every_file() -> None:
+    page = (ROOT / "docs" / "contributing" / "architecture.md").read_text()
+    (tree,) = re.findall(r"```text\n(lightning_convbn/\n.*?)```", page, re.DOTALL)
+    folders, named = [], set()
+    for spaces, name in re.findall(r"^( *)(\S+)", tree, re.MULTILINE):
+        del folders[len(spaces) // 4 :]
+        named.add("".join([*folders, name]))
+        folders.append(name)
+    package = ROOT / "lightning_convbn"
+    files = {path.relative_to(ROOT).as_posix() for suffix in ("py", "html") for path in package.rglob(f"*.{suffix}")}
+    inside_folders = {name for name in files if name.count("/") > 1 and name.endswith("__init__.py")}
+    assert {name for name in named if not name.endswith("/")} == files - inside_folders
 
 
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
@@ -88,10 +102,10 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves files and says nothing."""
+    """A file server that prints nothing."""
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +122,7 @@ def address(site: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module", params=[1280, 360], ids=["wide", "phone"])
 def tab(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterator[Any]:
-    """A tab, wide or as narrow as a phone, that notes what it asks for elsewhere and what it complains of."""
+    """A tab, wide or as narrow as a phone. It notes requests to other servers, and errors of the page."""
     tab = browser.new_page(viewport={"width": request.param, "height": 800})
     tab.amiss = []
     tab.on(
@@ -122,7 +136,7 @@ def tab(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterator[
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_a_page_can_be_read_wide_and_on_a_phone(tab: Any, address: str, page: Path) -> None:
-    """Nothing is loaded from elsewhere, nothing is broken, and nothing but its own boxes scrolls sideways."""
+    """Nothing is loaded from another server, nothing is broken, and the page does not scroll sideways."""
     tab.amiss.clear()
     tab.goto(address + url_of(page))
     assert tab.amiss == []

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from classification import Classifier
 from helpers.runs import BATCHES_PER_EPOCH, LIGHTNING_SAYS, BoringModule, quick
 from helpers.scripts import type_in
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from examples.templates.classification import Classifier, main
 from lightning_convbn import ConvBNModeCallback, get_mode
 from lightning_convbn.cli import ConvBNCLI
 
@@ -118,7 +118,7 @@ FLAGS = [
     (["--config=on.yaml", "--config=off.yaml"], None),
     (["--config=off.yaml", "--config=on.yaml"], {"mode": "eval"}),
     *(
-        ([f"--config={ROOT / 'examples' / 'configs' / name}.yaml"], expected)
+        ([f"--config={ROOT / 'examples' / 'templates' / 'configs' / name}.yaml"], expected)
         for name, expected in [
             ("tune", {}),
             ("eval", {"mode": "eval", "eval_mode": "eval"}),
@@ -288,7 +288,7 @@ def test_script_run_from_a_shell(module: str, cli: str, flags: list[str], tmp_pa
 
 # ------------------------------------------------------------------------------------------------- docs, examples
 
-PAGE = (ROOT / "docs" / "cli.md").read_text()
+PAGE = (ROOT / "docs" / "use" / "flags-yaml-environment.md").read_text()
 DOCUMENTED = [
     line.partition("  #")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
@@ -306,9 +306,12 @@ DOES = {  # command -> what training and evaluation run in, or None where nothin
     "python train.py fit --config run.yaml": ("eval", "deploy"),
     "python train.py fit --config run.yaml --convbn.eval_mode=eval": ("eval", "eval"),
     "python train.py fit --config run.yaml --convbn=false": ("train", "train"),
-    "python examples/cli.py fit --config examples/configs/start_epoch.yaml": ("train, then tune", "deploy"),
+    "python examples/templates/classification.py fit --config examples/templates/configs/start_epoch.yaml": (
+        "train, then tune",
+        "deploy",
+    ),
     STOCK: ("tune", "deploy"),
-    "python stock.py fit --config examples/configs/stock_cli.yaml": ("tune", "deploy"),
+    "python stock.py fit --config examples/templates/configs/stock_cli.yaml": ("tune", "deploy"),
     "LIGHTNING_CONVBN=tune python script.py": ("tune", "deploy"),
     "LIGHTNING_CONVBN=eval python script.py": ("eval", "deploy"),
     "LIGHTNING_CONVBN=off python script.py": ("train", "train"),
@@ -322,7 +325,7 @@ CONFIGS = {
 }
 SCRIPT = """
 from lightning.pytorch import Trainer
-from project import Classifier
+from project import Classifier, main
 
 Trainer(max_epochs=2).fit(Classifier())
 """
@@ -330,8 +333,8 @@ Trainer(max_epochs=2).fit(Classifier())
 
 def test_every_documented_command_is_tested() -> None:
     assert list(DOES) == DOCUMENTED
-    found = {name.stem for name in (ROOT / "examples" / "configs").iterdir()}
-    assert {name for name in found if not (ROOT / "examples" / f"{name}.py").exists()} == set(CONFIGS)
+    found = {name.stem for name in (ROOT / "examples" / "templates" / "configs").iterdir()}
+    assert {name for name in found if not (ROOT / "examples" / "templates" / f"{name}.py").exists()} == set(CONFIGS)
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches", "ignore:GPU available but not used")
@@ -350,7 +353,7 @@ def test_documented_commands_do_what_is_said(
     monkeypatch.setitem(sys.modules, "project", SimpleNamespace(Classifier=Module))
     done = {}
     for line in DOCUMENTED:
-        if "examples/cli.py" not in line:
+        if "examples/templates/classification.py" not in line:
             Module.last = Module()
             with monkeypatch.context() as context:
                 type_here(line, context, capsys)
@@ -381,9 +384,7 @@ def type_here(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 @pytest.mark.parametrize("config", CONFIGS)
-def test_example_runs_each_config(
-    config: str, images: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_example_runs_each_config(config: str, images: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes: dict[bool, list[str]] = {True: [], False: []}
 
     def forward(module: Classifier, images: torch.Tensor) -> torch.Tensor:
@@ -395,7 +396,8 @@ def test_example_runs_each_config(
     Path("examples").symlink_to(ROOT / "examples")
     tiny = f"--data.source=imagefolder:{images} --data.image_size=32 --data.batch_size=5 --model.weights={weights}"
     few = "--trainer.max_epochs=2 --trainer.limit_val_batches=1 --trainer.accelerator=cpu"
-    command = f"python examples/cli.py fit --config examples/configs/{config}.yaml {tiny} {few}"
-    type_here(command, monkeypatch, capsys)
+    file = f"examples/templates/configs/{config}.yaml"
+    monkeypatch.setattr(sys, "argv", shlex.split(f"classification.py fit --config {file} {tiny} {few}"))
+    main()
     trained, evaluated = (", then ".join(dict.fromkeys(modes[training])) for training in (True, False))
     assert (trained, evaluated) == CONFIGS[config]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -192,19 +191,15 @@ def test_a_model_without_norm_runs_with_one_warning(stage: str, monkeypatch: pyt
 
 TRAIN = """\
 import sys
-import time
 from importlib.metadata import entry_points
 
 from lightning.pytorch import Trainer
 from helpers.plain_module import Module
 
 (entry_point,) = entry_points(group="lightning.pytorch.callbacks_factory", name="lightning_convbn")
-start = time.perf_counter()
 entry_point.load()()
-seconds = time.perf_counter() - start
 trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
 trainer.fit(Module())
-print(f"{seconds=:.4f}")
 print("imported", sorted(name for name in sys.modules if "lightning_convbn" in name))
 """
 
@@ -212,8 +207,6 @@ print("imported", sorted(name for name in sys.modules if "lightning_convbn" in n
 def test_without_the_variable_nothing_of_the_package_is_imported(installed: Path) -> None:
     printed = type_in(installed, TRAIN)
     assert "imported ['lightning_convbn', 'lightning_convbn.entry_point']\n" in printed
-    (seconds,) = re.findall(r"seconds=(\S+)", printed)
-    assert float(seconds) < 0.05
     assert "ConvBN" not in printed
 
 

@@ -15,6 +15,7 @@ from helpers.runs import (
     LIGHTNING_SAYS,
     TRUSTED,
     BoringModule,
+    PeekingBackbone,
     Snapshot,
     differing,
     images_and_targets,
@@ -217,15 +218,11 @@ def test_a_compiled_part_is_exported_plain(tmp_path: Path) -> None:
     assert_holds(path, module)
 
 
-def test_a_pair_that_another_process_found_wrong_is_not_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, path = BoringModule(), tmp_path / "model.pt"
-    told = {"stem.1": "told so by another process"}
-    monkeypatch.setattr(
-        "lightning_convbn.trainer.part.merged_over_processes", lambda notes, processes: {**notes, **told}
-    )
-    with pytest.warns(UserWarning, match="`backbone.stem.1` goes back to Eval mode: told so by another process"):
-        make_trainer(quick(export_path=path, target="backbone")).fit(module)
-    assert "backbone.stem.1.running_mean" in exported(path)
+def test_a_pair_that_is_found_wrong_is_not_folded(tmp_path: Path) -> None:
+    """A hook reads what the convolution puts out. Tracing does not see it; the first batch shows it."""
+    module, path = BoringModule(PeekingBackbone), tmp_path / "model.pt"
+    make_trainer(quick(export_path=path, target="backbone")).fit(module)
+    assert "backbone.last.1.running_mean" in exported(path)
     assert "backbone.middle.1.running_mean" not in exported(path)
 
 

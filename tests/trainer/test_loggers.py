@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.lightning_matrix import documented_parameters
 from helpers.runs import LIGHTNING_SAYS, BoringModule, csv_metrics, make_trainer
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -82,3 +83,7 @@ def test_the_separator_is_the_loggers(tmp_path: Path) -> None:
     logger = Dashed(tmp_path)
     make_trainer(ConvBNModeCallback(), logger=logger).fit(BoringModule())
     assert {key for key in csv_metrics(logger) if "convbn" in key} == {key.replace("/", "-") for key in KEYS}
+
+
+def test_every_logger_has_a_row_in_the_docs() -> None:
+    assert documented_parameters("test_every_key_arrives_once") == {*LOGGERS, "+".join(LOGGERS)}

@@ -10,12 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.runs import LIGHTNING_SAYS, BoringModule, PrintedLines, Snapshot, differing, make_trainer, quick, state_of
-from helpers.several_processes import BATCHES_PER_PROCESS, EPOCHS, FSDP2_ON_CPU, RUNS, Shared, runnable
+from helpers.lightning_matrix import documented_parameters
+from helpers.models import BACKWARD
+from helpers.runs import (
+    LIGHTNING_SAYS,
+    BoringModule,
+    OwnNorm,
+    PrintedLines,
+    Snapshot,
+    differing,
+    make_trainer,
+    quick,
+    state_of,
+)
+from helpers.several_processes import BATCHES_PER_PROCESS, EPOCHS, RUNS, Shared
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
-from trainer.test_callback import OwnNorm
 
 from lightning_convbn import ConvBNModeCallback, find_conv_bn_pairs, set_mode
 from lightning_convbn.pairs import reasons
@@ -28,16 +39,6 @@ pytestmark = [
 
 HERE = Path(__file__).parents[1] / "helpers"
 STEPS = BATCHES_PER_PROCESS * EPOCHS
-WITHOUT_FSDP2 = pytest.mark.skipif(not FSDP2_ON_CPU, reason="this PyTorch can't run FSDP2 on a CPU")
-
-
-def all_runs(*without: str) -> list[Any]:
-    """The runs as parameters of a test."""
-    return [
-        pytest.param(name, marks=[WITHOUT_FSDP2] if name.startswith("fsdp2") else [])
-        for name in RUNS
-        if name not in without
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     return [{**torch.load(folder / f"{rank}.pt"), "folder": folder} for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("name", all_runs())
+@pytest.mark.parametrize("name", RUNS)
 def test_processes_end_with_the_same_bits_and_plain_modules(ranks: list[dict[Any, Any]], name: str) -> None:
     """In Tune mode; and what they were trained on differed."""
     one, other = (rank[name, "tune"] for rank in ranks)
@@ -65,13 +66,17 @@ def test_processes_end_with_the_same_bits_and_plain_modules(ranks: list[dict[Any
         assert seen["mode"] == "train"
         assert seen["modes"]["fit"] == ["tune"] * STEPS
         assert set(seen["modes"]["validate"]) == {"deploy"}
-        assert not [cls for cls in seen["classes"].values() if cls.startswith(("Tune", "Deploy", "Folded", "Eval"))]
+        assert seen["converted"] == []
 
 
-@pytest.mark.parametrize("name", all_runs("deceptive"))
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "deceptive"])
 def test_the_loss_curve_in_several_processes_is_evals(ranks: list[dict[Any, Any]], name: str) -> None:
-    """Every loss of every process, and the weights, within the rounding of the precision."""
-    tolerance = 2e-2 if name == "bf16" else 2e-5
+    """Every loss of every process, and the weights.
+
+    In bf16 a rounding is at most 2**-9. A loss has that of four layers with two roundings each, in Eval and in Tune
+    mode, and the square in the loss doubles it: ``2 * sqrt(16) * 2**-9``, if each is as large as it can be.
+    """
+    tolerance = 8 * 2**-9 if name == "bf16" else 10 * BACKWARD
     for rank in ranks:
         tune, frozen = rank[name, "tune"], rank[name, "eval"]
         for stage in ("fit", "validate"):
@@ -90,6 +95,12 @@ def test_what_one_process_finds_wrong_is_unfolded_in_all(ranks: list[dict[Any, A
     assert len(warned) == 1
 
 
+def test_what_another_process_finds_wrong_is_not_folded_in_the_export(ranks: list[dict[Any, Any]]) -> None:
+    names = torch.load(ranks[0]["folder"] / "deceptive.pt", weights_only=True)
+    assert "backbone.last.1.running_mean" in names
+    assert "backbone.stem.1.running_mean" not in names
+
+
 def test_rank_zero_alone_reports_and_logs(ranks: list[dict[Any, Any]]) -> None:
     """One file with each metric once, one table for each run."""
     folder = ranks[0]["folder"]
@@ -98,10 +109,9 @@ def test_rank_zero_alone_reports_and_logs(ranks: list[dict[Any, Any]]) -> None:
     column = header.split(",").index("convbn/activations_tune_mib")
     assert len([row for row in rows if row.split(",")[column]]) == 1
     printed = (folder / "printed").read_text()
-    assert printed.count("trains in Tune mode") == len(runnable()) + 2  # and the two of the run that is resumed
+    assert printed.count("trains in Tune mode") == len(RUNS) + 2  # and the two of the run that is resumed
 
 
-@WITHOUT_FSDP2
 @pytest.mark.parametrize(
     ("name", "folded"), [("fsdp2_whole", 3), ("fsdp2_blocks", 3), ("fsdp2_backbone", 3), ("fsdp2_apart", 2)]
 )
@@ -204,7 +214,7 @@ def test_batchnorms_that_are_synchronised_for_the_run_are_folded(eval_mode: Any)
     assert differing(state_of(synced), state_of(plain)) == []
 
     # What Lightning leaves behind are BatchNorms of a class of its own, which are folded as well.
-    assert type(synced.backbone.lone).__name__ == "_BatchNormXd"
+    assert type(synced.backbone.lone) is not nn.BatchNorm2d
     for module in (plain, synced):
         module.forget()
         trainer = make_trainer(quick(eval_mode=eval_mode))
@@ -232,3 +242,8 @@ def test_fsdp_units_are_told_apart_without_processes() -> None:
     with pytest.raises(ValueError, match=r"`2.0` and `2.1` can't be folded: FSDP gathers it and its convolution"):
         set_mode(model, "tune", pairs=pairs)
     assert [type(part).__name__ for part in model[2]] == ["Conv2d", "FSDPBatchNorm2d"]
+
+
+def test_every_run_in_several_processes_has_a_row_in_the_docs() -> None:
+    rows = documented_parameters("test_the_loss_curve_in_several_processes_is_evals")
+    assert rows == {*RUNS} - {"ddp", "deceptive"}

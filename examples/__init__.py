@@ -1,0 +1,1 @@
+"""The examples; `README.md` beside this file says what lies where."""

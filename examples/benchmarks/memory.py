@@ -1,0 +1,144 @@
+"""Count the bytes that torchvision's classifiers keep for the backward pass in each mode.
+
+    python examples/benchmarks/memory.py
+
+writes `docs/benchmarks/memory.json`, the page `docs/benchmarks/memory.md`, and the tables in other pages. The counts
+are exact. They are made on tensors without data, so they take minutes and little memory on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torchvision
+from torch._subclasses import FakeTensorMode
+
+from examples import results_file
+from examples.results_file import BENCHMARKS, ROOT
+from lightning_convbn import fuse_for_deploy, measure_memory
+from lightning_convbn.memory import MIB, count_saved_bytes
+from lightning_convbn.ops import convolution
+
+NAMES = [
+    "resnet18",
+    "resnet50",
+    "resnet101",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+    "vgg16_bn",
+    "densenet121",
+    "googlenet",
+    "inception_v3",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "mnasnet1_0",
+    "shufflenet_v2_x1_0",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "regnet_y_400mf",
+]
+SIZES = [(1, 64), (1, 224), (8, 224)]  # batch, pixels
+INTRODUCTION = """# Memory kept for the backward pass
+
+For users who want to know how much each mode keeps in a network of torchvision. The tables show MiB that one forward
+pass keeps for the backward pass, in float32, without parameters and buffers. `python examples/benchmarks/memory.py`
+counts them; nothing is estimated.
+
+- *Tune as published* leaves the folding to autograd, which keeps every folded weight. The published implementations do
+  this.
+- *Tune + recompute* is Tune mode with `recompute_activations=True`. Of activations such as SiLU, Hardswish and ReLU6
+  it keeps either the input or the output, not both.
+- *Deploy copy* is the trainable copy that `fuse_for_deploy` makes. It is the lower limit for every method that keeps
+  the inputs of the convolutions."""
+EXCERPTS = {  # the mark of a table in a page -> the models in it
+    "memory": ["resnet50", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "densenet121"],
+    "recompute": ["mobilenet_v2", "efficientnet_b0", "efficientnet_v2_s", "mobilenet_v3_large", "mnasnet1_0"],
+}
+MARKS = {
+    ROOT / "docs" / "understand" / "what-is-saved.md": "memory",
+    ROOT / "docs" / "understand" / "how-it-works.md": "recompute",
+}
+COLUMNS = {
+    "eval": "Eval",
+    "tune_by_autograd": "Tune as published",
+    "tune": "**Tune**",
+    "tune_recompute": "**Tune + recompute**",
+    "deploy": "Deploy copy",
+}
+
+
+def main() -> None:
+    """Count, write the JSON, write the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    rows = [row for name in NAMES for row in count(name)]
+    unit = "MiB kept for backward by one forward, float32, parameters and buffers excluded"
+    results_file.write_json(BENCHMARKS / "memory.json", rows, ("torch", "torchvision"), unit=unit)
+    (BENCHMARKS / "memory.md").write_text(as_markdown(rows))
+    for page, mark in MARKS.items():
+        page.write_text(with_table(page.read_text(), mark, rows))
+    print(f"wrote memory.json and memory.md in {BENCHMARKS}, and the tables in {', '.join(map(str, MARKS))}")
+
+
+def count(name: str) -> Iterator[dict[str, Any]]:
+    """Yield a row per input size of one classifier."""
+    arguments = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(name, weights=None, **arguments).eval()
+    fused = fuse_for_deploy(model)
+    for batch, pixels in SIZES:
+        pixels = max(pixels, 96) if name == "inception_v3" else pixels  # it takes nothing smaller
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            images = torch.empty(batch, 3, pixels, pixels)
+            kept = {mode: measure_memory(model, images, mode=mode).saved_bytes for mode in ("eval", "tune")}
+            recomputing = measure_memory(model, images, mode="tune", recompute_activations=True)
+            kept["tune_recompute"] = recomputing.saved_bytes
+            with folding_by_autograd():
+                kept["tune_by_autograd"] = measure_memory(model, images, mode="tune").saved_bytes
+            kept["deploy"] = count_saved_bytes(fused, images)
+        print(name, batch, pixels, {mode: round(size / MIB, 2) for mode, size in kept.items()}, flush=True)
+        mib = {mode: round(kept[mode] / MIB, 3) for mode in COLUMNS}
+        yield {"model": name, "batch": batch, "pixels": pixels, **mib}
+
+
+@contextmanager
+def folding_by_autograd() -> Iterator[None]:
+    """Leave no recipe in the graph, as published. Autograd then keeps every folded weight."""
+    with mock.patch.object(convolution, "replace_saved", return_value=False):
+        yield
+
+
+def as_markdown(rows: list[dict[str, Any]]) -> str:
+    """Draw the page of the docs."""
+    lines = [INTRODUCTION]
+    for batch, pixels in SIZES:
+        chosen = [row for row in rows if row["batch"] == batch and (row["pixels"] == 224) == (pixels == 224)]
+        lines += ["", f"## Batch {batch}, {pixels} px", "", *table(chosen, pixels)]
+    return "\n".join(lines) + "\n"
+
+
+def with_table(page: str, mark: str, rows: list[dict[str, Any]]) -> str:
+    """Put some of the rows as a table between two marks in a page."""
+    chosen = [row for row in rows if row["model"] in EXCERPTS[mark] and (row["batch"], row["pixels"]) == (8, 224)]
+    return results_file.with_table(page, mark, table(chosen, 224))
+
+
+def table(rows: list[dict[str, Any]], pixels: int) -> list[str]:
+    """Draw one table. A model that needs larger images has their size beside its name."""
+    headers = [*COLUMNS.values(), "Tune / Deploy", "with recompute", "saved against Eval", "with recompute"]
+    lines = [f"| model | {' | '.join(headers)} |", "|---|" + "---:|" * len(headers)]
+    for row in rows:
+        name = row["model"] if row["pixels"] == pixels else f"{row['model']} ({row['pixels']} px)"
+        tunes = [row["tune"], row["tune_recompute"]]
+        cells = [f"{row[mode]:.1f}" for mode in COLUMNS]
+        cells += [f"{tune / row['deploy']:.3f}" for tune in tunes]
+        cells += [f"{100 * (1 - tune / row['eval']):.0f} %" for tune in tunes]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""The page `docs/benchmarks/modes.md`: what `run.py` has measured, with the cases that Tune mode loses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from statistics import median
+from typing import Any, NamedTuple
+
+from examples.benchmarks.summary import (
+    Row,
+    Spread,
+    bytes_ratio,
+    largest_batch,
+    measured,
+    notes,
+    spread_text,
+    time_ratio,
+    title,
+)
+from examples.benchmarks.variants import VARIANTS
+from examples.results_file import moved_scripts
+from lightning_convbn.memory import MIB
+
+RECOMPUTE_LIMITS = {"efficientnet_b0": 0.62, "efficientnet_v2_s": 0.63, "mobilenet_v3_large": 0.80}
+
+
+class Target(NamedTuple):
+    """A ratio of two variants, and the largest value that is good.
+
+    Attributes:
+        ours: Variants; the best of them counts.
+        theirs: Variants to compare with; the best of them counts.
+        limit: The largest good ratio for a model.
+        what: ``"kept_bytes"``, ``"peak_bytes"`` or ``"step_ms"``.
+    """
+
+    ours: Sequence[str]
+    theirs: Sequence[str]
+    limit: Callable[[str], float | None]
+    what: str = "kept_bytes"
+
+    @property
+    def title(self) -> str:
+        """Its name in a table."""
+        best = (" or ".join(VARIANTS[name].title for name in names) for names in (self.ours, self.theirs))
+        return " / ".join(best)
+
+    def ratio(self, row: Row) -> Spread | None:
+        """Return the ratio of the best of both sides. A ratio of bytes has no spread."""
+        ours, theirs = (
+            min((name for name in names if measured(row, name)), key=lambda name: self._amount(row, name), default=None)
+            for names in (self.ours, self.theirs)
+        )
+        if ours is None or theirs is None:
+            return None
+        if self.what == "step_ms":
+            return time_ratio(row, ours, theirs)
+        ratio = bytes_ratio(row, ours, theirs, self.what)
+        return None if ratio is None else Spread(ratio, ratio, ratio)
+
+    def text(self, row: Row) -> str:
+        """Return the ratio as text. A ratio above the target is bold."""
+        ratio, limit = self.ratio(row), self.limit(row["model"])
+        if ratio is None:
+            return "-"
+        digits = 2 if self.what == "step_ms" else 3
+        value = spread_text(ratio, digits) if self.what == "step_ms" else f"{ratio.median:.{digits}f}"
+        if limit is None or round(ratio.median, digits) <= limit:
+            return value
+        if round(ratio.lower, digits) <= limit:
+            return f"{value}, target {limit:.2f} within the quartiles"
+        return f"**{value}, above {limit:.2f}**"
+
+    def _amount(self, row: Row, name: str) -> float:
+        found = measured(row, name)
+        assert found is not None
+        return median(found["step_ms"]) if self.what == "step_ms" else found[self.what]
+
+
+def _always(limit: float) -> Callable[[str], float | None]:
+    return lambda model: limit
+
+
+KEPT = [
+    Target(["tune"], ["deploy"], _always(1.01)),
+    Target(["tune"], ["eval"], _always(1.0)),
+    Target(["tune"], ["mmengine"], _always(1.0)),
+    Target(["tune"], ["checkpoint"], _always(1.0)),
+    Target(["tune_recompute"], ["tune"], _always(1.0)),
+    Target(["tune_recompute"], ["deploy"], RECOMPUTE_LIMITS.get),
+    Target(["tune_compiled"], ["inductor_pass"], _always(1.0)),
+    Target(["tune_recompute", "tune_compiled"], ["inductor_pass", "compiled", "mmengine"], _always(1.0)),
+]
+TIME = [
+    Target(["tune"], ["deploy"], lambda model: 1.05 if model == "resnet50" else 1.08, "step_ms"),
+    Target(["tune"], ["eval"], _always(1.0), "step_ms"),
+    Target(["tune"], ["mmengine"], _always(1.0), "step_ms"),
+    Target(["tune"], ["checkpoint"], _always(1.0), "step_ms"),
+    Target(["tune_recompute"], ["tune"], _always(1.05), "step_ms"),
+    Target(["tune_compiled"], ["inductor_pass"], _always(1.0), "step_ms"),
+]
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "Kept for backward, MiB": lambda found: f"{found['kept_bytes'] / MIB:.1f}",
+    "Peak of forward and backward, gradients included, MiB": lambda found: f"{found['peak_bytes'] / MIB:.1f}",
+    "Step time, ms, and quartiles": lambda found: spread_text(Spread.of(found["step_ms"]), 0),
+    "Largest relative deviation of a parameter's gradient from Eval's": lambda found: (
+        "-" if found["gradient_deviation"] is None else f"{found['gradient_deviation']:.0e}"
+    ),
+}
+INTRODUCTION = """# All modes, and other tools
+
+For users who want to compare every mode with other tools, also where Tune mode loses. Each network makes a training
+step in every mode and with every tool, all in one process: forward, mean of the outputs, backward. All parameters are
+trained, without an optimizer. Weights and statistics are random. Except in Train mode, BatchNorms use their running
+statistics.
+
+- *Kept* is what the allocator has counted after one forward pass. It includes the batch if it is kept. *Peak* is the
+  most at one moment of the forward and the backward pass, gradients included. What was there before the step does not
+  count.
+- *Step time* is the median of interleaved rounds; each round has its own order. A ratio is shown with the quartiles
+  of the ratios of single rounds.
+- *Deploy copy* is the trainable copy that `fuse_for_deploy` makes. It is the lower limit for every method that keeps
+  the inputs of the convolutions, but it does not train the parameters of the original.
+- *mmengine* is its `turn_on_efficient_conv_bn_eval`. *inductor's pass* is `efficient_conv_bn_eval_fx_passes` under
+  `torch.compile`. *checkpoint per stage* is `torch.utils.checkpoint` around each stage in Eval mode, which runs the
+  forward pass of each stage twice.
+- Compilers and tracers get only the backbone of the detector. The detector samples its proposals by score. So
+  rounding changes some of them, and with them the gradients.
+- A ratio above its target is **bold**."""
+
+ALLOCATOR = """The variables make glibc's allocator keep memory that is freed. Without them it returns large blocks
+to the kernel and gets them back page by page. It does so in some steps more often than in others. The variant that
+keeps most loses most time by it."""
+
+
+def as_markdown(measurements: Mapping[str, Any], stem: str) -> str:
+    """Draw the page. The names of the pictures begin with ``stem``."""
+    rows, machine = measurements["rows"], measurements["machine"]
+    known = ", ".join(f"{name} {version}" for name, version in measurements["versions"].items())
+    allocator = "".join(f", {name}={value}" for name, value in machine["allocator"].items())
+    commands = "\n".join(f"    {command}" for command in measurements["commands"])
+    lines = [
+        INTRODUCTION,
+        "",
+        f"{machine.get('gpu', machine['cpu'])}, threads: {machine['threads']}{allocator}; {known}.",
+    ]
+    lines += ["Written by `python examples/benchmarks/write_pages.py` from what these commands measured:", "", commands]
+    if moved := moved_scripts(measurements["commands"]):
+        lines += ["", *moved]
+    if machine["allocator"]:
+        lines += ["", ALLOCATOR]
+    if all(row["device"] == "cpu" for row in rows):
+        lines += ["", "On a GPU: not measured on a GPU yet; `--device cuda` runs the same code."]
+    drawn = pictures(rows, stem)
+    for name, chosen in drawn.items():
+        lines += ["", *_section(chosen, name)]
+    lines += ["", *_largest(rows, measurements["budget_mib"])]
+    said = [f"- {row['model']}, {title(row)}: {note}" for row in rows for note in notes(row)]
+    if said:
+        lines += ["", "## What failed, and what was folded", "", *said]
+    return "\n".join(lines) + "\n"
+
+
+def pictures(rows: Sequence[Row], stem: str) -> dict[str, list[Row]]:
+    """Group the rows by all settings but the network, by the name of a picture for each group."""
+    ordered = sorted(rows, key=lambda row: (row["pixels"], row["batch"], title(row)))  # stable: models as measured
+    return {
+        f"{stem}-{name.replace(', ', '-').replace(' ', '')}.png": list(chosen)
+        for name, chosen in groupby(ordered, title)
+    }
+
+
+def _section(rows: Sequence[Row], picture: str) -> Iterator[str]:
+    name = title(rows[0])
+    yield from (f"## {name[0].upper()}{name[1:]}", "", f"![Kept, peak and step time]({picture})")
+    for heading, targets in (("Kept against the targets", KEPT), ("Step time against the targets", TIME)):
+        table = [[target.text(row) for target in targets] for row in rows]
+        yield from ("", f"### {heading}", "", *_table([target.title for target in targets], rows, table))
+    variants = _variants(rows)
+    for heading, text in TABLES.items():
+        cells = [[_cell(row, variant, text) for variant in variants] for row in rows]
+        yield from ("", f"### {heading}", "", *_table([VARIANTS[one].title for one in variants], rows, cells))
+
+
+def _largest(rows: Sequence[Row], budget_mib: float) -> Iterator[str]:
+    variants = _variants(rows)
+    settings = {(row["model"], title({**row, "batch": "any"})): row for row in rows}.values()
+    found = [(row, [largest_batch(rows, row, variant, budget_mib) for variant in variants]) for row in settings]
+    found = [(row, batches) for row, batches in found if any(batches)]
+    if not found:
+        return
+    yield from (f"## Largest batch in {budget_mib} MiB", "")
+    yield "These batches are derived, not tried. The peak grows by the same amount with each sample, and two measured"
+    yield "batches give this amount. Parameters and buffers are added; the state of an optimizer is not."
+    yield ""
+    titles = ["image", "measured at batches", *(VARIANTS[variant].title for variant in variants)]
+    cells = []
+    for row, batches in found:
+        points = next(batch[1] for batch in batches if batch)
+        fitting = ["-" if batch is None else str(batch[0]) for batch in batches]
+        cells.append([f"{row['pixels']} px", " and ".join(map(str, points)), *fitting])
+    yield from _table(titles, [row for row, _ in found], cells)
+
+
+def _variants(rows: Sequence[Row]) -> list[str]:
+    return [name for name in VARIANTS if any(name in row["variants"] for row in rows)]
+
+
+def _cell(row: Row, variant: str, text: Callable[[Mapping[str, Any]], str]) -> str:
+    if variant not in row["variants"]:
+        return "-"
+    found = measured(row, variant)
+    return "failed" if found is None else text(found)
+
+
+def _table(titles: Sequence[str], rows: Sequence[Row], cells: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| model | {' | '.join(titles)} |"
+    yield "|---|" + "---:|" * len(titles)
+    for row, line in zip(rows, cells, strict=True):
+        yield f"| {row['model']} | {' | '.join(line)} |"

@@ -1,0 +1,144 @@
+"""Summaries of what `run.py` has measured: ratios with their spread, the largest batch in a budget, tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+from examples.benchmarks.variants import VARIANTS
+from lightning_convbn.memory import MIB
+
+Row = Mapping[str, Any]
+SETTING = ("model", "batch", "pixels", "device", "precision", "channels_last")
+COLUMNS = (
+    "variant",
+    "kept, MiB",
+    "/ Deploy",
+    "peak, MiB",
+    "step, ms (quartiles)",
+    "/ Eval",
+    "/ Deploy",
+    "largest batch",
+    "gradient deviation",
+)
+
+
+class Spread(NamedTuple):
+    """A median and the quartiles around it."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Summarise values. For a single value, the quartiles are that value."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        lower, _, upper = quantiles(values, n=4, method="inclusive")
+        return cls(median(values), lower, upper)
+
+
+def measured(row: Row, variant: str) -> Mapping[str, Any] | None:
+    """Return the measurements of a variant; None if it was not run or failed."""
+    found: Mapping[str, Any] | None = row["variants"].get(variant)
+    return None if found is None or "failed" in found else found
+
+
+def bytes_ratio(row: Row, variant: str, other: str, what: str = "kept_bytes") -> float | None:
+    """Return the ratio of two variants' bytes."""
+    own, reference = measured(row, variant), measured(row, other)
+    return None if own is None or reference is None else own[what] / reference[what]
+
+
+def time_ratio(row: Row, variant: str, other: str) -> Spread | None:
+    """Return the ratio of two variants' median step times, and the quartiles of the ratios of single rounds."""
+    own, reference = measured(row, variant), measured(row, other)
+    if own is None or reference is None:
+        return None
+    ratios = Spread.of([one / two for one, two in zip(own["step_ms"], reference["step_ms"], strict=True)])
+    return ratios._replace(median=median(own["step_ms"]) / median(reference["step_ms"]))
+
+
+def largest_batch(rows: Sequence[Row], row: Row, variant: str, budget_mib: float) -> tuple[int, list[int]] | None:
+    """Derive the largest batch that fits a budget from two measured points.
+
+    Parameters and buffers do not depend on the batch. The peak of forward and backward, with the gradients, grows by
+    nearly the same amount for each sample.
+
+    Args:
+        rows: All measured cells.
+        row: The setting; its batch does not matter.
+        variant: The variant.
+        budget_mib: The budget.
+
+    Returns:
+        The largest batch, and the smallest and the largest measured batch of this setting. None if there are not two.
+        The largest batch is 0 if not even one sample fits.
+    """
+    alike = [one for one in rows if all(one[key] == row[key] for key in SETTING if key != "batch")]
+    points = {one["batch"]: found for one in alike if (found := measured(one, variant)) is not None}
+    if len(points) < 2:
+        return None
+    small, large = min(points), max(points)
+    per_sample = (points[large]["peak_bytes"] - points[small]["peak_bytes"]) / (large - small)
+    if per_sample <= 0:
+        return None
+    constant = points[small]["resident_bytes"] + points[small]["peak_bytes"] - small * per_sample
+    return max(0, math.floor((budget_mib * MIB - constant) / per_sample)), [small, large]
+
+
+def title(row: Row) -> str:
+    """Return the setting of a row as text."""
+    precision = "" if row["precision"] == "fp32" else f", {row['precision']} autocast"
+    layout = ", channels_last" if row["channels_last"] else ""
+    return f"batch {row['batch']}, {row['pixels']} px, {row['device']}{precision}{layout}"
+
+
+def cell_table(rows: Sequence[Row], row: Row, budget_mib: float) -> list[str]:
+    """Draw the measurements of one network in one setting as a table for a console."""
+    lines = [list(COLUMNS), *_cells(rows, row, budget_mib)]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(COLUMNS))]
+    drawn = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return [line.rstrip() for line in [drawn[0], "-" * len(drawn[0]), *drawn[1:], *notes(row)]]
+
+
+def _cells(rows: Sequence[Row], row: Row, budget_mib: float) -> Iterator[list[str]]:
+    for name in row["variants"]:
+        found = measured(row, name)
+        if found is None:
+            yield [VARIANTS[name].title, "failed", *[""] * (len(COLUMNS) - 2)]
+            continue
+        fitting = largest_batch(rows, row, name, budget_mib)
+        off = found["gradient_deviation"]
+        yield [
+            VARIANTS[name].title,
+            f"{found['kept_bytes'] / MIB:.1f}",
+            ratio_text(bytes_ratio(row, name, "deploy"), 3),
+            f"{found['peak_bytes'] / MIB:.1f}",
+            spread_text(Spread.of(found["step_ms"]), 1),
+            ratio_text(time_ratio(row, name, "eval"), 2),
+            ratio_text(time_ratio(row, name, "deploy"), 2),
+            "" if fitting is None else str(fitting[0]),
+            "" if off is None else f"{off:.1e}",
+        ]
+
+
+def notes(row: Row) -> list[str]:
+    """Return a line for each variant that failed, and for each note."""
+    found = [(VARIANTS[name].title, one) for name, one in row["variants"].items()]
+    failed = [f"{name} failed: {one['failed']}" for name, one in found if "failed" in one]
+    return failed + [f"{name}: {one['note']}" for name, one in found if "note" in one]
+
+
+def ratio_text(ratio: float | Spread | None, digits: int) -> str:
+    """Write a ratio, or nothing."""
+    value = ratio.median if isinstance(ratio, Spread) else ratio
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def spread_text(spread: Spread, digits: int) -> str:
+    """Write a median with its quartiles."""
+    return f"{spread.median:.{digits}f} ({spread.lower:.{digits}f} to {spread.upper:.{digits}f})"

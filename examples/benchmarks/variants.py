@@ -1,0 +1,124 @@
+"""The variants of the benchmark: the modes of this package, and other tools for the same purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+
+from examples.benchmarks.networks import Workload
+from lightning_convbn import Mode, set_mode
+
+INDUCTOR_PASS = "inductor_pass"
+
+
+class Variant(NamedTuple):
+    """One way to run a network.
+
+    Attributes:
+        title: Its name in tables.
+        build: Builds a network from a workload; it shares the parameters that both have.
+        colour: Its colour in plots.
+        compiled: Whether it uses `torch.compile`.
+        folded_weights: Whether it trains folded weights instead of the original ones.
+        has_evals_gradients: Whether its gradients should equal those of Eval.
+    """
+
+    title: str
+    build: Callable[[Workload], nn.Module]
+    colour: str
+    compiled: bool = False
+    folded_weights: bool = False
+    has_evals_gradients: bool = True
+
+
+def _train(workload: Workload) -> nn.Module:
+    return workload.copy(workload.model, own_buffers=True).train()
+
+
+def _eval(workload: Workload) -> nn.Module:
+    return workload.copy(workload.model)
+
+
+def _mode(workload: Workload, mode: Mode, recompute_activations: bool = False) -> nn.Module:
+    model = workload.copy(workload.model)
+    set_mode(model, mode, pairs=workload.pairs, recompute_activations=recompute_activations)
+    return model
+
+
+def _deploy(workload: Workload) -> nn.Module:
+    return workload.copy(workload.fused)
+
+
+def _compiled(workload: Workload, build: Callable[[Workload], nn.Module], **options: Any) -> nn.Module:
+    model = build(workload)
+    # Without dynamic shapes: otherwise the second batch size would be compiled for any size, unlike the first.
+    # Without the cache on disk: inductor does not count the folds of cached code.
+    model.get_submodule(workload.part).compile(dynamic=False, options={"fx_graph_cache": False, **options})
+    return model
+
+
+def _mmengine(workload: Workload) -> nn.Module:
+    from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
+
+    model = workload.copy(workload.model)
+    turn_on_efficient_conv_bn_eval(nn.ModuleDict({"model": model}), f"model.{workload.part}".rstrip("."))
+    return model
+
+
+def _checkpointed(workload: Workload) -> nn.Module:
+    if not workload.stages:
+        raise ValueError("no stages are known to checkpoint; see STAGE in networks.py")
+    model = workload.copy(workload.model)
+    for name in workload.stages:
+        stage = model.get_submodule(name)
+        stage.forward = partial(_checkpoint, stage.forward)
+    return model
+
+
+def _checkpoint(forward: Callable[..., Any], *inputs: Any) -> Any:
+    def run(*inputs: Any) -> Any:
+        return forward(*tree_map(lambda leaf: leaf, inputs))  # HRNet changes the list that it gets
+
+    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+VARIANTS: dict[str, Variant] = {
+    "train": Variant("Train", _train, "#7c8594", has_evals_gradients=False),
+    "eval": Variant("Eval", _eval, "#d9772b"),
+    "tune": Variant("Tune", partial(_mode, mode="tune"), "#12998c"),
+    "tune_recompute": Variant("Tune + recompute", partial(_mode, mode="tune", recompute_activations=True), "#5fbf5a"),
+    "tune_compiled": Variant(
+        "Tune, compiled", partial(_compiled, build=partial(_mode, mode="tune")), "#2f7fd0", compiled=True
+    ),
+    "deploy": Variant("Deploy copy", _deploy, "#a3adbb", folded_weights=True),
+    "deploy_compiled": Variant(
+        "Deploy copy, compiled", partial(_compiled, build=_deploy), "#8d9bd6", compiled=True, folded_weights=True
+    ),
+    "mmengine": Variant("mmengine", _mmengine, "#c25a9b"),
+    INDUCTOR_PASS: Variant(
+        "inductor's pass",
+        partial(_compiled, build=_eval, efficient_conv_bn_eval_fx_passes=True),
+        "#9467bd",
+        compiled=True,
+    ),
+    "compiled": Variant("torch.compile alone", partial(_compiled, build=_eval), "#b5893c", compiled=True),
+    "checkpoint": Variant("checkpoint per stage", _checkpointed, "#d1495b"),
+}
+
+
+def forget_compiled() -> None:
+    """Drop compiled code and counters, so that a cell of the benchmark does not depend on the one before."""
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def folded_by_inductor() -> int:
+    """Count the blocks that inductor's pass has folded since `forget_compiled`."""
+    return int(counters["inductor"]["efficient_conv_bn_eval"])

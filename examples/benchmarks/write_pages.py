@@ -1,0 +1,148 @@
+"""Write the pages of the docs about modes and scale, with their pictures, from what `run.py` has measured.
+
+    python examples/benchmarks/write_pages.py
+
+writes `docs/benchmarks/modes.md` with its pictures from `docs/benchmarks/modes.json`, and `docs/benchmarks/scaling.md`
+with its picture from `docs/benchmarks/scale.json` and `processes.json`. A page without measurements is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from examples.benchmarks import modes_page, scale_page
+from examples.benchmarks.summary import Row, bytes_ratio, measured, time_ratio
+from examples.benchmarks.variants import VARIANTS
+from examples.results_file import BENCHMARKS
+from lightning_convbn.exporting.atomic_file import atomic_write
+from lightning_convbn.memory import MIB
+
+# One opaque panel with dark text: it reads the same on a light and on a dark page.
+PANEL, TEXT, GRID = "#f8fafc", "#1e293b", "#dbe2ea"
+SCALE_VARIANTS = ("eval", "tune", "deploy")
+
+
+def main() -> None:
+    """Write every page whose measurements are there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--modes", type=Path, default=BENCHMARKS / "modes.json", help="measurements for the page of the modes"
+    )
+    parser.add_argument(
+        "--scale", type=Path, default=BENCHMARKS / "scale.json", help="measurements for the page of scale"
+    )
+    parser.add_argument(
+        "--processes", type=Path, default=BENCHMARKS / "processes.json", help="measurements of several processes"
+    )
+    parser.add_argument("--scale-page", type=Path, default=scale_page.PAGE, help="the page of scale")
+    arguments = parser.parse_args()
+    written = []
+    if arguments.modes.exists():
+        measurements = json.loads(arguments.modes.read_text())
+        page = arguments.modes.with_suffix(".md")
+        page.write_text(modes_page.as_markdown(measurements, arguments.modes.stem))
+        written.append(page)
+        for name, rows in modes_page.pictures(measurements["rows"], arguments.modes.stem).items():
+            written.append(_save(compare(rows), page.with_name(name)))
+    if arguments.scale.exists():
+        rows = json.loads(arguments.scale.read_text())["rows"]
+        processes = json.loads(arguments.processes.read_text())
+        arguments.scale_page.write_text(scale_page.as_markdown(rows, processes))
+        written += [arguments.scale_page, _save(growth(rows), arguments.scale.with_suffix(".png"))]
+    if not written:
+        parser.error(
+            f"neither {arguments.modes} nor {arguments.scale} exists; write one with examples/benchmarks/run.py"
+        )
+    print("wrote", *written, sep="\n  ")
+
+
+def compare(rows: Sequence[Row]) -> Figure:
+    """Draw what each network keeps, its peak and its step time, relative to the Deploy copy's, variant by variant."""
+    figure = Figure(figsize=(15, 1.9 + 0.5 * len(rows)), layout="constrained", dpi=120, facecolor=PANEL)
+    kept, peak, time = figure.subplots(1, 3, sharey=True)
+    names = [name for name in VARIANTS if any(name in row["variants"] for row in rows)]
+    for place, name in enumerate(names):
+        offset = 0.7 * (place / max(1, len(names) - 1) - 0.5)
+        for axes, what in ((kept, "kept_bytes"), (peak, "peak_bytes")):
+            found = [(bytes_ratio(row, name, "deploy", what), number + offset) for number, row in enumerate(rows)]
+            _dots(axes, name, [point for point in found if point[0] is not None])
+        spreads = [(time_ratio(row, name, "deploy"), number + offset) for number, row in enumerate(rows)]
+        timed = [(spread, height) for spread, height in spreads if spread is not None]
+        _dots(time, name, [(spread.median, height) for spread, height in timed])
+        for spread, height in timed:
+            time.plot([spread.lower, spread.upper], [height, height], color=VARIANTS[name].colour, linewidth=1.5)
+    for axes, label in ((kept, "kept for backward"), (peak, "peak of forward and backward"), (time, "step time")):
+        _plain(axes, f"{label}, relative to the Deploy copy")
+        axes.axvline(1, color="#64748b", linewidth=1)
+        axes.grid(axis="x", color=GRID)
+        for number in range(1, len(rows)):
+            axes.axhline(number - 0.5, color=GRID, linewidth=0.8)
+    kept.set_xscale("log", base=2)  # checkpointing keeps a tenth, folded weights a hundredfold of it at small images
+    kept.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    kept.set_yticks(range(len(rows)), [row["model"] for row in rows])
+    kept.set_ylim(len(rows) - 0.4, -0.6)
+    handles, labels = kept.get_legend_handles_labels()
+    legend = dict(zip(labels, handles, strict=True))
+    style: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": TEXT}
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=len(legend), columnspacing=1.2, **style)
+    return figure
+
+
+def growth(rows: Sequence[Row]) -> Figure:
+    """Draw how kept bytes and step times grow with batch, resolution and depth."""
+    figure = Figure(figsize=(12, 6.4), layout="constrained", dpi=120, facecolor=PANEL)
+    grid = figure.subplots(2, 3)
+    for column, (label, key) in enumerate(scale_page.AXES.items()):
+        chosen = scale_page.along(rows, key)
+        places = range(len(chosen)) if key == "model" else [row[key] for row in chosen]
+        for name in SCALE_VARIANTS:
+            found = [measured(row, name) for row in chosen]
+            points = [(place, one) for place, one in zip(places, found, strict=True) if one is not None]
+            style: dict[str, Any] = {"color": VARIANTS[name].colour, "marker": "o", "label": VARIANTS[name].title}
+            style["linestyle"] = "--" if name == "deploy" else "-"
+            across = [place for place, _ in points]
+            grid[0][column].plot(across, [one["kept_bytes"] / MIB for _, one in points], **style)
+            grid[1][column].plot(across, [median(one["step_ms"]) for _, one in points], **style)
+        for axes, unit in ((grid[0][column], "kept, MiB"), (grid[1][column], "step, ms")):
+            _plain(axes, label)
+            axes.set_ylabel(unit, color=TEXT)
+            axes.margins(x=0.15)
+            axes.set_ylim(bottom=0)
+            axes.grid(color=GRID)
+            axes.set_xticks(list(places), [str(row[key]) for row in chosen])
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, labelcolor=TEXT)
+    return figure
+
+
+def _dots(axes: Axes, name: str, points: Sequence[tuple[float | None, float]]) -> None:
+    if points:
+        ratios, heights = zip(*points, strict=True)
+        marker = "D" if VARIANTS[name].compiled else "o"
+        axes.scatter(ratios, heights, s=34, marker=marker, color=VARIANTS[name].colour, label=VARIANTS[name].title)
+
+
+def _plain(axes: Axes, label: str) -> None:
+    axes.set_facecolor(PANEL)
+    axes.set_xlabel(label, color=TEXT)
+    axes.tick_params(colors=TEXT, length=0)
+    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    axes.set_axisbelow(True)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with atomic_write(path) as file:
+        figure.savefig(file)
+    return path
+
+
+if __name__ == "__main__":
+    main()

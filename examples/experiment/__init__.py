@@ -1,0 +1,1 @@
+"""The paper's experiment: four modes at several learning rates."""

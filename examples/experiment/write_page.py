@@ -1,0 +1,312 @@
+"""Draw the figures and tables of `docs/benchmarks/stability-experiment.md` from the results of `compare_modes.py`.
+
+python examples/experiment/write_page.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import fmean, median, quantiles
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from examples.results_file import BENCHMARKS, moved_scripts, with_table
+from lightning_convbn.command.plot import COLOURS
+
+PAGE = BENCHMARKS / "stability-experiment.md"
+RESULTS = BENCHMARKS / "compare_modes.json"
+IN_DOUBLE = BENCHMARKS / "compare_modes_float64.json"
+TITLES = {"train": "Train", "eval": "Eval", "tune": "Tune", "deploy": "Deploy, trained"}
+NAMES = {
+    "mobilenet_v2": "MobileNetV2",
+    "efficientnet_lite0": "EfficientNet-Lite0",
+    "elpv": "ELPV",
+    "fashion-mnist": "Fashion-MNIST",
+}
+CHANCE = {"elpv": 1 / 2, "fashion-mnist": 1 / 10}
+COLLAPSED = 0.05
+"""A run whose accuracy is above chance by less than this has learnt nothing, or lost it all."""
+MODE_COLOURS = {"train": "#7c3aed", "eval": COLOURS["eval"], "tune": COLOURS["tune"], "deploy": COLOURS["deploy-copy"]}
+STYLES = {"train": ":", "eval": "-", "tune": "--", "deploy": "-."}
+MARKERS = {"train": "^", "eval": "o", "tune": "s", "deploy": "D"}
+INK = "#1e293b"
+GREY = "#64748b"
+
+Row = dict[str, Any]
+
+
+def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """Return the rows that have these values."""
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def values(rows: Iterable[Row], name: str) -> list[Any]:
+    """Return the different values of a column, in their order in the rows."""
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def accuracies(rows: Iterable[Row], **wanted: Any) -> list[float]:
+    """Return the accuracies of the rows that have these values; a diverged run's is chance."""
+    return [row["accuracy"] for row in select(rows, **wanted)]
+
+
+def has_collapsed(row: Row) -> bool:
+    """Return whether a run is hardly better than chance."""
+    return bool(row["diverged"] or row["accuracy"] < CHANCE[row["data"]] + COLLAPSED)
+
+
+def modes_of(rows: Iterable[Row]) -> list[str]:
+    """Return the modes that the rows have, in the order of the paper."""
+    found = {row["mode"] for row in rows}
+    return [mode for mode in TITLES if mode in found]
+
+
+def panels(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    """Yield each pair of a network and a data set that has rows."""
+    for net, data in itertools.product(NAMES, NAMES):
+        if select(rows, net=net, data=data):
+            yield net, data
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """Draw a table. All columns but the first hold numbers."""
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---", *["---:"] * (len(header) - 1)], *lines)]
+
+
+def accuracy_tables(rows: Sequence[Row]) -> list[str]:
+    """Draw a table of accuracies for each network and data set."""
+    modes = modes_of(rows)
+    lines = []
+    for net, data in panels(rows):
+        chosen = select(rows, net=net, data=data)
+        cells = [
+            [f"{lr:g}", *(_spread(accuracies(chosen, lr=lr, mode=mode)) for mode in modes)]
+            for lr in sorted(values(chosen, "lr"))
+        ]
+        header = ["learning rate", *(TITLES[mode] for mode in modes)]
+        lines += ["", f"**{NAMES[net]} on {NAMES[data]}**", "", *table(header, cells)]
+    return lines[1:]
+
+
+def _spread(found: Sequence[float]) -> str:
+    return f"{fmean(found):.3f} ({min(found):.3f} to {max(found):.3f})" if found else "-"
+
+
+def stability_table(rows: Sequence[Row]) -> list[str]:
+    """Draw the best learning rate for each network, data set and mode, and how many runs have collapsed."""
+    lines = []
+    for net, data in panels(rows):
+        for mode in modes_of(select(rows, net=net, data=data)):
+            chosen = select(rows, net=net, data=data, mode=mode)
+            means = {lr: fmean(accuracies(chosen, lr=lr)) for lr in sorted(values(chosen, "lr"))}
+            best = max(means, key=lambda lr: means[lr])
+            near = max(lr for lr in means if means[lr] > means[best] - COLLAPSED)
+            lines.append(
+                [
+                    f"{NAMES[net]}, {NAMES[data]}: {TITLES[mode]}",
+                    f"{means[best]:.3f}",
+                    f"{best:g}",
+                    f"{near:g}",
+                    f"{sum(map(has_collapsed, chosen))} of {len(chosen)}",
+                    str(sum(row["diverged"] for row in chosen)),
+                ]
+            )
+    header = [
+        "network, data: mode",
+        "best mean",
+        "at rate",
+        f"within {COLLAPSED} of it up to",
+        "collapsed",
+        "not finite",
+    ]
+    return table(header, lines)
+
+
+def collapse_table(rows: Sequence[Row]) -> list[str]:
+    """Draw how many runs of each mode have collapsed at each learning rate."""
+    lines = []
+    for lr in sorted(values(rows, "lr")):
+        chosen = [select(rows, lr=lr, mode=mode) for mode in modes_of(rows)]
+        lines.append([f"{lr:g}", *(f"{sum(map(has_collapsed, runs))} of {len(runs)}" for runs in chosen)])
+    return table(["learning rate", *(TITLES[mode] for mode in modes_of(rows))], lines)
+
+
+def twins(rows: Sequence[Row], mode: str, other: str, **wanted: Any) -> list[tuple[Row, Row]]:
+    """Pair each run in one mode with the run in another mode that has the same settings."""
+    place = ("net", "data", "seed", "lr")
+    others = {tuple(row[name] for name in place): row for row in select(rows, mode=other)}
+    found = [(row, others.get(tuple(row[name] for name in place))) for row in select(rows, mode=mode, **wanted)]
+    return [(row, twin) for row, twin in found if twin is not None]
+
+
+def twins_table(rows: Sequence[Row]) -> list[str]:
+    """Draw how far runs in Tune mode differ from runs in Eval mode with the same seed, for each rate."""
+    lines = []
+    for lr in sorted(values(rows, "lr")):
+        pairs = twins(rows, "tune", "eval", lr=lr)
+        if not pairs:
+            continue
+        losses = [
+            median(abs(tune[name] / other[name] - 1) for tune, other in pairs if tune[name] and other[name])
+            for name in ("first_loss", "tenth_loss")
+        ]
+        differences = [tune["accuracy"] - other["accuracy"] for tune, other in pairs]
+        mean, largest = f"{fmean(differences):+.3f}", f"{max(map(abs, differences)):.3f}"
+        lines.append([f"{lr:g}", str(len(pairs)), *(f"{loss:.0e}" for loss in losses), mean, largest])
+    header = ["learning rate", "pairs", "first loss apart", "tenth loss apart", "accuracy apart, mean", "largest"]
+    return table(header, lines)
+
+
+def cost_table(report: dict[str, Any]) -> list[str]:
+    """Draw memory and time of each network in each mode."""
+    rows, lines = report["rows"], []
+    for net, kept in report["kept_mib"].items():
+        for mode in modes_of(select(rows, net=net)):
+            low, middle, high = times(rows, net, mode)
+            saved = 100 * (1 - kept[mode] / kept["eval"])
+            pairs = twins(rows, mode, "eval", net=net)
+            ratio = median(row["cpu_ms_per_step"] / other["cpu_ms_per_step"] for row, other in pairs) if pairs else None
+            cells = [f"{kept[mode]:.1f}", f"{round(saved)} %", f"{middle:.0f} ({low:.0f} to {high:.0f})"]
+            lines.append([f"{NAMES[net]}: {TITLES[mode]}", *cells, "-" if ratio is None else f"{ratio:.2f}"])
+    return table(["network: mode", "kept, MiB", "less than Eval", "CPU ms per step", "to Eval's"], lines)
+
+
+def times(rows: Iterable[Row], net: str, mode: str) -> tuple[float, float, float]:
+    """Return lower quartile, median and upper quartile of the CPU milliseconds per step."""
+    found = [row["cpu_ms_per_step"] for row in select(rows, net=net, mode=mode)]
+    low, _, high = quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
+    return low, median(found), high
+
+
+def facts(report: dict[str, Any]) -> list[str]:
+    """Return the command, the settings, the machine and the versions of the runs."""
+    rows, settings, machine = report["rows"], report["settings"], report["machine"]
+    seeds = ", ".join(f"{seed} ({len(select(rows, seed=seed))} runs)" for seed in sorted(values(rows, "seed")))
+    rates = ", ".join(f"{lr:g}" for lr in sorted(values(rows, "lr")))
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return [
+        f"`{report['command']}`",
+        *moved_scripts([report["command"]]),
+        "",
+        f"{len(rows)} runs: seeds {seeds}; learning rates of the backbone {rates};",
+        f"{settings['limit']} training images of {settings['image_size']} px,",
+        f"batch {settings['batch_size']}, epochs {settings['epochs']}.",
+        f"{machine['cpu']}, one thread to a run; {versions}.",
+    ]
+
+
+def scales_table(report: dict[str, Any]) -> list[str]:
+    """Draw the quartiles of the factors by which folding multiplies the weights of a channel."""
+    lines = [
+        [NAMES[net], *(f"{factor:.2f} (squared {factor * factor:.2f})" for factor in quartiles)]
+        for net, quartiles in report["scale_quartiles"].items()
+    ]
+    return table(["network", "lower quartile", "median", "upper quartile"], lines)
+
+
+def fill_page(page: str, report: dict[str, Any], in_double: dict[str, Any]) -> str:
+    """Put facts and tables between their marks in a page. The runs in float64 have their own table."""
+    rows = report["rows"]
+    regions = {
+        "facts": facts(report),
+        "accuracy": accuracy_tables(rows),
+        "collapse": collapse_table(rows),
+        "stability": stability_table(rows),
+        "tune-eval": twins_table(rows),
+        "float64": [*facts(in_double), "", *twins_table(in_double["rows"])],
+        "scales": scales_table(report),
+        "cost": cost_table(report),
+    }
+    for mark, lines in regions.items():
+        page = with_table(page, mark, lines)
+    return page
+
+
+def draw_accuracy(rows: Sequence[Row], path: Path) -> None:
+    """Draw accuracy against learning rate: means as lines, the range as bands."""
+    shown = list(panels(rows))
+    lines, columns = math.ceil(len(shown) / 2), min(2, len(shown))
+    figure = Figure(figsize=(9, 3.2 * lines + 0.6), layout="constrained", dpi=150, facecolor="white")
+    grid = figure.subplots(lines, columns, squeeze=False, sharey="col")
+    for axes, (net, data) in zip(grid.flat, shown, strict=False):
+        chosen = select(rows, net=net, data=data)
+        for mode in modes_of(chosen):
+            rates = sorted(values(select(chosen, mode=mode), "lr"))
+            runs = [accuracies(chosen, lr=lr, mode=mode) for lr in rates]
+            colour, style = MODE_COLOURS[mode], STYLES[mode]
+            axes.fill_between(rates, [*map(min, runs)], [*map(max, runs)], color=colour, alpha=0.13, linewidth=0)
+            axes.plot(rates, [*map(fmean, runs)], style, color=colour, label=TITLES[mode], marker=MARKERS[mode])
+        axes.axhline(CHANCE[data], color=GREY, linewidth=0.8)
+        rates = sorted(values(chosen, "lr"))
+        axes.annotate("chance", (rates[0], CHANCE[data]), (0, 3), textcoords="offset points", fontsize=8, color=GREY)
+        axes.set_xscale("log")
+        axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
+        axes.minorticks_off()
+        axes.set_title(f"{NAMES[net]}, {NAMES[data]}", fontsize=10, color=INK)
+        _clean(axes)
+    figure.supxlabel("learning rate of the backbone", fontsize=10, color=INK)
+    figure.supylabel("balanced test accuracy", fontsize=10, color=INK)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=10)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def draw_cost(report: dict[str, Any], path: Path) -> None:
+    """Draw memory and processor time of each mode as bars."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=150, facecolor="white")
+    memory, time = figure.subplots(1, 2)
+    nets = [*report["kept_mib"]]
+    width = 0.8 / len(TITLES)
+    for place, (mode, title) in enumerate(TITLES.items()):
+        positions = [number + (place - (len(TITLES) - 1) / 2) * width for number in range(len(nets))]
+        colour = MODE_COLOURS[mode]
+        sizes = [report["kept_mib"][net][mode] for net in nets]
+        bars = memory.bar(positions, sizes, width * 0.9, color=colour, label=title)
+        memory.bar_label(bars, [f"{size:.0f}" for size in sizes], padding=2, fontsize=8, color=INK)
+        spread = [times(report["rows"], net, mode) for net in nets]
+        middles = [middle for _, middle, _ in spread]
+        errors = [[middle - low for low, middle, _ in spread], [high - middle for _, middle, high in spread]]
+        bars = time.bar(positions, middles, width * 0.9, yerr=errors, color=colour, ecolor=INK, capsize=2)
+        time.bar_label(bars, [f"{middle:.0f}" for middle in middles], padding=2, fontsize=8, color=INK)
+    batch = report["settings"]["batch_size"]
+    memory.set_title(f"MiB kept for backward, batch {batch}", fontsize=10, color=INK)
+    time.set_title(f"CPU ms per training step, batch {batch}", fontsize=10, color=INK)
+    for axes in (memory, time):
+        axes.set_xticks(range(len(nets)), [NAMES[net] for net in nets])
+        axes.margins(y=0.12)
+        _clean(axes)
+    figure.legend(loc="outside upper center", ncols=len(TITLES), frameon=False, fontsize=10)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _clean(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.grid(axis="y", color="#e2e8f0")
+    axes.set_axisbelow(True)
+
+
+def main() -> None:
+    """Write the page and its figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the runs (%(default)s)")
+    parser.add_argument("--in-double", type=Path, default=IN_DOUBLE, help="those in double precision (%(default)s)")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page whose tables are filled in (%(default)s)")
+    parser.add_argument("--figures", type=Path, default=BENCHMARKS, help="folder of the figures (%(default)s)")
+    args = parser.parse_args()
+    report, in_double = (json.loads(path.read_text()) for path in (args.results, args.in_double))
+    args.page.write_text(fill_page(args.page.read_text(), report, in_double))
+    draw_accuracy(report["rows"], args.figures / "compare-modes-accuracy.png")
+    draw_cost(report, args.figures / "compare-modes-cost.png")
+    print(f"wrote {args.page} and its figures in {args.figures}")
+
+
+if __name__ == "__main__":
+    main()

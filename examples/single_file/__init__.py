@@ -1,0 +1,1 @@
+"""Pages to copy: one file each, plain Lightning, no command line."""

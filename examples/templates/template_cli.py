@@ -1,0 +1,61 @@
+"""The command line that the templates share: defaults from a YAML file, a test after the fit, errors in one line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningArgumentParser
+
+from examples.data.data_module import SplitData
+from examples.data.pretrained_weights import WeightsError
+from examples.data.sources import DataError
+from examples.results_file import write_json
+from examples.templates.networks.classifiers import BackboneError
+from lightning_convbn.cli import ConvBNCLI
+
+CONFIGS = Path(__file__).parent / "configs"
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+
+class TemplateCLI(ConvBNCLI):
+    """A ConvBNCLI that tests after a fit, and writes the scores to the file of `--results`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add `--results`. A template that overrides this method calls it."""
+        parser.add_argument("--results", type=Path | None, default=None, help="A JSON file to write the scores to.")
+
+    def after_fit(self) -> None:
+        """Test the weights at the end of the fit. Lightning prints the scores."""
+        (scores,) = self.trainer.test(self.model, self.datamodule)
+        self.write_results([dict(scores)])
+
+    def write_results(self, rows: list[dict[str, Any]]) -> None:
+        """Write the file of `--results`."""
+        path = self.config[self.subcommand].results
+        if path is not None and self.trainer.is_global_zero:
+            print(write_json(Path(path), rows, ("torch", "lightning"), device=self.trainer.strategy.root_device.type))
+
+
+def run(cli: type[ConvBNCLI], model: type[LightningModule], data: type[SplitData[Any]], config: str) -> None:
+    """Run a template's command line.
+
+    Args:
+        cli: Links the data to the model.
+        model: The LightningModule of the template.
+        data: The data module of the template.
+        config: Name of a YAML file in `configs/`; it holds the defaults.
+    """
+    defaults = {"default_config_files": [str(CONFIGS / config)]}
+    try:
+        cli(
+            model,
+            data,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},  # a command may run twice, with or without a logger
+            parser_kwargs=dict.fromkeys(SUBCOMMANDS, defaults),
+        )
+    except (BackboneError, DataError, WeightsError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,281 @@
+"""The benchmark as a person runs it: complete, resumable, honest about what fails; its pages agree with its files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import images as random_images
+from helpers.models import small_net
+from helpers.runs import LIGHTNING_SAYS
+from matplotlib.image import imread
+
+from examples import results_file
+from examples.benchmarks import adversarial, modes_page, scale_page, segmentation, summary, write_pages
+from examples.benchmarks import run as script
+from examples.benchmarks.networks import Workload, workload
+from examples.benchmarks.training_step import Step, allocations, deviation
+from examples.benchmarks.variants import VARIANTS
+from examples.data.digit_scenes import write_digit_masks
+from lightning_convbn import measure_memory
+
+EAGER = [name for name, variant in VARIANTS.items() if not variant.compiled]
+CPU = torch.device("cpu")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, script: Any, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+    script.main()
+
+
+def resnet18(monkeypatch: pytest.MonkeyPatch, out: Path, *variants: str, sizes: tuple[str, ...] = ("2:32",)) -> None:
+    run(
+        monkeypatch,
+        script,
+        *("--models", "resnet18", "--sizes", *sizes, "--rounds", 2, "--out", out),
+        *("--variants", *(variants or EAGER)),
+    )
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of all eager variants on two batches leaves behind."""
+    path = tmp_path_factory.mktemp("benchmark") / "tiny.json"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        resnet18(monkeypatch, path, sizes=("2:32", "3:32"))
+    return path
+
+
+@pytest.fixture
+def rows(measured: Path) -> list[dict[str, Any]]:
+    return copy.deepcopy(json.loads(measured.read_text())["rows"])
+
+
+class TestRun:
+    def test_every_variant_is_measured(self, rows: list[dict[str, Any]]) -> None:
+        assert [row["batch"] for row in rows] == [2, 3]
+        for row in rows:
+            assert set(row["variants"]) == set(EAGER)
+            assert row["batchnorms"]["folded"] == 20
+            for name, found in row["variants"].items():
+                assert "failed" not in found, (name, found)
+                assert len(found["step_ms"]) == 2
+                assert found["kept_bytes"] < found["peak_bytes"]
+
+    def test_gradients_are_evals_but_for_train(self, rows: list[dict[str, Any]]) -> None:
+        for name, found in rows[1]["variants"].items():
+            off = found["gradient_deviation"]
+            assert (off is None) if name == "train" else off < 1e-4, name
+
+    def test_the_file_says_what_made_it(self, measured: Path) -> None:
+        written = json.loads(measured.read_text())
+        assert written["commands"] == [written["command"]]
+        assert written["command"].startswith("python examples/benchmarks/run.py --models resnet18 --sizes 2:32 3:32")
+        assert {"torch", "torchvision", "python"} <= set(written["versions"])
+        assert {"cpu", "cores", "threads", "allocator"} <= set(written["machine"])
+
+    def test_what_is_finished_is_not_run_again(
+        self, measured: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(script, "measure", None)
+        before = measured.read_text()
+        resnet18(monkeypatch, measured, "tune", sizes=("2:32", "3:32"))
+        assert capsys.readouterr().out.count(f"already in {measured}") == 2
+        assert measured.read_text() == before
+
+    def test_a_failing_variant_is_a_result(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def fails(work: Workload) -> torch.nn.Module:
+            raise TypeError("can't trace this\nand more")
+
+        broken = VARIANTS["mmengine"]._replace(build=fails)
+        monkeypatch.setitem(VARIANTS, "mmengine", broken)
+        resnet18(monkeypatch, tmp_path / "out.json", "mmengine")
+        (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+        assert row["variants"]["mmengine"] == {"failed": "TypeError: can't trace this"}
+        assert len(row["variants"]["eval"]["step_ms"]) == 2
+        assert "mmengine failed: TypeError: can't trace this" in capsys.readouterr().out
+
+    def test_another_machines_file_is_not_added_to(
+        self, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        other = json.loads(measured.read_text())
+        other["machine"]["cpu"] = "abacus"
+        (tmp_path / "out.json").write_text(json.dumps(other))
+        with pytest.raises(SystemExit):
+            resnet18(monkeypatch, tmp_path / "out.json")
+        assert "was measured with machine {'cpu': 'abacus'" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--sizes", "8"], "--sizes 8: must be BATCH:PIXELS"),
+            (["--sizes", "0:32"], "--sizes 0:32: must be BATCH:PIXELS"),
+            (["--rounds", "0"], "--rounds 0: must be at least 1"),
+            (["--budget-mib", "0"], "--budget-mib 0: must be at least 1"),
+            (["--models", "resnet19"], "torchvision has no 'resnet19'; did you mean"),
+            (["--variants", "faster"], "invalid choice: 'faster'"),
+            (["--out", "no/such/folder/out.json"], "there is no folder"),
+        ],
+    )
+    def test_bad_arguments_are_named(
+        self,
+        arguments: list[str],
+        message: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        tmp_path: Path,
+    ) -> None:
+        with pytest.raises(SystemExit):
+            run(monkeypatch, script, "--out", tmp_path / "out.json", *arguments)
+        assert message in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_a_gpu_that_is_not_there_is_an_error(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        with pytest.raises(SystemExit):
+            run(monkeypatch, script, "--device", "cuda", "--out", tmp_path / "out.json")
+        assert "--device cuda: PyTorch finds no GPU on this machine; use --device cpu" in capsys.readouterr().err
+
+    def test_a_foreign_file_is_not_overwritten(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        (tmp_path / "out.json").write_text('{"rows": [{"mine": 1}]}')
+        with pytest.raises(SystemExit):
+            resnet18(monkeypatch, tmp_path / "out.json")
+        assert "exists and is no file of this benchmark" in capsys.readouterr().err
+
+    @pytest.mark.slow
+    def test_compiled_variants_are_measured(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        compiled = sorted(set(VARIANTS) - set(EAGER))
+        resnet18(monkeypatch, tmp_path / "out.json", *compiled)
+        (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+        for name in compiled:
+            assert row["variants"][name]["gradient_deviation"] < 1e-4, row["variants"][name]
+        assert row["variants"]["inductor_pass"]["note"] == "folded 20 of 20 blocks"
+
+
+class TestMeasuring:
+    @pytest.mark.parametrize("mode", ["eval", "tune"])
+    def test_kept_bytes_are_those_that_measure_memory_counts(self, mode: str) -> None:
+        work = Workload(small_net(), (random_images(4, 3, 16, 16),))
+        step = Step(work, VARIANTS[mode].build(work), CPU, "fp32")
+        counted = measure_memory(work.model, *work.inputs, mode=mode).saved_bytes
+        assert step.memory()["kept_bytes"] == pytest.approx(counted, rel=0.01, abs=64)
+
+    def test_allocations_are_told_in_order(self) -> None:
+        deltas = allocations(lambda: torch.ones(1000).add(1))
+        assert [delta for delta in deltas if abs(delta) >= 4000] == [4000, 4000, -4000, -4000]
+
+    def test_a_wrong_gradient_is_seen(self) -> None:
+        expected = {"large": torch.full((4,), 100.0), "small": torch.ones(4)}
+        assert deviation(expected, expected) == 0
+        assert deviation({**expected, "small": 1.5 * expected["small"]}, expected) == pytest.approx(0.5)
+
+    def test_a_variant_shares_the_parameters_and_train_mode_keeps_its_statistics_to_itself(self) -> None:
+        work = workload("resnet18", 2, 32, CPU, channels_last=False)
+        before = work.model.bn1.running_mean.clone()
+        train = VARIANTS["train"].build(work)
+        Step(work, train, CPU, "fp32")()
+        assert train.conv1.weight is work.model.conv1.weight
+        assert torch.equal(work.model.bn1.running_mean, before)
+        assert not torch.equal(train.bn1.running_mean, before)
+
+
+class TestResults:
+    def test_the_largest_batch_is_derived_from_two_points(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            row["variants"]["tune"] |= {"peak_bytes": (10 + 5 * row["batch"]) * 2**20, "resident_bytes": 20 * 2**20}
+        assert summary.largest_batch(rows, rows[0], "tune", 100) == (14, [2, 3])
+        assert summary.largest_batch(rows, rows[0], "tune", 1) == (0, [2, 3])
+        assert summary.largest_batch(rows[:1], rows[0], "tune", 100) is None
+
+    def test_ratios_above_a_target_are_marked(self, rows: list[dict[str, Any]]) -> None:
+        time, kept = modes_page.TIME[0], modes_page.KEPT[0]
+        variants = rows[0]["variants"]
+        variants["deploy"] |= {"step_ms": [10, 10, 10], "kept_bytes": 100}
+        for steps, text in (
+            ([10, 10.4, 11], "1.04 (1.02 to 1.07)"),
+            ([10, 11, 12], "1.10 (1.05 to 1.15), target 1.08 within the quartiles"),
+            ([11, 12, 13], "**1.20 (1.15 to 1.25), above 1.08**"),
+        ):
+            variants["tune"] |= {"step_ms": steps, "kept_bytes": 102}
+            assert time.text(rows[0]) == text
+        assert kept.text(rows[0]) == "**1.020, above 1.01**"
+
+    def test_the_page_tells_of_failures_and_draws_the_rest(
+        self, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = json.loads(measured.read_text())
+        found["rows"][0]["variants"]["mmengine"] = {"failed": "KeyError: 'input'"}
+        (tmp_path / "tiny.json").write_text(json.dumps(found))
+        run(monkeypatch, write_pages, "--modes", tmp_path / "tiny.json", "--scale", tmp_path / "none.json")
+        page = (tmp_path / "tiny.md").read_text()
+        assert "- resnet18, batch 2, 32 px, cpu: mmengine failed: KeyError: 'input'" in page
+        assert "not measured on a GPU yet" in page
+        assert "## Largest batch in 8192 MiB" in page
+        for name in ("tiny-batch2-32px-cpu.png", "tiny-batch3-32px-cpu.png"):
+            assert f"]({name})" in page
+            pixels = imread(tmp_path / name)
+            assert pixels[..., 3].min() == 1, "opaque, so that it reads on any page"
+            assert pixels.std() > 0.01, "not empty"
+
+    def test_without_a_file_the_plots_say_how_to_make_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit):
+            run(monkeypatch, write_pages, "--modes", tmp_path / "a.json", "--scale", tmp_path / "b.json")
+        assert "write one with examples/benchmarks/run.py" in capsys.readouterr().err
+
+
+class TestPages:
+    def test_the_page_of_the_modes_comes_from_the_committed_measurements(self) -> None:
+        path, page = results_file.BENCHMARKS / "modes.json", results_file.BENCHMARKS / "modes.md"
+        if not path.exists() and not page.exists():
+            pytest.skip("neither docs/benchmarks/modes.json nor modes.md is there")
+        found = json.loads(path.read_text())
+        assert modes_page.as_markdown(found, "modes") == page.read_text()
+        for name in modes_page.pictures(found["rows"], "modes"):
+            assert (results_file.BENCHMARKS / name).exists()
+
+    def test_the_page_of_scale_comes_from_the_committed_measurements(self) -> None:
+        path = results_file.BENCHMARKS / "scale.json"
+        if not path.exists() and not scale_page.PAGE.exists():
+            pytest.skip("neither docs/benchmarks/scale.json nor docs/benchmarks/scaling.md is there")
+        rows = json.loads(path.read_text())["rows"]
+        processes = json.loads((results_file.BENCHMARKS / "processes.json").read_text())
+        assert scale_page.as_markdown(rows, processes) == scale_page.PAGE.read_text()
+        assert all(len(scale_page.along(rows, key)) >= 3 for key in scale_page.AXES.values())
+        assert path.with_suffix(".png").exists()
+
+
+@pytest.mark.usefixtures("own_folder")
+class TestComparisonsOfTemplates:
+    pytestmark = LIGHTNING_SAYS
+
+    @pytest.mark.filterwarnings("ignore:ConvBN. 7 BatchNorm.s. of `network` stay in Train mode")
+    @pytest.mark.filterwarnings("ignore:The number of training batches")
+    def test_segmentation_tries_each_way(self, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write_digit_masks(Path("digits"), {"train": 8, "val": 2, "test": 2}, size=32, seed=0)
+        tiny = ["--folder=digits", f"--weights={weights}", "--image-size=32", "--epochs=1", "--out=out"]
+        run(monkeypatch, segmentation, *tiny)
+        rows = json.loads(Path("out/results.json").read_text())["rows"]
+        assert [row["way"] for row in rows] == list(segmentation.ways(1))
+        assert {path.stem for path in Path("out").glob("*.png")} == set(segmentation.ways(1))
+
+    def test_adversarial_compares_the_modes(self, images: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        tiny = [f"--data=imagefolder:{images}", f"--weights={weights}", "--image-size=32", "--rounds=1"]
+        run(monkeypatch, adversarial, *tiny, "--out=out.json")
+        rows = json.loads(Path("out.json").read_text())["rows"]
+        assert [(row["attack"], row["mode"]) for row in rows] == [
+            (attack, mode) for attack in ("fgsm", "pgd") for mode in adversarial.MODES
+        ]
+        assert all(row["kept MiB"] < rows[0]["kept MiB"] for row in rows if row["mode"] != "eval")

