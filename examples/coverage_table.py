@@ -49,7 +49,8 @@ INTRODUCTION = """# Coverage
 What `find_conv_bn_pairs` folds, and what plain `torch.fx.symbolic_trace`, the way of the published implementations,
 finds on the same model: convolutions of `torch.nn` whose output goes into a `BatchNorm2d` of `torch.nn` and nowhere
 else. Models are in eval state. *Folded* BatchNorms cost nothing in Tune mode, *frozen* ones run as in Eval mode for the
-reason given, *left* ones (without running statistics) are not touched. Written by `python examples/coverage_table.py`.
+reason given, *unfrozen* ones (without running statistics) keep running as they are. Written by
+`python examples/coverage_table.py`.
 """
 
 
@@ -88,7 +89,7 @@ def count(name: str) -> dict[str, Any]:
         "batchnorms": len(pairs) + len(pairs.unpaired),
         "folded": len(pairs),
         "frozen": len(pairs.frozen),
-        "left": len(pairs.left),
+        "unfrozen": len(pairs.unfrozen),
         "plain": by_plain_tracing(model),
         "reasons": pairs.count_by_reason(),
     }
@@ -112,10 +113,10 @@ def by_plain_tracing(model: nn.Module) -> int | str:
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
     """Draw the page."""
-    lines = [INTRODUCTION, "| model | BatchNorms | folded | frozen | left | plain tracing finds | why not all |"]
+    lines = [INTRODUCTION, "| model | BatchNorms | folded | frozen | unfrozen | plain tracing finds | why not all |"]
     lines.append("|---|---:|---:|---:|---:|---:|---|")
     for row in rows:
-        counts = " | ".join(str(row[key]) for key in ("batchnorms", "folded", "frozen", "left", "plain"))
+        counts = " | ".join(str(row[key]) for key in ("batchnorms", "folded", "frozen", "unfrozen", "plain"))
         why = "; ".join(f"{number} × {reason}" for reason, number in row["reasons"].items())
         lines.append(f"| {row['model']} | {counts} | {why} |")
     return "\n".join(lines) + "\n"

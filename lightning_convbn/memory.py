@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_convbn.layers.layers import ConvBNLayer, Mode
 from lightning_convbn.modes import conv_bn_mode
-from lightning_convbn.pairs.find import ConvBNPairs
-from lightning_convbn.pairs.side_effects import state_kept
+from lightning_convbn.pairs.pair import ConvBNPairs
+from lightning_convbn.pairs.side_effects import side_effects_undone
 
 MIB = 2**20
 INPUT = "(input)"
@@ -102,7 +102,7 @@ def measure_memory(
         12288
     """
     switched = conv_bn_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
-    with switched, state_kept(model, inputs, kwargs):
+    with switched, side_effects_undone(model, inputs, kwargs):
         frozen = not all(parameter.requires_grad for parameter in model.parameters())
         if mode == "deploy" or (mode == "tune" and frozen):
             with torch.no_grad():  # the folds that stay are not kept for a backward pass
@@ -130,7 +130,7 @@ def measure_memory_abstractly(
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             args, named = tree_map_only(Tensor, fake.from_tensor, (tuple(inputs), dict(kwargs)))
-            with conv_bn_mode(model, mode, **asked), state_kept(model, args, named):
+            with conv_bn_mode(model, mode, **asked), side_effects_undone(model, args, named):
                 saved = saved_bytes_by_module(model, *args, **named)
                 return MemoryUse(sum(saved.values()), saved_by_module=saved)
     except Exception:  # whatever a user's forward raises when there are no values to read

@@ -36,7 +36,8 @@ from lightning_convbn.exporting.checked_file import check_path
 from lightning_convbn.exporting.deploy_copy import export
 from lightning_convbn.exporting.whole_file import check_writable, written_whole
 from lightning_convbn.memory import as_mib
-from lightning_convbn.pairs.find import ConvBNPairs, find_conv_bn_pairs
+from lightning_convbn.pairs.find import find_conv_bn_pairs
+from lightning_convbn.pairs.pair import ConvBNPairs
 
 DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -64,13 +65,13 @@ def inspect_model(options: Namespace) -> None:
     if example is not None:
         check_takes(model, example)
     pairs = find_conv_bn_pairs(model, example_inputs=None if example is None else (example,))
-    left = {bn: reason for bn, reason in pairs.unpaired.items() if bn in pairs.left}
+    unfrozen = {bn: reason for bn, reason in pairs.unpaired.items() if bn in pairs.unfrozen}
     if options.json != "-":
         rows = [("folded", pair.bn, f"into {pair.conv}") for pair in pairs]
         rows += [("frozen", bn, reason) for bn, reason in pairs.frozen.items()]
-        rows += [("left", bn, reason) for bn, reason in left.items()]
+        rows += [("unfrozen", bn, reason) for bn, reason in unfrozen.items()]
         print_table(("state", "BatchNorm", "how or why"), rows)
-        print(f"\n{_folded(pairs)}, {len(pairs.frozen)} frozen, {len(left)} left alone")
+        print(f"\n{_folded(pairs)}, {len(pairs.frozen)} frozen, {len(unfrozen)} unfrozen")
         if _is_detector(model):
             print_notes([OF_DETECTORS])
     _write_json(
@@ -78,7 +79,7 @@ def inspect_model(options: Namespace) -> None:
         batchnorms=count_norms(pairs),
         folded=[pair._asdict() for pair in pairs],
         frozen=pairs.frozen,
-        left=left,
+        unfrozen=unfrozen,
     )
 
 

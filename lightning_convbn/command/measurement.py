@@ -26,7 +26,8 @@ from lightning_convbn.memory import (
     measure_memory_abstractly,
 )
 from lightning_convbn.modes import set_mode
-from lightning_convbn.pairs.find import ConvBNPairs, find_conv_bn_pairs
+from lightning_convbn.pairs.find import find_conv_bn_pairs
+from lightning_convbn.pairs.pair import ConvBNPairs
 
 Variant = Literal["eval", "tune", "deploy"]
 VARIANTS: tuple[Variant, ...] = ("eval", "tune", "deploy")
@@ -277,7 +278,7 @@ def check_takes(model: nn.Module, batch: Tensor) -> None:
 def count_norms(pairs: ConvBNPairs) -> dict[str, int]:
     """Count BatchNorms by what becomes of them."""
     total = len(pairs) + len(pairs.unpaired)
-    return {"total": total, "folded": len(pairs), "frozen": len(pairs.frozen), "left": len(pairs.left)}
+    return {"total": total, "folded": len(pairs), "frozen": len(pairs.frozen), "unfrozen": len(pairs.unfrozen)}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -377,7 +378,7 @@ def _about(key: str, modules: Mapping[str, nn.Module], pairs: ConvBNPairs, conv_
     if key in conv_of:
         return f"{class_name(modules[conv_of[key]])} and {described}, folded"
     if key in pairs.unpaired:
-        return f"{described}, {'left' if key in pairs.left else 'frozen'}: {pairs.unpaired[key]}"
+        return f"{described}, {'unfrozen' if key in pairs.unfrozen else 'frozen'}: {pairs.unpaired[key]}"
     return described
 
 

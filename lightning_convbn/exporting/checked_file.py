@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_convbn.exporting.formats import FORMATS, Format, Inputs
 from lightning_convbn.exporting.whole_file import check_writable, written_whole
-from lightning_convbn.pairs.side_effects import state_kept
-from lightning_convbn.trainer.verification import deviation_of, float_tensors, tolerance_of
+from lightning_convbn.pairs.deviation import deviation_of, float_tensors, tolerance_of
+from lightning_convbn.pairs.side_effects import side_effects_undone
 
 
 def write_proven(deploy: nn.Module, plain: nn.Module, path: Path, inputs: Inputs, *, dynamic_batch: bool) -> Path:
@@ -36,7 +36,7 @@ def write_proven(deploy: nn.Module, plain: nn.Module, path: Path, inputs: Inputs
     rows = sorted({1, *sizes, max(2, *sizes) + 1}) if dynamic_batch and form.captures else [None]
     with (
         written_whole(path) as file,
-        state_kept(plain, inputs, {}),
+        side_effects_undone(plain, inputs, {}),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),

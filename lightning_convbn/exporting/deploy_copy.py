@@ -17,8 +17,9 @@ from lightning_convbn.layers.layers import affine_of, norm_layer
 from lightning_convbn.modes import set_mode
 from lightning_convbn.ops.fold import fold_conv_bn
 from lightning_convbn.pairs import reasons
-from lightning_convbn.pairs.find import ConvBNPair, ConvBNPairs, find_conv_bn_pairs, pairs_in_force
-from lightning_convbn.pairs.side_effects import stashed
+from lightning_convbn.pairs.find import find_conv_bn_pairs, pairs_in_force
+from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
+from lightning_convbn.pairs.side_effects import leaves_in_attributes
 
 # What runs a model in another way without changing what it computes -> its attribute that holds the model.
 WRAPPERS = {
@@ -163,7 +164,7 @@ def plain_copy(model: nn.Module) -> PlainCopy:
     # A tensor that a forward left behind in an attribute, with its graph, can't be copied: its values can.
     copies: dict[int, Any] = {
         id(leaf): leaf.detach().clone()
-        for _, leaf in stashed(model)
+        for _, leaf in leaves_in_attributes(model)
         if isinstance(leaf, Tensor) and leaf.grad_fn is not None
     }
     # A compiled LightningModule holds its steps compiled, bound to itself and not to the copy.
@@ -214,7 +215,7 @@ def _renamed(pairs: ConvBNPairs, names: Mapping[str, str]) -> ConvBNPairs:
     return ConvBNPairs(
         [ConvBNPair(new(pair.conv), new(pair.bn)) for pair in pairs],
         {new(bn): reason for bn, reason in pairs.unpaired.items()},
-        map(new, pairs.left),
+        map(new, pairs.unfrozen),
         map(new, pairs.flattened),
     )
 

@@ -14,14 +14,15 @@ from lightning_convbn.layers.layers import Mode
 from lightning_convbn.memory import as_mib, measure_memory_abstractly
 from lightning_convbn.modes import RECOMPUTING_MODES, get_mode, set_mode
 from lightning_convbn.pairs.find import (
-    ConvBNPairs,
     find_conv_bn_pairs,
     find_hooked,
     find_recorded_pairs,
     find_untrained,
 )
-from lightning_convbn.pairs.fsdp import is_fsdp_unit, merged_over_processes
+from lightning_convbn.pairs.fsdp import is_fsdp_unit
+from lightning_convbn.pairs.pair import ConvBNPairs
 from lightning_convbn.pairs.reasons import UNTRAINED
+from lightning_convbn.trainer.processes import merged_over_processes
 from lightning_convbn.trainer.verification import Verification, verify_pairs
 
 
@@ -103,7 +104,7 @@ class Target:
         return self._found[state].unfold(self.wrong)
 
     def _pairs_to_train(self) -> ConvBNPairs:
-        return self._pairs_in(self._training_state).leave(dict.fromkeys(self.untrained, UNTRAINED))
+        return self._pairs_in(self._training_state).unfreeze(dict.fromkeys(self.untrained, UNTRAINED))
 
     def _switch(self, mode: Mode, pairs: ConvBNPairs) -> None:
         recomputes = self._recompute_activations and mode in RECOMPUTING_MODES

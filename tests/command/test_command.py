@@ -81,21 +81,21 @@ class TestInspect:
         assert lines[0].split() == ["state", "BatchNorm", "how", "or", "why"]
         assert "folded  1          into 0" in lines
         assert "frozen  3          its input comes from `2` (ReLU), not from a convolution" in lines
-        assert lines[-1] == "3 of 4 BatchNorms folded, 1 frozen, 0 left alone"
+        assert lines[-1] == "3 of 4 BatchNorms folded, 1 frozen, 0 unfrozen"
 
     def test_json_says_what_find_conv_bn_pairs_says(self, capsys: pytest.CaptureFixture[str]) -> None:
         found, pairs = run_json(capsys, "inspect", "helpers:small_net"), find_conv_bn_pairs(small_net())
         assert found["folded"] == [pair._asdict() for pair in pairs]
         assert found["frozen"] == pairs.unpaired
-        assert found["left"] == {}
-        assert found["batchnorms"] == {"total": 4, "folded": 3, "frozen": 1, "left": 0}
+        assert found["unfrozen"] == {}
+        assert found["batchnorms"] == {"total": 4, "folded": 3, "frozen": 1, "unfrozen": 0}
         assert found["command"] == "lightning-convbn inspect helpers:small_net --json"
 
-    def test_what_has_no_statistics_is_left(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_what_has_no_statistics_is_unfrozen(self, capsys: pytest.CaptureFixture[str]) -> None:
         write_module(
             "stateless", "net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))"
         )
-        assert list(run_json(capsys, "inspect", "stateless:net")["left"]) == ["1"]
+        assert list(run_json(capsys, "inspect", "stateless:net")["unfrozen"]) == ["1"]
 
     def test_an_input_proves_what_cannot_be_traced(self, capsys: pytest.CaptureFixture[str]) -> None:
         model = f"{__name__}:LooksAtValues"
@@ -485,7 +485,7 @@ def test_a_person_types_it(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lightning_convbn", "inspect"]
     typed = subprocess.run([*command, "mine:net"], env=environment, text=True, capture_output=True, timeout=100)
     table = "state   BatchNorm  how or why\nfolded  1          into 0\n"
-    assert typed.stdout == f"{table}\n1 of 1 BatchNorms folded, 0 frozen, 0 left alone\n"
+    assert typed.stdout == f"{table}\n1 of 1 BatchNorms folded, 0 frozen, 0 unfrozen\n"
     assert (typed.stderr, typed.returncode) == ("", 0)
 
 
