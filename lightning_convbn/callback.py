@@ -270,10 +270,7 @@ class ConvBNModeCallback(Callback):
         )
 
     def _enter_training(self, trainer: Trainer) -> None:
-        for part in self._run.parts:
-            part.train_in(self._training_mode(trainer), freeze_untrained=self.freeze_untrained)
-            if part.untrained is not None:
-                self._run.untrained[part.path] = part.untrained
+        self._run.train_in(self._training_mode(trainer), freeze_untrained=self.freeze_untrained)
 
     def _enter_evaluation(self, pl_module: LightningModule) -> None:
         if not self._run.parts:

@@ -52,13 +52,13 @@ class FitExport:
         self.inputs: tuple[Any, ...] | None = None
         self._remove_hook: Callable[[], None] | None = None
 
-    def prepare(self, trainer: Trainer, pl_module: LightningModule, targets: Sequence[str]) -> None:
+    def prepare(self, trainer: Trainer, pl_module: LightningModule, parts: Sequence[str]) -> None:
         """Choose what is exported. If it can't be exported, say so now and not after the training.
 
         Args:
             trainer: The Trainer, at the start of fit.
             pl_module: What it trains.
-            targets: Paths of the parts that the callback converts.
+            parts: Paths of the parts that the callback converts.
 
         Raises:
             ValueError: If the path, the strategy or the module can't be used.
@@ -74,15 +74,13 @@ class FitExport:
             check_path("export_path", self.path)
         owner = next(cls for cls in type(pl_module).__mro__ if "forward" in vars(cls))
         has_forward = owner.__name__ not in ("LightningModule", "Module")
-        if not has_forward and (len(targets) > 1 or not targets[0]):
+        if not has_forward and (len(parts) > 1 or not parts[0]):
             raise ValueError(
                 f"{where}: {type(pl_module).__name__} has no forward that says what to export; define one, or name a "
-                f"single part with target=..., not {list(targets)}"
+                f"single part with target=..., not {list(parts)}"
             )
-        self._module = "" if has_forward else targets[0]
-        self.wrong = {}
+        self._module = "" if has_forward else parts[0]
         check_model(pl_module.get_submodule(self._module), self.path)
-        self.inputs = None
         example = pl_module.example_input_array
         if example is not None:
             args, kwargs = ((), example) if isinstance(example, dict) else (example, {})

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from lightning_convbn.layers.layers import Mode
 from lightning_convbn.trainer.export_at_end import FitExport
 from lightning_convbn.trainer.lightning_api import LightningModule
 from lightning_convbn.trainer.part import ConvertedPart
@@ -38,6 +39,13 @@ class Run:
     checks_batch: bool = False
     reported: bool = False
     watches: ExitStack = field(default_factory=ExitStack)
+
+    def train_in(self, mode: Mode, *, freeze_untrained: bool) -> None:
+        """Switch all parts to the mode that training runs in, and remember their untrained BatchNorms."""
+        for part in self.parts:
+            part.train_in(mode, freeze_untrained=freeze_untrained)
+            if part.untrained is not None:
+                self.untrained[part.path] = part.untrained
 
     def restore(self) -> None:
         """Give back plain modules. Training flags are put back as far as the conversion has changed them."""

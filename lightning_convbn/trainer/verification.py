@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,14 +68,20 @@ def verify_pairs(
     together = deviation(pairs)
     if together <= tolerance:
         return Verification(together, tolerance, {})
-    wrong = {}
-    for pair in () if communicates(model) else pairs:
-        alone = deviation(pairs.unfold({other.bn: "" for other in pairs if other is not pair}))
-        if not alone <= tolerance:  # so that NaN counts as different
-            wrong[pair.bn] = reasons.CHANGED_OUTPUT.format(deviation=alone)
+    wrong = {} if communicates(model) else _wrong_alone(pairs, deviation, tolerance)
     if not wrong or not deviation(pairs.unfold(wrong)) <= tolerance:
         wrong = dict.fromkeys((pair.bn for pair in pairs), reasons.CHANGED_TOGETHER.format(deviation=together))
     return Verification(together, tolerance, wrong)
+
+
+def _wrong_alone(pairs: ConvBNPairs, deviation: Callable[[ConvBNPairs], float], tolerance: float) -> dict[str, str]:
+    """Fold one pair at a time, and return the BatchNorms of those that change the output -> why."""
+    wrong = {}
+    for pair in pairs:
+        alone = deviation(pairs.unfold({other.bn: "" for other in pairs if other is not pair}))
+        if not alone <= tolerance:  # written like this, NaN counts as a change
+            wrong[pair.bn] = reasons.CHANGED_OUTPUT.format(deviation=alone)
+    return wrong
 
 
 def _outputs(
