@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from lightning_convbn.layers.swap import Mode
     from lightning_convbn.memory import MemoryUse, measure_memory
     from lightning_convbn.modes import conv_bn_mode, get_mode, set_mode
-    from lightning_convbn.pairs.find import ConvBNPair, ConvBNPairs, find_conv_bn_pairs
+    from lightning_convbn.pairs.find import find_conv_bn_pairs
+    from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
 
 __all__ = [
     "ConvBNModeCallback",
@@ -30,8 +31,8 @@ __all__ = [
 # A name is imported when it is first used: every Trainer asks `entry_point.py`, and the command needs no Lightning.
 _HOMES = {
     "ConvBNModeCallback": "callback",
-    "ConvBNPair": "pairs.find",
-    "ConvBNPairs": "pairs.find",
+    "ConvBNPair": "pairs.pair",
+    "ConvBNPairs": "pairs.pair",
     "MemoryUse": "memory",
     "Mode": "layers.swap",
     "conv_bn_mode": "modes",

@@ -1,67 +1,69 @@
-"""The one line: ``Trainer(callbacks=[ConvBNModeCallback()])``."""
+"""`ConvBNModeCallback`, the one line that a project adds: ``Trainer(callbacks=[ConvBNModeCallback()])``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from functools import partial
-from itertools import permutations
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from typing_extensions import override
 
+from lightning_convbn.exporting.argument_checks import check_suffix
 from lightning_convbn.layers.swap import Mode
-from lightning_convbn.layers.table import is_norm
-from lightning_convbn.memory import MIB
 from lightning_convbn.modes import check_mode, check_recompute
-from lightning_convbn.pairs.reasons import UNTRAINED
 from lightning_convbn.trainer.export_at_end import FitExport
-from lightning_convbn.trainer.lightning_api import Callback, LightningModule, Trainer, rank_zero_info, rank_zero_warn
-from lightning_convbn.trainer.part import Target
+from lightning_convbn.trainer.find_parts import checked_paths, find_parts
+from lightning_convbn.trainer.lightning_api import Callback, LightningModule, Trainer
+from lightning_convbn.trainer.other_callbacks import check_no_weight_averaging, check_only_one, put_first
+from lightning_convbn.trainer.report import log_kept_bytes, log_peaks, print_table, warn_about
+from lightning_convbn.trainer.run import Run
 
 _CHECKPOINT_KEY = "lightning_convbn"
 
 
 class ConvBNModeCallback(Callback):
-    """Fine-tunes a pretrained convolutional network in Tune mode: Eval's accuracy at Deploy's memory.
+    """Fine-tunes a pretrained convolutional network in Tune mode: with Eval's accuracy, in Deploy's memory.
 
-    At the start of ``fit`` every BatchNorm of the target is frozen at its running statistics, whatever ``.train()`` is
-    called, and folded on the fly into the convolution in front of it, so that the convolution's own output need not be
-    kept for the backward pass. Validation, test and predict run in ``eval_mode``. When a stage ends, also by an
-    exception or Ctrl-C, the model has its plain modules and flags again. Parameters, optimizers and checkpoints are
-    those of the plain model throughout.
+    ``fit`` freezes every BatchNorm of the target at its running statistics, even if ``.train()`` is called later. In
+    Tune mode it is also folded into the convolution in front of it, at every forward. So the convolution's own output
+    is not kept for the backward pass. Validation, test and predict run in ``eval_mode``. When a stage ends, also by an
+    exception or Ctrl-C, the modules are plain again and have the training flags that they had. Parameters, optimizers
+    and checkpoints are those of the plain model all the time.
 
-    At the first training batch the callback compares Tune mode with Eval mode on that batch, counts what each keeps for
-    the backward pass, prints a table of what was folded, what not and why, and logs ``convbn/activations_eval_mib``,
-    ``convbn/activations_tune_mib``, ``convbn/activations_saved_mib`` and ``convbn/activations_saved_percent`` to every
-    logger; on CUDA also ``convbn/peak_allocated_mib`` and ``convbn/peak_reserved_mib`` at the end of every epoch.
+    At the first training batch the callback compares Tune mode with Eval mode and counts the bytes that each keeps for
+    the backward pass. It prints a table: what is folded, what is not, and why. It logs
+    ``convbn/activations_eval_mib``, ``convbn/activations_tune_mib``, ``convbn/activations_saved_mib`` and
+    ``convbn/activations_saved_percent`` to every logger; on CUDA also ``convbn/peak_allocated_mib`` and
+    ``convbn/peak_reserved_mib`` at the end of every epoch.
 
-    Not compatible with ``StochasticWeightAveraging``, which needs BatchNorms in Train mode.
+    It does not work together with ``StochasticWeightAveraging``, which needs BatchNorms in Train mode.
 
     Args:
         mode: What training runs in: ``"tune"``, ``"eval"``, or ``"train"`` for ordinary BatchNorm.
         eval_mode: What validation, test and predict run in: ``"deploy"`` (folded once per run), ``"eval"`` or
             ``"tune"``.
-        target: Path or paths of the attributes to convert, as ``"backbone"`` or ``["model.encoder", "model.neck"]``;
-            None for ``backbone`` if the LightningModule has one, else for every child that holds a BatchNorm.
-        start_epoch: Train in Train mode until this epoch, then freeze and switch.
-        freeze_untrained: A BatchNorm still at mean 0 and variance 1 was never trained, a fresh head's for instance. It
-            stays in Train mode, with a warning, unless this is True.
-        recompute_activations: Keep of SiLU, Hardswish, GELU and their kin only the input for the backward pass, which
-            computes their output again, and of ReLU6 and its kin only the output: the same numbers, less memory. Needs
-            the mode ``"eval"`` or ``"tune"``.
-        verify: Compare Tune with Eval at the first batch; pairs that differ go back to Eval mode, with a warning.
-        log_memory: Count the memory at the first batch, print and log it.
-        export_path: At the end of fit, write what the LightningModule's ``forward`` computes (or, if it has none, the
-            single target) as a Deploy model to this file, as `export` does: ``.onnx``, ``.pt2``, ``.pt`` or
-            ``.safetensors``, with the weights of the best checkpoint if a ModelCheckpoint monitors something, else the
-            last. Example inputs are ``example_input_array``, else taken from the first training batch. What can't be
-            exported is refused before training where that can be known; a failure at the end is a warning.
+        target: What to convert: a path as ``"backbone"``, or several as ``["model.encoder", "model.neck"]``. None is
+            ``backbone`` if the LightningModule has one, else every child that holds a BatchNorm.
+        start_epoch: The first epoch in ``mode``. Earlier epochs run in Train mode.
+        freeze_untrained: Whether to freeze a BatchNorm that was never trained, as in a new head: one with mean 0 and
+            variance 1. By default it stays in Train mode, and a warning says so.
+        recompute_activations: Whether SiLU, Hardswish, GELU and similar activations keep only their input for the
+            backward pass, which then computes the output again, and ReLU6 and similar ones only their output. The
+            numbers are the same, with less memory. Needs the mode ``"eval"`` or ``"tune"``.
+        verify: Whether to compare Tune mode with Eval mode at the first batch. Pairs that differ go back to Eval mode,
+            with a warning.
+        log_memory: Whether to count, print and log memory.
+        export_path: The file to write at the end of fit: ``.onnx``, ``.pt2``, ``.pt`` or ``.safetensors``. It holds, as
+            `export` writes it, what the LightningModule's ``forward`` computes, or the single target if it has no
+            forward. The weights are those of the best checkpoint if a ModelCheckpoint monitors something, else the last
+            ones. Example inputs are ``example_input_array``, else they are taken from the first training batch. What
+            can't be exported is refused before training if it can be known then. A failure at the end is a warning.
 
     Raises:
-        ValueError: If an argument can't be used; from the Trainer, if a ``target`` does not exist or has no BatchNorm.
+        ValueError: If an argument can't be used. At the start of a stage: if a ``target`` does not exist or has no
+            BatchNorm.
 
     Source: arXiv 2305.11624.
 
@@ -91,288 +93,195 @@ class ConvBNModeCallback(Callback):
         if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
             raise ValueError(f"start_epoch must be an epoch, 0 or later; got {start_epoch!r}")
         check_recompute(mode, recompute_activations)
-        paths = [target] if isinstance(target, str) else target
-        if paths is not None and not (
-            isinstance(paths, Sequence) and paths and all(isinstance(path, str) and path for path in paths)
-        ):
-            raise ValueError(f"target must be one or more attribute paths such as 'backbone'; got {target!r}")
+        if export_path is not None:
+            check_suffix("export_path", Path(export_path))
         self.mode: Mode = mode
         self.eval_mode: Mode = eval_mode
-        self.target = None if paths is None else list(paths)
+        self.target = checked_paths(target)
         self.start_epoch = start_epoch
         self.freeze_untrained = freeze_untrained
         self.recompute_activations = recompute_activations
         self.verify = verify
         self.log_memory = log_memory
         self.export_path = export_path
-        self._export = None if export_path is None else FitExport(export_path)
-        self._targets: list[Target] = []
-        self._untrained: dict[str, list[str]] = {}  # by the path of the target, once it is decided
-        self._found_flags: dict[nn.Module, bool] = {}
-        self._reported = False
-        self._looking = False
-        self._watching = ExitStack()
+        self._run = Run()
 
     # ------------------------------------------------------------------------------------------- before and after
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start from a plain module, also after a run that ended without telling us, and come first among callbacks.
+        """Called at the start of a stage, before checkpoints are loaded: begin a new run, with plain modules.
 
-        The finders of batch size and learning rate take other callbacks away while they try; what they try must be
-        what training runs in.
+        An earlier run may have ended without a call of our hooks. We come first among the callbacks, so that the
+        finders of batch size and learning rate try what training runs in.
         """
-        self._restore()
-        self._untrained = {}
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        count = sum(isinstance(callback, ConvBNModeCallback) for callback in callbacks)
-        if count > 1:
-            raise ValueError(
-                f"callbacks: ConvBNModeCallback is given {count} times; give one, with target=[...] for several parts"
-            )
-        others = [callback for callback in callbacks if callback is not self]
-        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
-        self._found_flags = {module: module.training for module in pl_module.modules()}
-        self._reported = False
+        self._run.restore()
+        self._run = Run(
+            export=None if self.export_path is None else FitExport(self.export_path),
+            found_flags={module: module.training for module in pl_module.modules()},
+        )
+        check_only_one(trainer, ConvBNModeCallback)
+        put_first(trainer, self)
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give back plain modules with the flags they had: an exception in validation leaves them in eval state."""
-        self._restore()
-        for module, training in self._found_flags.items():
-            module.training = training
-        self._found_flags = {}
+        """Called if a stage fails, also by Ctrl-C: give back plain modules, and their training flags."""
+        self._run.restore()
+        self._run.restore_flags()
 
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give back plain modules, and hold on to none of them."""
-        self._restore()
-        self._found_flags = {}
+        """Called at the end of a stage: give back plain modules, and keep no reference to them."""
+        self._run.restore()
+        self._run.found_flags = {}
 
+    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note which BatchNorms stay in Train mode: in a resumed run they no longer look untrained.
+        """Called when a checkpoint is saved: note which BatchNorms stay in Train mode.
 
-        All else that a resumed run has to know is in the arguments and in the epoch. This is no ``state_dict``:
-        Lightning would ask for the callback in every run that loads the checkpoint.
+        In a resumed run they don't look untrained any more. All else follows from the arguments and the epoch. We don't
+        use ``state_dict``: Lightning would warn in each run that loads the checkpoint without this callback.
         """
-        checkpoint[_CHECKPOINT_KEY] = dict(self._untrained)
+        checkpoint[_CHECKPOINT_KEY] = dict(self._run.untrained)
 
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Read that note; a checkpoint from a run without the callback has none."""
+        """Called when a checkpoint is loaded: read that note. Without the callback no note was written."""
         if not self.freeze_untrained:
-            self._untrained = dict(checkpoint.get(_CHECKPOINT_KEY, {}))
+            self._run.untrained = dict(checkpoint.get(_CHECKPOINT_KEY, {}))
 
     # --------------------------------------------------------------------------------------------------- training
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Convert, now that the strategy is done with the module; nothing is folded before the first forward."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if any(cls.__name__ == "StochasticWeightAveraging" for cls in type(callback).__mro__):
-                raise ValueError(
-                    "callbacks: StochasticWeightAveraging resets the BatchNorm statistics that ConvBNModeCallback "
-                    "freezes; use WeightAveraging, or leave one of the two out"
-                )
-        self._find_targets(pl_module)
-        if self._export is not None:
-            self._export.prepare(trainer, pl_module, [target.path for target in self._targets])
+        """Called when the strategy has set up the module: convert the parts, after the checks that need the Trainer."""
+        check_no_weight_averaging(trainer)
+        self._find_parts(pl_module)
+        if self._run.export is not None:
+            self._run.export.prepare(trainer, pl_module, [part.path for part in self._run.parts])
         self._enter_training(trainer)
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go by the epoch again: it is known only now if the run is resumed from a checkpoint."""
+        """Called before the first epoch: switch again. Only now a resumed run knows its epoch."""
         self._enter_training(trainer)
 
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Switch at ``start_epoch``."""
+        """Called at the start of each epoch: switch if it is ``start_epoch``, and count the peak memory anew."""
         self._enter_training(trainer)
         if self.log_memory and pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Fold by the state that the module trains in, and watch the first batch pass through the targets."""
-        if any(target.state_has_changed() for target in self._targets):
-            self._enter_training(trainer)
-        looks = not self._reported and self._training_mode(trainer) == self.mode
-        records = self._export is not None and self._export.inputs is None
-        if looks or records:  # by hooks, which can't be compiled
-            self._watching.enter_context(torch.compiler.set_stance("force_eager"))
-        if self._export is not None and records:  # before the targets' looks, which run the forward on other inputs
-            self._watching.callback(self._export.unwatch)
-            self._export.watch(pl_module)
-        if looks:
-            verify = self.verify and (self.mode == "tune" or self.eval_mode != "eval")
-            for target in self._targets:
-                self._watching.callback(target.unwatch)
-                target.watch(partial(target.inspect, verify=verify, measure=self.log_memory))
-        self._looking = looks
+        """Called before each training step: watch the first batch in ``mode``.
 
+        If the user has switched a part between train and eval state, its pairs are found anew for that state.
+        """
+        if any(part.state_has_changed() for part in self._run.parts):
+            self._enter_training(trainer)
+        check = not self._run.reported and self._training_mode(trainer) == self.mode
+        verify = self.verify and (self.mode == "tune" or self.eval_mode != "eval")
+        self._run.watch_batch(pl_module, check=check, verify=verify, measure=self.log_memory)
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Report what the first batch has shown, if only that it did not pass through every target."""
-        self._watching.close()
-        if batch is None:  # Lightning has skipped it, and not said that it starts
+        """Called after each training step: report what the first batch has shown.
+
+        Lightning also calls this, with None for the batch, if it skips a batch without a call of
+        ``on_train_batch_start``.
+        """
+        self._run.watches.close()
+        if batch is None:
             return
-        if self._export is not None:
-            self._export.check_recorded(pl_module)
-        if self._looking:
-            self._looking = False
+        if self._run.export is not None:
+            self._run.export.check_recorded(pl_module)
+        if self._run.checks_batch:
+            self._run.checks_batch = False
             self._report(trainer)
 
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the peak of the epoch."""
+        """Called at the end of each epoch: log the peak memory."""
         if self.log_memory and pl_module.device.type == "cuda":
-            peaks = {
-                "peak_allocated_mib": torch.cuda.max_memory_allocated(pl_module.device) / MIB,
-                "peak_reserved_mib": torch.cuda.max_memory_reserved(pl_module.device) / MIB,
-            }
-            _log(trainer, peaks)
+            log_peaks(trainer, pl_module.device)
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give back plain modules before the strategy takes its own changes back."""
-        self._restore()
+        """Called after the last epoch, before the strategy undoes its own changes: give back plain modules."""
+        self._run.restore()
 
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export, now that weights and checkpoints are final; what was trained is worth more than this file."""
-        if self._export is None or not trainer.is_global_zero:
-            return
-        try:
-            rank_zero_info(f"ConvBN: {self._export.write(trainer, pl_module)}")
-        except Exception as error:
-            rank_zero_warn(
-                f"ConvBN: export_path={str(self._export.path)!r}: nothing was exported. Weights and checkpoints are as "
-                f"trained: repair the cause and call lightning_convbn.export. {type(error).__name__}: {error}"
-            )
+        """Called when weights and checkpoints are final: export."""
+        if self._run.export is not None:
+            self._run.export.write_or_warn(trainer, pl_module)
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate in ``eval_mode``."""
-        self._watching.close()  # a hook may have ended the epoch at the start of its first batch
+        """Called before each validation: switch to ``eval_mode``.
+
+        A hook may have ended the epoch between start and end of the first batch, so nothing is watched any more.
+        """
+        self._run.watches.close()
         self._enter_evaluation(pl_module)
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go back to training, or to plain modules."""
-        if trainer.state.fn == "fit":
-            for target in self._targets:
-                target.back_to_training(self._training_mode(trainer))
-        else:
-            self._restore()
+        """Called after each validation: go back to training within a fit, else give back plain modules."""
+        if trainer.state.fn != "fit":
+            self._run.restore()
+        for part in self._run.parts:
+            part.back_to_training(self._training_mode(trainer))
 
+    @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Test in ``eval_mode``."""
+        """Called before a test: switch to ``eval_mode``."""
         self._enter_evaluation(pl_module)
 
+    @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give back plain modules."""
-        self._restore()
+        """Called after a test: give back plain modules."""
+        self._run.restore()
 
+    @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Predict in ``eval_mode``."""
+        """Called before predictions: switch to ``eval_mode``."""
         self._enter_evaluation(pl_module)
 
+    @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give back plain modules."""
-        self._restore()
+        """Called after predictions: give back plain modules."""
+        self._run.restore()
 
     # -------------------------------------------------------------------------------------------------- internals
 
     def _training_mode(self, trainer: Trainer) -> Mode:
         return self.mode if trainer.current_epoch >= self.start_epoch else "train"
 
+    def _find_parts(self, pl_module: LightningModule) -> None:
+        self._run.parts = find_parts(
+            pl_module, self.target, self._run.untrained, recompute_activations=self.recompute_activations
+        )
+
     def _enter_training(self, trainer: Trainer) -> None:
-        mode = self._training_mode(trainer)
-        for target in self._targets:
-            target.train_in(mode, freeze_untrained=self.freeze_untrained)
-            if target.decided:
-                self._untrained[target.path] = target.untrained
+        self._run.train_in(self._training_mode(trainer), freeze_untrained=self.freeze_untrained)
 
     def _enter_evaluation(self, pl_module: LightningModule) -> None:
-        if not self._targets:
-            self._find_targets(pl_module)
-        for target in self._targets:
-            target.evaluate_in(self.eval_mode)
-
-    def _restore(self) -> None:
-        self._watching.close()
-        for target in self._targets:
-            target.restore()
-        self._targets = []
-        if self._export is not None:
-            self._export.unwatch()
-
-    def _find_targets(self, pl_module: LightningModule) -> None:
-        paths = self.target or _default_targets(pl_module)
-        targets = []
-        for path in paths:
-            try:
-                module = pl_module.get_submodule(path)
-            except AttributeError:
-                children = ", ".join(repr(name) for name, _ in pl_module.named_children())
-                raise ValueError(
-                    f"target={path!r}: {type(pl_module).__name__} has no such module; its attributes are {children}"
-                ) from None
-            if not any(is_norm(child) for child in module.modules()):
-                raise ValueError(
-                    f"target={path or None!r}: {type(module).__name__} has no BatchNorm; name the part that has, or "
-                    "leave ConvBNModeCallback out"
-                )
-            untrained = self._untrained.get(path)
-            targets.append(Target(path, module, untrained, recompute_activations=self.recompute_activations))
-        for outer, inner in permutations(paths, 2):
-            if f"{inner}.".startswith(f"{outer}."):
-                raise ValueError(f"target={self.target!r}: {inner!r} lies within {outer!r}; name one of them")
-        self._targets = targets
+        if not self._run.parts:
+            self._find_parts(pl_module)
+        for part in self._run.parts:
+            part.evaluate_in(self.eval_mode)
 
     def _report(self, trainer: Trainer) -> None:
-        self._reported = True
-        for target in self._targets:
-            target.conclude(trainer.world_size)
-            for name, reason in target.wrong.items():
-                rank_zero_warn(f"ConvBN: `{target.full_name(name)}` goes back to Eval mode: {reason}")
-                if self._export is not None:
-                    self._export.wrong[target.full_name(name)] = reason
-            if target.untrained:
-                rank_zero_warn(
-                    f"ConvBN: {len(target.untrained)} BatchNorm(s) of `{target.path or 'the module'}` stay in Train "
-                    f"mode: `{target.untrained[0]}` {UNTRAINED}. Load pretrained weights, or say freeze_untrained=True"
-                )
-            if self.mode == "tune" and (hooked := target.hooked()):
-                rank_zero_warn(
-                    f"ConvBN: the hooks on `{'`, `'.join(hooked)}` see values that are normalised already: a folded "
-                    "convolution puts out what its BatchNorm would, and the BatchNorm passes it on"
-                )
-        lines = [line for target in self._targets for line in target.describe(self.mode, self.eval_mode)]
-        bar = trainer.progress_bar_callback
-        if trainer.is_global_zero:
-            (bar.print if bar is not None else rank_zero_info)("\n".join(lines))
-        measured = [target.kept for target in self._targets if target.kept is not None]
-        if measured:
-            before, after = (sum(kept[mode] for kept in measured) / MIB for mode in ("eval", "tune"))
-            _log(
-                trainer,
-                {
-                    "activations_eval_mib": before,
-                    "activations_tune_mib": after,
-                    "activations_saved_mib": before - after,
-                    "activations_saved_percent": 100 * (before - after) / before if before else 0.0,
-                },
-            )
-
-
-def _default_targets(pl_module: LightningModule) -> list[str]:
-    """`backbone`, or every child with a BatchNorm, or the module itself where a BatchNorm is its own attribute.
-
-    A child is watched and verified whether training calls it directly or through the LightningModule's forward.
-    """
-    children = dict(pl_module.named_children())
-    if isinstance(children.get("backbone"), nn.Module):
-        return ["backbone"]
-    if any(is_norm(child) for child in children.values()):
-        return [""]
-    return [name for name, child in children.items() if any(is_norm(module) for module in child.modules())] or [""]
-
-
-def _log(trainer: Trainer, metrics: dict[str, float]) -> None:
-    """Log to every logger; ``LightningModule.log`` can't be used in all hooks and knows one separator only."""
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return
-    for logger in trainer.loggers:
-        named = {f"convbn{logger.group_separator}{name}": value for name, value in metrics.items()}
-        logger.log_metrics(named, step=trainer.global_step)
+        self._run.reported = True
+        self._run.merge_findings(trainer.world_size)
+        for part in self._run.parts:
+            warn_about(part, self.mode)
+        print_table(trainer, self._run.parts, self.mode, self.eval_mode)
+        log_kept_bytes(trainer, self._run.parts)

@@ -6,11 +6,14 @@ from dataclasses import asdict, make_dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Union, get_type_hints
 
+from typing_extensions import override
+
 from lightning_convbn.callback import ConvBNModeCallback
 from lightning_convbn.environment import ConvBNFromEnvironment
+from lightning_convbn.trainer.lightning_api import Trainer
+from lightning_convbn.trainer.other_callbacks import callbacks_of, set_callbacks
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 else:
     try:
@@ -20,8 +23,8 @@ else:
 
 _HINTS = get_type_hints(ConvBNModeCallback.__init__)
 
-# jsonargparse reads `mode: tune` straight into a dataclass; for a class that may have subclasses, as the callback may,
-# it would want `class_path` and `init_args`.
+# jsonargparse reads `mode: tune` directly into a dataclass. Into the callback's own class it would not: that may have
+# subclasses, so jsonargparse would ask for `class_path` and `init_args`.
 ConvBNOptions = make_dataclass(
     "ConvBNOptions",
     [(name, _HINTS[name], argument.default) for name, argument in signature(ConvBNModeCallback).parameters.items()],
@@ -31,19 +34,19 @@ ConvBNOptions = make_dataclass(
 
 
 class ConvBNCLI(LightningCLI):
-    """LightningCLI whose Trainer has a ConvBNModeCallback, configured by ``--convbn``.
+    """A LightningCLI with a ConvBNModeCallback, which the flag ``--convbn`` configures.
 
-    Every sub-command, and a CLI with ``run=False``, takes
+    Every sub-command, and a CLI with ``run=False``, takes these flags:
 
-    - ``--convbn.mode=eval``, ``--convbn.start_epoch=2`` and so on: an argument of ConvBNModeCallback;
-      ``--convbn.help`` explains them all,
-    - ``--convbn=false``: no callback, and ``--convbn=true``: a callback with its defaults,
+    - ``--convbn.mode=eval``, ``--convbn.start_epoch=2`` and so on set an argument of ConvBNModeCallback.
+      ``--convbn.help`` explains all of them.
+    - ``--convbn=false`` leaves the callback out. ``--convbn=true`` adds it with its defaults.
 
-    and the same in YAML, as ``convbn: {mode: eval}`` or ``convbn: false``. As usual the last one wins. The flag decides
-    alone: the environment variable ``LIGHTNING_CONVBN`` is ignored.
+    YAML takes the same, as ``convbn: {mode: eval}`` or ``convbn: false``. The last one wins, as in any LightningCLI.
+    The environment variable ``LIGHTNING_CONVBN`` is ignored.
 
-    A ConvBNModeCallback that comes another way (``trainer.callbacks``, ``trainer_defaults``, a callback of the CLI's
-    own) replaces the one of this flag. Only if the flag was set to something else, too, that is an error.
+    A ConvBNModeCallback that was given in another way (``trainer.callbacks``, ``trainer_defaults``, a callback of the
+    CLI's own) replaces the one of this flag. It is an error to give one and to set arguments by the flag, too.
 
     Raises:
         ModuleNotFoundError: If jsonargparse is missing.
@@ -57,8 +60,9 @@ class ConvBNCLI(LightningCLI):
         # python train.py fit --convbn.mode=eval --convbn.eval_mode=eval
     """
 
+    @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make a parser; where jsonargparse is missing, say which extra of ours brings it."""
+        """Make the parser. If jsonargparse is missing, name the extra of this package that installs it."""
         try:
             return super().init_parser(**kwargs)
         except ModuleNotFoundError as error:
@@ -66,8 +70,9 @@ class ConvBNCLI(LightningCLI):
                 f"ConvBNCLI needs jsonargparse: pip install lightning-convbn[cli]. Lightning says: {error}"
             ) from error
 
+    @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the flag here, since a project's own CLI overrides ``add_arguments_to_parser`` without calling it."""
+        """Add the flag. It is not added in ``add_arguments_to_parser``: projects override that without a super call."""
         super().add_core_arguments_to_parser(parser)
         parser.add_argument(
             "--convbn",
@@ -76,10 +81,11 @@ class ConvBNCLI(LightningCLI):
             help="Arguments of ConvBNModeCallback, as --convbn.mode=tune; false: leave it out; true: its defaults.",
         )
 
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the Trainer and give it the callback, unless it has one."""
+        """Make the Trainer and give it the callback, unless it has one already."""
         trainer = super().instantiate_trainer(**kwargs)
-        callbacks = [other for other in trainer.callbacks if not isinstance(other, ConvBNFromEnvironment)]  # type: ignore[attr-defined]
+        callbacks = [other for other in callbacks_of(trainer) if not isinstance(other, ConvBNFromEnvironment)]
         options = self._get(self.config_init, "convbn")
         if options is True:
             options = ConvBNOptions()
@@ -90,5 +96,5 @@ class ConvBNCLI(LightningCLI):
                 "trainer.callbacks has a ConvBNModeCallback, and --convbn asks for another; set all arguments in one "
                 "of the two places: give --convbn=false, or leave the callback out of trainer.callbacks"
             )
-        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+        set_callbacks(trainer, callbacks)
         return trainer

@@ -1,6 +1,7 @@
-"""Every private name of PyTorch that the package uses, so that a new release breaks in one room.
+"""Every private name of PyTorch and Lightning that the package uses, so that a new release breaks in one room.
 
-`docs/contributing/private-names.md` lists each name with its reason, what breaks without it, and how long it is there.
+No other file of the package has a private name. `docs/contributing/private-names.md` lists what stands here: why, what
+breaks without it, and since which version it is there.
 """
 
 from __future__ import annotations
@@ -12,37 +13,38 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass as without_torch_function
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import peek_interpreter_stack
-from torch._subclasses import FakeTensor
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
-from torch.utils._pytree import tree_leaves
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily as outside_fake_mode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
 __all__ = [
-    "BatchNorm",
     "FakeTensor",
+    "TorchDispatchMode",
+    "compiled_by_lightning",
+    "fake_tensor_mode",
+    "forward_hooks",
     "forward_pre_hooks",
     "inside_transform",
+    "load_as",
     "other_saved_tensor_hooks",
+    "outside_fake_mode",
     "replace_saved",
     "saved_by",
+    "tree_flatten",
     "tree_leaves",
+    "tree_map",
+    "tree_map_only",
     "version_of",
     "without_torch_function",
 ]
+
+# ------------------------------------------------------------------------------------------------ autograd and tensors
 
 
 def version_of(tensor: Tensor) -> int | None:
     """How often a tensor was written in place (``_version``); None for an inference tensor, which does not count."""
     return None if tensor.is_inference() else tensor._version
-
-
-def inside_transform() -> bool:
-    """Whether a transform of ``torch.func`` is running: ``vmap``, ``grad``, ``jvp`` or ``functionalize``."""
-    return peek_interpreter_stack() is not None
-
-
-def other_saved_tensor_hooks() -> bool:
-    """Whether default saved-tensor hooks are in force: those of activation checkpointing, say."""
-    return _top_saved_tensors_default_hooks(False) is not None
 
 
 def saved_by(node: Any, name: str) -> Tensor | None:
@@ -71,6 +73,44 @@ def replace_saved(node: Any, name: str, recipe: Callable[[], Tensor]) -> bool:
     return True
 
 
+def other_saved_tensor_hooks() -> bool:
+    """Whether default saved-tensor hooks are in force: those of activation checkpointing, say."""
+    return _top_saved_tensors_default_hooks(False) is not None
+
+
+def inside_transform() -> bool:
+    """Whether a transform of ``torch.func`` is running: ``vmap``, ``grad``, ``jvp`` or ``functionalize``."""
+    return peek_interpreter_stack() is not None
+
+
+def fake_tensor_mode() -> FakeTensorMode:
+    """Return a context in which a model runs on tensors that have shapes but no data."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- modules
+
+
+def forward_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """Return the forward hooks of a module: there is no public way to list them."""
+    return module._forward_hooks
+
+
 def forward_pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
-    """Return the forward pre-hooks of a module (``_forward_pre_hooks``), to look at or to delete from."""
+    """Return the forward pre-hooks of a module, to look at or to delete from."""
     return module._forward_pre_hooks
+
+
+def load_as(plain: type[nn.Module], module: nn.Module, *args: Any) -> None:
+    """Load a module's part of a ``state_dict`` as its plain class does (``_load_from_state_dict``)."""
+    plain._load_from_state_dict(module, *args)  # type: ignore[arg-type]
+
+
+def compiled_by_lightning(module: nn.Module) -> dict[str, Any]:
+    """Return what Lightning remembers of a LightningModule that it has compiled; empty for every other module.
+
+    In the attribute ``_compiler_ctx`` it has the methods before they were compiled, under ``"original_"`` and the name
+    of the method. The compiled ones are attributes of the module and bound to it, so a copy must not have them.
+    """
+    remembered: dict[str, Any] = module.__dict__.get("_compiler_ctx") or {}
+    return remembered

@@ -1,31 +1,25 @@
-"""No line at all: the callback that a Trainer gets because the environment variable LIGHTNING_CONVBN names a mode.
+"""The callback without a change in the code: the environment variable ``LIGHTNING_CONVBN`` names its mode.
 
-Lightning asks `entry_point.py` for it, which imports this module only if the variable is set.
+Lightning calls `entry_point.py` whenever a Trainer is made. Only if the variable is set is this module imported.
 """
 
 from __future__ import annotations
 
-from types import new_class
-from typing import TYPE_CHECKING
-
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from typing_extensions import override
 
 from lightning_convbn.callback import ConvBNModeCallback
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback, LightningModule, Trainer
-else:  # what makes ConvBNModeCallback a callback for the installed packages makes this one, too
-    Callback = new_class("Callback", ConvBNModeCallback.__bases__)
+from lightning_convbn.trainer.lightning_api import Callback, LightningModule, Trainer, rank_zero_info, rank_zero_warn
+from lightning_convbn.trainer.other_callbacks import callbacks_of, set_callbacks
 
 VARIABLE = "LIGHTNING_CONVBN"
 MODES = ("tune", "eval", "train")
 
 
 class ConvBNFromEnvironment(Callback):
-    """Stands in for the callback until it is known which callbacks the Trainer has.
+    """Holds the place of the callback until a run begins.
 
-    That is when a run begins: the LightningModule's ``configure_callbacks`` may bring some, too. ConvBNModeCallback
-    refuses to run beside a second one of its kind, so this is none.
+    Only then it is known which callbacks the Trainer has: the LightningModule's ``configure_callbacks`` may bring some,
+    too. This class is not derived from ConvBNModeCallback, because a Trainer may have only one of those.
 
     Args:
         mode: The value of the variable.
@@ -40,39 +34,39 @@ class ConvBNFromEnvironment(Callback):
                 f"{VARIABLE}={mode!r}: there is no such mode; set the environment variable to one of "
                 f"{', '.join(map(repr, MODES))}, or to 'off' to leave ConvBNModeCallback out"
             )
-        self.callback = _YieldingCallback(mode)  # type: ignore[arg-type]
+        self.callback = _OptionalCallback(mode)  # type: ignore[arg-type]
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put the callback in."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        trainer.callbacks = [self.callback if other is self else other for other in callbacks]  # type: ignore[attr-defined]
+        """Called at the start of a stage: give this place to the callback."""
+        set_callbacks(trainer, [self.callback if other is self else other for other in callbacks_of(trainer)])
         self.callback.setup(trainer, pl_module, stage)
 
 
-class _YieldingCallback(ConvBNModeCallback):
-    """A ConvBNModeCallback that leaves the Trainer where it is not needed, or of no use, instead of failing."""
+class _OptionalCallback(ConvBNModeCallback):
+    """A ConvBNModeCallback that leaves the Trainer if the user gave one, or if the model has no BatchNorm."""
 
     @property
     def _origin(self) -> str:
         return f"{VARIABLE}={self.mode}"
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Yield to a callback that the user gave."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(other, ConvBNModeCallback) and other is not self for other in callbacks):
+        """Called at the start of a stage: begin a new run, unless the user gave a ConvBNModeCallback."""
+        if any(isinstance(other, ConvBNModeCallback) and other is not self for other in callbacks_of(trainer)):
             rank_zero_info(f"ConvBN: {self._origin} is not used, this Trainer has a ConvBNModeCallback already")
             self._leave(trainer)
         else:
             super().setup(trainer, pl_module, stage)
 
-    def _find_targets(self, pl_module: LightningModule) -> None:
-        """Warn where there is no BatchNorm: the user has set the variable for a script, not for this model."""
+    @override
+    def _find_parts(self, pl_module: LightningModule) -> None:
+        """Warn if there is no BatchNorm, instead of an error: the variable was set for a script, not for this model."""
         try:
-            super()._find_targets(pl_module)
+            super()._find_parts(pl_module)
         except ValueError as error:
             rank_zero_warn(f"ConvBN: {self._origin} has no effect: {error}")
             self._leave(pl_module.trainer)
 
     def _leave(self, trainer: Trainer) -> None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        trainer.callbacks = [other for other in callbacks if other is not self]  # type: ignore[attr-defined]
+        set_callbacks(trainer, [other for other in callbacks_of(trainer) if other is not self])

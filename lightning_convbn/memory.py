@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from lightning_convbn.compat_command import TorchDispatchMode, fake_tensor_mode, tree_leaves, tree_map_only
+from lightning_convbn.compat import TorchDispatchMode, fake_tensor_mode, tree_leaves, tree_map_only
 from lightning_convbn.layers.swap import Mode
 from lightning_convbn.modes import conv_bn_mode
-from lightning_convbn.pairs.find import ConvBNPairs
-from lightning_convbn.pairs.side_effects import state_kept
+from lightning_convbn.pairs.pair import ConvBNPairs
+from lightning_convbn.pairs.side_effects import side_effects_undone
 
 MIB = 2**20
 INPUT = "(input)"
@@ -104,7 +104,7 @@ def measure_memory(
         12288
     """
     switched = conv_bn_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
-    with switched, state_kept(model, inputs, kwargs):
+    with switched, side_effects_undone(model, inputs, kwargs):
         if mode == "deploy":
             with torch.no_grad():  # the folds that stay are not kept for a backward pass
                 model(*inputs, **kwargs)
@@ -140,7 +140,7 @@ def measure_memory_abstractly(
     try:
         with fake_tensor_mode() as fake:
             args, named = tree_map_only(Tensor, fake.from_tensor, (tuple(inputs), dict(kwargs)))
-            with conv_bn_mode(model, mode, **asked), state_kept(model, args, named):
+            with conv_bn_mode(model, mode, **asked), side_effects_undone(model, args, named):
                 saved = saved_bytes_by_module(model, *args, **named)
                 return MemoryUse(sum(saved.values()), saved_by_module=saved)
     except Exception:  # a user's forward may raise anything if a tensor has no data

@@ -13,7 +13,8 @@ from lightning_convbn.layers.activations import activation_layer, recomputes_act
 from lightning_convbn.layers.swap import Mode, plain_class, restore_class, swap_class, swap_of
 from lightning_convbn.layers.table import conv_layer, is_norm, norm_layer
 from lightning_convbn.pairs import reasons
-from lightning_convbn.pairs.find import ConvBNPairs, find_conv_bn_pairs, mismatch, pairs_in_force, statistics_missing
+from lightning_convbn.pairs.find import find_conv_bn_pairs, mismatch, pairs_in_force, statistics_missing
+from lightning_convbn.pairs.pair import ConvBNPairs
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 RECOMPUTING_MODES: tuple[Mode, ...] = ("eval", "tune")
@@ -33,7 +34,7 @@ def set_mode(
       a parameter. Where one is needed it runs as Tune does.
 
     Parameters, buffers, ``state_dict`` keys, hooks and optimizers are not touched. A BatchNorm without running
-    statistics is left alone.
+    statistics stays unfrozen: it keeps running as it was found.
 
     Args:
         model: Any module. Wrappers such as DDP are fine; ``DataParallel`` and TorchScript are not.
@@ -56,7 +57,7 @@ def set_mode(
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         >>> set_mode(model, "tune")
-        ConvBNPairs([ConvBNPair(conv='0', bn='1')], unpaired={}, left=[])
+        ConvBNPairs([ConvBNPair(conv='0', bn='1')], unpaired={}, unfrozen=[])
         >>> model
         Sequential(
           (0): TuneConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
@@ -202,7 +203,7 @@ def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute_activat
     for name, module in modules.items():
         if is_norm(module):
             row, conv_of_bn = norm_layer(module), folded.get(module)
-            if name in pairs.left or statistics_missing(module) is not None:
+            if name in pairs.unfrozen or statistics_missing(module) is not None:
                 restore_class(module)
             elif conv_of_bn is None:
                 reason = pairs.unpaired.get(name, reasons.NOT_GIVEN)

@@ -37,7 +37,7 @@ class DoublingBatchNorm2d(nn.BatchNorm2d):
 
 
 class Patchwork(nn.Module):
-    """Pairs that fold, and BatchNorms frozen, held by a hook, and left alone; its training flags are mixed."""
+    """Pairs that fold, and BatchNorms frozen, held by a hook, and unfrozen; its training flags are mixed."""
 
     def __init__(self) -> None:
         super().__init__()

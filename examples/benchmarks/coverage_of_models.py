@@ -92,7 +92,7 @@ def count(name: str) -> dict[str, Any]:
         "batchnorms": len(pairs) + len(pairs.unpaired),
         "folded": len(pairs),
         "frozen": len(pairs.frozen),
-        "left": len(pairs.left),
+        "unfrozen": len(pairs.unfrozen),
         "plain": by_plain_tracing(model),
         "reasons": pairs.count_by_reason(),
     }
@@ -116,10 +116,10 @@ def by_plain_tracing(model: nn.Module) -> int | str:
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
     """Draw the page."""
-    lines = [INTRODUCTION, "| model | BatchNorms | folded | frozen | left | plain tracing finds | why not all |"]
+    lines = [INTRODUCTION, "| model | BatchNorms | folded | frozen | unfrozen | plain tracing finds | why not all |"]
     lines.append("|---|---:|---:|---:|---:|---:|---|")
     for row in rows:
-        counts = " | ".join(str(row[key]) for key in ("batchnorms", "folded", "frozen", "left", "plain"))
+        counts = " | ".join(str(row[key]) for key in ("batchnorms", "folded", "frozen", "unfrozen", "plain"))
         why = "; ".join(f"{number} × {reason}" for reason, number in row["reasons"].items())
         lines.append(f"| {row['model']} | {counts} | {why} |")
     return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ from torch import nn
 from lightning_convbn.command.results import Block, Variant
 from lightning_convbn.layers.swap import class_name
 from lightning_convbn.memory import INPUT
-from lightning_convbn.pairs.find import ConvBNPairs
+from lightning_convbn.pairs.pair import ConvBNPairs
 
 OWN_FORWARD = "(the model's own forward)"
 
@@ -89,7 +89,7 @@ def _about(key: str, modules: Mapping[str, nn.Module], pairs: ConvBNPairs, conv_
     if key in conv_of:
         return f"{class_name(modules[conv_of[key]])} and {described}, folded"
     if key in pairs.unpaired:
-        return f"{described}, {'unfrozen' if key in pairs.left else 'frozen'}: {pairs.unpaired[key]}"
+        return f"{described}, {'unfrozen' if key in pairs.unfrozen else 'frozen'}: {pairs.unpaired[key]}"
     return described
 
 

@@ -16,7 +16,8 @@ from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
 from lightning_convbn.layers.swap import Mode
 from lightning_convbn.memory import forward_and_backward, measure_memory, measure_memory_abstractly
 from lightning_convbn.modes import set_mode
-from lightning_convbn.pairs.find import ConvBNPairs, find_conv_bn_pairs
+from lightning_convbn.pairs.find import find_conv_bn_pairs
+from lightning_convbn.pairs.pair import ConvBNPairs
 from lightning_convbn.text import first_line
 
 

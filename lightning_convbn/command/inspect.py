@@ -13,7 +13,8 @@ from lightning_convbn.command.option_values import sample_shape
 from lightning_convbn.command.output_files import STDOUT, check_output_files, write_json
 from lightning_convbn.command.results import count_batchnorms
 from lightning_convbn.command.terminal import print_notes, print_table
-from lightning_convbn.pairs.find import ConvBNPairs, find_conv_bn_pairs
+from lightning_convbn.pairs.find import find_conv_bn_pairs
+from lightning_convbn.pairs.pair import ConvBNPairs
 
 
 def inspect_model(options: Namespace) -> None:
@@ -25,7 +26,7 @@ def inspect_model(options: Namespace) -> None:
     if example is not None:
         check_takes(model, example)
     pairs = find_conv_bn_pairs(model, example_inputs=None if example is None else (example,))
-    unfrozen = {bn: reason for bn, reason in pairs.unpaired.items() if bn in pairs.left}
+    unfrozen = {bn: reason for bn, reason in pairs.unpaired.items() if bn in pairs.unfrozen}
     if options.json != STDOUT:
         _print_pairs(pairs, unfrozen)
         print_notes(notes_on_model(model))

@@ -12,7 +12,7 @@ from lightning_convbn.command.errors import CommandError
 from lightning_convbn.command.option_values import dtype_name
 from lightning_convbn.layers.table import is_norm
 from lightning_convbn.memory import measure_memory_abstractly
-from lightning_convbn.pairs.find import ConvBNPairs
+from lightning_convbn.pairs.pair import ConvBNPairs
 from lightning_convbn.text import first_line
 
 

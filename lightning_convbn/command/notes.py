@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_convbn.command.option_values import dtype_name
 from lightning_convbn.command.results import Measurement
-from lightning_convbn.pairs.find import ConvBNPairs
+from lightning_convbn.pairs.pair import ConvBNPairs
 
 WHAT_IS_COMPARED = (
     "Eval and Tune are modes of the model. The Deploy copy is the plain copy that fuse_for_deploy makes. It is "

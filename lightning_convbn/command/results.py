@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from lightning_convbn.command.option_values import dtype_name
-from lightning_convbn.pairs.find import ConvBNPairs
+from lightning_convbn.pairs.pair import ConvBNPairs
 
 # What is compared: two modes of the model, and its Deploy copy.
 Variant = Literal["eval", "tune", "deploy-copy"]
@@ -118,4 +118,4 @@ class Measurement:
 def count_batchnorms(pairs: ConvBNPairs) -> dict[str, int]:
     """Count the BatchNorms that are folded, frozen and unfrozen."""
     total = len(pairs) + len(pairs.unpaired)
-    return {"total": total, "folded": len(pairs), "frozen": len(pairs.frozen), "unfrozen": len(pairs.left)}
+    return {"total": total, "folded": len(pairs), "frozen": len(pairs.frozen), "unfrozen": len(pairs.unfrozen)}

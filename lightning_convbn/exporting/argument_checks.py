@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_convbn.compat_command import tree_leaves, tree_map
+from lightning_convbn.compat import tree_leaves, tree_map
 from lightning_convbn.exporting.atomic_file import check_writable
 from lightning_convbn.exporting.formats import FORMATS, Format, Inputs
 

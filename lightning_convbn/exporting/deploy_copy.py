@@ -13,7 +13,7 @@ from lightning_convbn.layers.norms import affine_of
 from lightning_convbn.layers.table import norm_layer
 from lightning_convbn.modes import set_mode
 from lightning_convbn.ops.fold import fold_conv_bn
-from lightning_convbn.pairs.find import ConvBNPair, ConvBNPairs
+from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
 
 
 def fuse_for_deploy(model: nn.Module, *, pairs: ConvBNPairs | None = None) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_convbn.compat_command import tree_leaves, tree_map
+from lightning_convbn.compat import tree_leaves, tree_map
 
 Inputs = tuple[Any, ...]
 

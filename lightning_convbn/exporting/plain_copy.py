@@ -11,11 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_convbn.compat_command import compiled_by_lightning
+from lightning_convbn.compat import compiled_by_lightning
 from lightning_convbn.modes import set_mode
 from lightning_convbn.pairs import reasons
-from lightning_convbn.pairs.find import ConvBNPair, ConvBNPairs, find_conv_bn_pairs, pairs_in_force
-from lightning_convbn.pairs.side_effects import stashed
+from lightning_convbn.pairs.find import find_conv_bn_pairs, pairs_in_force
+from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
+from lightning_convbn.pairs.side_effects import leaves_in_attributes
 
 # These wrappers change how a model runs, but not what it computes. Each has one child: the model.
 WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
@@ -65,7 +66,7 @@ def plain_copy(model: nn.Module) -> PlainCopy:
     # forward may have left in an attribute. So the values are copied.
     copies: dict[int, Any] = {
         id(leaf): leaf.detach().clone()
-        for _, leaf in stashed(model)
+        for _, leaf in leaves_in_attributes(model)
         if isinstance(leaf, Tensor) and leaf.grad_fn is not None
     }
     compiled = {name: found for name, module in model.named_modules() if (found := compiled_by_lightning(module))}
@@ -133,6 +134,6 @@ def _renamed(pairs: ConvBNPairs, names: Mapping[str, str]) -> ConvBNPairs:
     return ConvBNPairs(
         [ConvBNPair(new(pair.conv), new(pair.bn)) for pair in pairs],
         {new(bn): reason for bn, reason in pairs.unpaired.items()},
-        map(new, pairs.left),
+        map(new, pairs.unfrozen),
         map(new, pairs.flattened),
     )

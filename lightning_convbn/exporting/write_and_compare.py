@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_convbn.compat_command import tree_leaves, tree_map
+from lightning_convbn.compat import tree_leaves, tree_map
 from lightning_convbn.exporting.argument_checks import batch_sizes
 from lightning_convbn.exporting.atomic_file import atomic_write
-from lightning_convbn.exporting.deviation import deviation_of, float_tensors, tolerance_of
 from lightning_convbn.exporting.formats import FORMATS, Inputs
-from lightning_convbn.pairs.side_effects import state_kept
+from lightning_convbn.pairs.deviation import deviation_of, float_tensors, tolerance_of
+from lightning_convbn.pairs.side_effects import side_effects_undone
 
 
 def write_and_compare(deploy: nn.Module, plain: nn.Module, path: Path, inputs: Inputs, *, dynamic_batch: bool) -> Path:
@@ -38,7 +38,7 @@ def write_and_compare(deploy: nn.Module, plain: nn.Module, path: Path, inputs: I
     rows = sorted({1, *sizes, max(2, *sizes) + 1}) if dynamic_batch and form.captures else [None]
     with (
         atomic_write(path) as file,
-        state_kept(plain, inputs, {}),
+        side_effects_undone(plain, inputs, {}),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),

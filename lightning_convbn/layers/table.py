@@ -11,13 +11,13 @@ from typing import TypeVar
 
 from torch import nn
 
-from lightning_convbn.compat import BatchNorm
 from lightning_convbn.layers import convolutions, norms, third_party
 from lightning_convbn.layers.convolutions import Deploy, Tune
 from lightning_convbn.layers.norms import EvalNorm, FoldedNorm
 from lightning_convbn.layers.swap import plain_class
 
 Row = TypeVar("Row")
+(BatchNorm,) = nn.BatchNorm2d.__bases__  # what BatchNorms of all dimensions derive from, those of other packages too
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_convbn.compat import load_as
 from lightning_convbn.layers.convolutions import ConvGeometry, Deploy, Tune
 from lightning_convbn.layers.norms import AnyBatch, EvalNorm, FoldedNorm, Images
 from lightning_convbn.layers.swap import plain_class
@@ -111,14 +112,9 @@ class FoldedSyncBatchNormAct(FoldedNormAct, Images, nn.SyncBatchNorm):
 class FoldedFrozenBatchNorm2d(FoldedNorm, Images):
     """A ``FrozenBatchNorm2d``, folded into its convolution. Its affine map, in buffers, stays untrained."""
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:
         # These classes load checkpoints of BatchNorm2d, which have a key too many, by a method of their own.
-        folded = type(self)
-        self.__class__ = plain_class(self)  # type: ignore[assignment]
-        try:
-            self._load_from_state_dict(*args, **kwargs)
-        finally:
-            self.__class__ = folded  # type: ignore[assignment]
+        load_as(plain_class(self), self, *args)
 
 
 class FoldedFrozenBatchNormAct2d(FoldedNormAct, FoldedFrozenBatchNorm2d):

@@ -225,7 +225,7 @@ def _fold_in_graph(
     what it is told to: activation checkpointing tells it.
     """
     transposed, groups = layout(spec)
-    fold = partial(fold_conv_bn, transposed=transposed, groups=groups, dtype=dtype)
+    fold: Any = partial(fold_conv_bn, transposed=transposed, groups=groups, dtype=dtype)
     if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
         return fold(*operands, eps)
     folded: Tensor

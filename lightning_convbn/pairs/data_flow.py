@@ -1,4 +1,4 @@
-"""What a forward pass does with the outputs of convolutions: the form in which both provers state what they saw."""
+"""The data flow around convolutions and BatchNorms: the form in which tracing and recording both report it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,35 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from lightning_convbn.layers.swap import class_name
 from lightning_convbn.layers.table import conv_layer, is_norm
 from lightning_convbn.pairs import reasons
 
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+
+# Users of a convolution's output that are no module and no function.
+RETURNED = "the caller, as it is returned"
+READER_OF_ATTRIBUTE = "whoever reads the attribute `{name}`"
+
+METADATA = ("shape", "ndim", "dtype", "device")
+"""Attributes of a convolution's output that folding leaves unchanged. Whoever reads them reads no values."""
+
+TAKES_ONLY_THE_SHAPE = ("reshape_as", "view_as", "expand_as")
+"""Functions that read nothing but the shape of their second argument."""
+
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is a convolution or a BatchNorm, of whatever class: the provers don't look inside."""
-    return is_norm(module) or isinstance(module, (_ConvNd, nn.Linear)) or conv_layer(module) is not None
+    """Whether a module is a convolution or a BatchNorm, also of a subclass. Its forward is not looked into."""
+    return is_norm(module) or isinstance(module, _CONVOLUTIONS) or conv_layer(module) is not None
 
 
 @dataclass
@@ -23,13 +42,13 @@ class DataFlow:
     """Where the inputs of BatchNorms come from, and where the outputs of convolutions go.
 
     Attributes:
-        names: Qualified name of every module.
-        calls: How often each convolution and BatchNorm is called.
-        sources: For each call of a BatchNorm, the module whose output it gets, or a description of what else.
-        users: For each convolution, a description of whatever uses its output, BatchNorms excepted.
-        norms: For each convolution, the BatchNorms that its output goes to.
-        flattened: BatchNorms that get a linear layer's output with all but its last dimension flattened.
-        unseen: For each BatchNorm that could not be observed, why.
+        names: Module -> qualified name, for all modules.
+        calls: Convolution or BatchNorm -> how often it is called.
+        sources: BatchNorm -> for each call, the module that has computed its input, or words for what else did.
+        users: Convolution -> words for each use of its output, except by BatchNorms.
+        norms: Convolution -> the BatchNorms that use its output.
+        flattened: BatchNorms whose input is a linear layer's output with all but its last dimension flattened.
+        unseen: BatchNorm that could not be observed -> why.
         untraced: Names of the modules that could not be traced, so that only their children were.
     """
 
@@ -41,6 +60,11 @@ class DataFlow:
     flattened: set[nn.Module] = field(default_factory=set)
     unseen: dict[nn.Module, str] = field(default_factory=dict)
     untraced: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> DataFlow:
+        """Return the data flow of a model of which nothing is known yet."""
+        return cls({module: name for name, module in model.named_modules()})
 
     def partner(self, bn: nn.Module) -> nn.Module | str | None:
         """Return the convolution in front of a BatchNorm, or why there is none; None if ``bn`` was never called."""

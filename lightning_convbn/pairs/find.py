@@ -1,164 +1,46 @@
-"""Which convolution and BatchNorm form a pair that may be folded: the proof from data flow.
+"""Finds the convolutions and BatchNorms that may be folded, by a proof from the data flow.
 
-A pair is folded only when it is proven that the convolution's output goes into that BatchNorm and nowhere else, with
-each of the two called once: by a symbolic trace of the model, by the recorded data flow of one forward pass, or both.
-Everything else is listed with its reason.
+A pair is folded only if it is proven that the convolution's output goes into that BatchNorm and nowhere else, and that
+both are called once. There are two provers: a symbolic trace of the model, and the recording of one forward pass. For
+every other BatchNorm there is a reason why it is not folded.
 """
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast, overload
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from lightning_convbn.compat import forward_hooks, forward_pre_hooks
 from lightning_convbn.layers.norms import affine_of
 from lightning_convbn.layers.swap import class_name, plain_class, swap_of
 from lightning_convbn.layers.table import FROZEN, NORM_LAYERS, conv_layer, is_norm, norm_layer
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.data_flow import DataFlow
 from lightning_convbn.pairs.fsdp import fsdp_unit
+from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
 from lightning_convbn.pairs.recording import record_data_flow
 from lightning_convbn.pairs.tracing import trace_data_flow
-
-
-class ConvBNPair(NamedTuple):
-    """A convolution and the BatchNorm that alone consumes its output, by qualified name."""
-
-    conv: str
-    bn: str
-
-
-class ConvBNPairs(Sequence[ConvBNPair]):
-    """The pairs of a model, in the order of its BatchNorms, and a reason for every BatchNorm in none.
-
-    Printed, it is a table.
-
-    Attributes:
-        unpaired: Qualified name of every other BatchNorm -> why it is not folded.
-        left: Those of ``unpaired`` that are not frozen either, but keep running as they are.
-        flattened: BatchNorms of pairs that get a linear layer's output with all but its last dimension flattened.
-        untraced: Modules that could not be traced. What their children have was proven in each child's own forward,
-            not in how these modules call them.
-    """
-
-    def __init__(
-        self,
-        pairs: Iterable[ConvBNPair],
-        unpaired: Mapping[str, str] | None = None,
-        left: Iterable[str] = (),
-        flattened: Iterable[str] = (),
-        untraced: Iterable[str] = (),
-    ) -> None:
-        self._pairs = tuple(ConvBNPair(*pair) for pair in pairs)
-        self.unpaired = dict(unpaired or {})
-        self.left = frozenset(left)
-        self.flattened = frozenset(flattened) & {pair.bn for pair in self._pairs}
-        self.untraced = frozenset(untraced)
-
-    @overload
-    def __getitem__(self, index: int) -> ConvBNPair: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[ConvBNPair, ...]: ...
-    def __getitem__(self, index: int | slice) -> ConvBNPair | tuple[ConvBNPair, ...]:
-        """Return the pair at ``index``."""
-        return self._pairs[index]
-
-    def __len__(self) -> int:
-        """Count the pairs."""
-        return len(self._pairs)
-
-    def __eq__(self, other: object) -> bool:
-        """Compare pairs, reasons and what is left alone."""
-        if not isinstance(other, ConvBNPairs):
-            return NotImplemented
-        return all(getattr(self, name) == getattr(other, name) for name in ("_pairs", "unpaired", "left", "flattened"))
-
-    __hash__ = None  # type: ignore[assignment]
-
-    @property
-    def frozen(self) -> dict[str, str]:
-        """Qualified name of every BatchNorm that is frozen but not folded -> why."""
-        return {bn: reason for bn, reason in self.unpaired.items() if bn not in self.left}
-
-    def unfold(self, bns: Mapping[str, str]) -> ConvBNPairs:
-        """Return these pairs without those of the BatchNorms ``bns`` (name -> reason), which stay frozen."""
-        return ConvBNPairs(
-            [pair for pair in self if pair.bn not in bns],
-            {**self.unpaired, **bns},
-            self.left - bns.keys(),
-            self.flattened,
-            self.untraced,
-        )
-
-    def leave(self, bns: Mapping[str, str]) -> ConvBNPairs:
-        """Return these pairs without those of the BatchNorms ``bns`` (name -> reason), which are not frozen either."""
-        pairs = self.unfold(bns)
-        return ConvBNPairs(pairs, pairs.unpaired, self.left | bns.keys(), pairs.flattened, pairs.untraced)
-
-    def count_by_reason(self) -> dict[str, int]:
-        """Count the BatchNorms in no pair by reason, reasons that differ in qualified names only taken together."""
-        return {reason: len(names) for reason, names in _grouped(self.unpaired).items()}
-
-    def summary(self) -> list[str]:
-        """Describe what happens to the BatchNorms in a few lines, those with one reason grouped."""
-        total = len(self) + len(self.unpaired)
-        lines = [f"folded      {len(self):>4} of {total} BatchNorms"]
-        for title, bns in (
-            ("frozen", self.frozen),
-            ("left alone", {bn: self.unpaired[bn] for bn in self.unpaired if bn in self.left}),
-        ):
-            lines.append(f"{title:<11} {len(bns):>4}")
-            lines += [f"  {len(names):>4} × {reason}: {_abbreviated(names)}" for reason, names in _grouped(bns).items()]
-        return lines
-
-    def __str__(self) -> str:
-        """Return a table with a row per BatchNorm."""
-        rows = [("folded", pair.bn, f"into {pair.conv}") for pair in self]
-        rows += [("left" if bn in self.left else "frozen", bn, reason) for bn, reason in self.unpaired.items()]
-        rows = [("state", "BatchNorm", "how or why"), *rows]
-        state, name = (max(len(row[column]) for row in rows) for column in (0, 1))
-        return "\n".join(f"{row[0]:<{state}}  {row[1]:<{name}}  {row[2]}" for row in rows)
-
-    def __repr__(self) -> str:
-        """Return the pairs, the reasons and what is left alone."""
-        return f"ConvBNPairs({list(self._pairs)!r}, unpaired={self.unpaired!r}, left={sorted(self.left)!r})"
-
-
-_QUALIFIED_NAME = re.compile(r"`[^`]+\.[^`]+`")
-
-
-def _grouped(bns: Mapping[str, str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = defaultdict(list)
-    for bn, reason in bns.items():
-        groups[_QUALIFIED_NAME.sub("…", reason)].append(bn)
-    return groups
-
-
-def _abbreviated(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def find_conv_bn_pairs(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> ConvBNPairs:
     """Find every convolution and BatchNorm of a model that may be folded, and say why the others may not.
 
-    The model is traced symbolically in the train or eval state that it is in; no data, no gradient, no randomness is
-    used up and the model is left as it was, in whatever mode it is. In a module that can't be traced its children are
-    traced one by one, with the default values of their optional arguments. With ``example_inputs`` the data flow of one
-    forward pass is recorded as well: what can't be traced is proven by it, and where both speak they must agree.
+    The model is traced symbolically, in its present train or eval state. A trace needs no data and draws no random
+    numbers, and afterwards the model is as it was. If a module can't be traced, its children are traced one by one,
+    with their optional arguments at the defaults. With ``example_inputs`` one forward pass is recorded, too. It proves
+    what can't be traced. Where trace and recording both see a BatchNorm, they must agree.
 
     Args:
         model: Any module, plain or converted by `set_mode`.
         example_inputs: Positional arguments of its forward, for the recording.
 
     Returns:
-        The pairs, with every other BatchNorm's reason in ``.unpaired``.
+        The pairs. ``.unpaired`` holds the reason of every other BatchNorm.
 
     Example:
         >>> from torch import nn
@@ -174,14 +56,21 @@ def find_conv_bn_pairs(model: nn.Module, *, example_inputs: Sequence[Any] | None
 
 
 def find_recorded_pairs(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> ConvBNPairs:
-    """Find pairs as `find_conv_bn_pairs` does, with the positional and keyword arguments of one forward pass."""
+    """Find pairs by trace and recording, as `find_conv_bn_pairs` does with ``example_inputs``.
+
+    Args:
+        model: Any module, plain or converted by `set_mode`.
+        inputs: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+    """
     return _proven(model, trace_data_flow(model), record_data_flow(model, inputs, kwargs))
 
 
 def _proven(model: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> ConvBNPairs:
+    """Return the pairs that a trace proves, or, if there is a recording, trace and recording together."""
     pairs: list[ConvBNPair] = []
     unpaired: dict[str, str] = {}
-    left: list[str] = []
+    unfrozen: list[str] = []
     flattened: list[str] = []
     for name, bn in model.named_modules():
         if not is_norm(bn):
@@ -189,7 +78,7 @@ def _proven(model: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> Co
         reason = statistics_missing(bn)
         if reason is not None:
             unpaired[name] = reason
-            left.append(name)
+            unfrozen.append(name)
             continue
         found = _partner(model, bn, traced, recorded)
         if not isinstance(found, str):
@@ -201,11 +90,14 @@ def _proven(model: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> Co
             if bn in traced.flattened or (recorded is not None and bn in recorded.flattened):
                 flattened.append(name)
     untraced = traced.untraced if recorded is None else ()
-    return ConvBNPairs(pairs, unpaired, left, flattened, untraced)
+    return ConvBNPairs(pairs, unpaired, unfrozen, flattened, untraced)
 
 
 def _partner(model: nn.Module, bn: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> nn.Module | str:
-    """Return the convolution that every prover which has seen ``bn`` finds in front of it, or the reason for none."""
+    """Return the convolution in front of a BatchNorm, or the reason why there is none to be folded.
+
+    A prover that has not seen the BatchNorm does not count. Those that have seen it must agree.
+    """
     never = reasons.NEVER_CALLED.format(state="training" if model.training else "eval")
     by_trace = traced.partner(bn)
     by_record = None if recorded is None else recorded.partner(bn)
@@ -220,11 +112,15 @@ def _partner(model: nn.Module, bn: nn.Module, traced: DataFlow, recorded: DataFl
 
 
 def find_untrained(model: nn.Module) -> list[str]:
-    """Name the BatchNorms whose running statistics are still the initial ones: mean 0 and variance 1 everywhere."""
+    """Name the BatchNorms that were never trained: their running statistics are 0 and 1 everywhere, as when made.
+
+    A class of BatchNorm that is always frozen does not count. It has no momentum.
+    """
     return [
         name
         for name, bn in model.named_modules()
-        if isinstance(bn, _BatchNorm)
+        if is_norm(bn)
+        and hasattr(bn, "momentum")
         and statistics_missing(bn) is None
         and not bool(torch.count_nonzero(bn.get_buffer("running_mean")))
         and bool((bn.get_buffer("running_var") == 1).all())
@@ -232,20 +128,20 @@ def find_untrained(model: nn.Module) -> list[str]:
 
 
 def find_hooked(model: nn.Module, pairs: ConvBNPairs) -> list[str]:
-    """Name the modules of pairs with hooks that see other tensors in Tune and Deploy mode than in Eval mode.
+    """Name the modules of pairs whose hooks see other values in Tune and Deploy mode than in Eval mode.
 
-    A folded convolution puts out what is normalised already, and its BatchNorm passes that on.
+    The output of a folded convolution is normalised already, and its BatchNorm returns it as it is.
     """
-    convs = [pair.conv for pair in pairs if model.get_submodule(pair.conv)._forward_hooks]
-    bns = [model.get_submodule(pair.bn) for pair in pairs]
-    return convs + [pair.bn for pair, bn in zip(pairs, bns, strict=True) if bn._forward_hooks or bn._forward_pre_hooks]
+    convs = [pair.conv for pair in pairs if forward_hooks(model.get_submodule(pair.conv))]
+    bns = {pair.bn: model.get_submodule(pair.bn) for pair in pairs}
+    return convs + [name for name, bn in bns.items() if forward_hooks(bn) or forward_pre_hooks(bn)]
 
 
 def statistics_missing(bn: nn.Module) -> str | None:
-    """Say why a BatchNorm can't be frozen; None if it can.
+    """Return the reason why a BatchNorm can't be frozen; None if it can.
 
-    It goes by the buffers: Lightning's ``BackboneFinetuning.freeze`` clears the flag ``track_running_stats`` of
-    BatchNorms that have them.
+    The flag ``track_running_stats`` does not tell: Lightning's ``BackboneFinetuning.freeze`` clears it although there
+    are running statistics. So we look at the buffers.
     """
     if any(is_lazy(tensor) for tensor in (*bn.parameters(recurse=False), *bn.buffers(recurse=False))):
         return reasons.LAZY
@@ -255,7 +151,13 @@ def statistics_missing(bn: nn.Module) -> str | None:
 
 
 def mismatch(model: nn.Module, conv_name: str, bn_name: str) -> str | None:
-    """Say why a convolution and a BatchNorm of a model can't be folded whatever the data flow; None if they can."""
+    """Return the reason why a convolution and a BatchNorm don't go together; None if they do.
+
+    Args:
+        model: The model that holds both.
+        conv_name: Qualified name of the convolution.
+        bn_name: Qualified name of the BatchNorm.
+    """
     conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
     if fsdp_unit(model, conv_name) != fsdp_unit(model, bn_name):
         return reasons.OTHER_FSDP_UNIT.format(conv=conv_name)
@@ -276,10 +178,13 @@ def mismatch(model: nn.Module, conv_name: str, bn_name: str) -> str | None:
 
 
 def _is_affine(bn: nn.Module) -> bool:
-    """Whether a ``FrozenBatchNorm2d`` of whatever package computes what its buffers say, with the epsilon we take."""
+    """Whether a ``FrozenBatchNorm2d`` computes what we read off its buffers and its epsilon.
+
+    Several packages have a class of this name. We compare its output with what the formula gives.
+    """
     affine = affine_of(bn)
     mean = affine.running_mean
-    if mean.is_meta or swap_of(bn) is not None:  # no values to compare, or compared before it was converted
+    if mean.is_meta or swap_of(bn) is not None:  # there are no values to compare, or they were compared already
         return True
     values = torch.linspace(-1, 1, mean.numel(), device=mean.device, dtype=mean.dtype).view(1, -1, 1, 1)
     with torch.no_grad():
@@ -289,25 +194,25 @@ def _is_affine(bn: nn.Module) -> bool:
 
 
 def pairs_in_force(model: nn.Module) -> ConvBNPairs | None:
-    """Read the pairs back from a model that `set_mode` has converted; None for a plain one."""
+    """Return the pairs that `set_mode` has converted a model with; None for a plain model."""
     if all(swap_of(module) is None for module in model.modules()):
         return None
     names = {module: name for name, module in model.named_modules()}
     pairs: list[ConvBNPair] = []
     unpaired: dict[str, str] = {}
-    left: list[str] = []
+    unfrozen: list[str] = []
     flattened: list[str] = []
     for module, name in names.items():
         if not is_norm(module):
             continue
         swap = swap_of(module)
         if swap is None:
-            unpaired[name] = statistics_missing(module) or reasons.LEFT_ALONE
-            left.append(name)
+            unpaired[name] = statistics_missing(module) or reasons.UNFROZEN
+            unfrozen.append(name)
         elif swap.conv is None or swap.conv[0] not in names:
             unpaired[name] = swap.reason
         else:
             pairs.append(ConvBNPair(names[swap.conv[0]], name))
             if swap.flattened:
                 flattened.append(name)
-    return ConvBNPairs(pairs, unpaired, left, flattened)
+    return ConvBNPairs(pairs, unpaired, unfrozen, flattened)

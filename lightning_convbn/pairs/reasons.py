@@ -1,12 +1,12 @@
-"""Why a BatchNorm is not folded: every reason in one place, as it is documented in `docs/use/troubleshooting.md`.
+"""Why a BatchNorm is not folded. All reasons are here; `docs/use/troubleshooting.md` explains each of them.
 
-A reason completes the sentence "The BatchNorm ...", in one line that a user can act on.
+A reason completes the sentence "The BatchNorm ...". It is one line long, and a user can act on it.
 """
 
 NO_STATISTICS = "has no running statistics, so it always normalises with the batch's"
 LAZY = "is lazy and not initialised yet: run one batch through the model first"
 UNTRAINED = "was never trained (mean 0, variance 1)"
-LEFT_ALONE = "was left alone when the model was converted"
+UNFROZEN = "was not frozen when the model was converted"
 NOT_GIVEN = "is in none of the pairs given"
 UNTRACED = "`{name}` ({cls}) can't be traced: {error}"
 NEVER_CALLED = "is never called by the model's forward in its {state} state"

@@ -1,42 +1,40 @@
-"""Putting back what a forward pass moves beside its output, and finding the tensors in what it leaves behind."""
+"""Side effects of a forward pass: how to undo them, and how to find the tensors that it leaves in attributes."""
 
 from __future__ import annotations
 
 import random
 import sys
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_flatten, tree_leaves
 
-from lightning_convbn.layers.swap import LINKS
+from lightning_convbn.compat import outside_fake_mode
 
 
 @contextmanager
-def state_kept(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Put back random states, buffers and attributes of the modules: a forward pass may move any of them.
+def side_effects_undone(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Undo the side effects of forward passes: random states, buffers and attributes of the modules are put back.
 
-    Autocast's cache is off meanwhile: a weight that it casts without gradients, or as a FakeTensor, would stay in use.
-    So is ``torch.compile``: what watches the pass can't be compiled, and the pass should cost nobody a recompilation.
+    Two things are switched off meanwhile:
+
+    - the cache of autocast. Else a weight that it casts here, without gradients or without data, would be used again
+      in the next training step.
+    - ``torch.compile``. The hooks and modes that watch a pass can't be compiled, and each would cause a recompilation.
+
+    Args:
+        model: The module that runs.
+        inputs: Positional arguments of its forward. They tell which devices draw random numbers.
+        kwargs: Keyword arguments of its forward.
     """
-    tensors = [leaf for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in leaves_of((inputs, kwargs)) if isinstance(leaf, Tensor)]
     devices = {tensor.device for tensor in (*tensors, *model.parameters()) if tensor.device.type == "cuda"}
-    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
-    with unset_fake_temporarily():  # the buffers are real, and so must be their copies
-        buffers = [
-            (module, name, buffer, buffer if buffer.is_meta or is_lazy(buffer) else buffer.clone())
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    buffers = _copied_buffers(model)
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[device.index or 0 for device in devices]))
         stack.callback(random.setstate, random.getstate())
@@ -50,65 +48,78 @@ def state_kept(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any
             yield
         finally:
             for module, found in attributes:
-                module.__dict__.clear()
-                module.__dict__.update(found)
-            with torch.no_grad(), unset_fake_temporarily():
-                for module, name, buffer, copy in buffers:
-                    module._buffers[name] = buffer
-                    # A write would be in the way of a backward pass that is still to come, so only where values differ.
-                    if buffer is not copy and not torch.equal(buffer, copy):
-                        buffer.copy_(copy)
+                vars(module).clear()
+                vars(module).update(found)
+            _restore_buffers(buffers)
 
 
-@contextmanager
-def traced_quietly(model: nn.Module) -> Iterator[None]:
-    """Keep the state of a model, and to ourselves what warnings its forward gives to proxies."""
-    with warnings.catch_warnings(), state_kept(model, (), {}):
-        warnings.simplefilter("ignore")
-        yield
+def _copied_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+    """List the buffers of a model, with module, name and a copy. What has no values is its own copy."""
+    with outside_fake_mode():  # the buffers are real, and their copies must be real, too
+        return [
+            (module, name, buffer, buffer if buffer.is_meta or is_lazy(buffer) else buffer.clone())
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+        ]
+
+
+def _restore_buffers(buffers: Sequence[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
+    with torch.no_grad(), outside_fake_mode():
+        for module, name, buffer, copy in buffers:
+            if getattr(module, name, None) is not buffer:
+                setattr(module, name, buffer)
+            # Write only where values differ: autograd refuses a backward pass if a tensor it saved was written since.
+            if buffer is not copy and not torch.equal(buffer, copy):
+                buffer.copy_(copy)
 
 
 def leaves_of(value: Any) -> Iterator[Any]:
-    """Walk through containers and through objects of any class, down to tensors, proxies and what has no parts."""
-    seen: dict[int, Any] = {}  # holds the items, so that no id is used twice
+    """Walk through containers and through objects of any class, and yield all that has no parts.
+
+    Tensors, modules, classes and proxies of ``torch.fx`` count as one part. Each object is visited once, so a container
+    may hold itself. (PyTorch's own pytrees only look into containers of registered classes.)
+    """
+    seen: dict[int, Any] = {}  # it holds the objects: the id of one that is freed could be given to another
     rest = deque([value])
     while rest:
         item = rest.popleft()
         if id(item) in seen:
             continue
         seen[id(item)] = item
-        parts = _items(item)
-        if len(parts) == 1 and parts[0] is item:
-            parts = [] if isinstance(item, _WHOLE) else _parts_of_object(item)
-            if not parts:
-                yield item
+        parts = [] if isinstance(item, _WHOLE) else _parts_of(item)
+        if not parts:
+            yield item
         rest += parts
 
 
+_CONTAINERS = (list, tuple, set, frozenset, deque)
 _WHOLE = (Tensor, nn.Module, type, torch.fx.Proxy)
 
 
-def _items(container: Any) -> list[Any]:
-    """The items of a container, or the object itself; not the items' items, for a container may hold itself."""
-    is_leaf = chain([False], repeat(True))
-    return tree_flatten(container, is_leaf=lambda _: next(is_leaf))[0]
-
-
-def _parts_of_object(item: Any) -> list[Any]:
-    if isinstance(item, (set, frozenset)):
-        return list(item)
+def _parts_of(item: Any) -> list[Any]:
+    """List the items of a container, and the attributes of any object."""
+    items = item.values() if isinstance(item, dict) else item if isinstance(item, _CONTAINERS) else ()
     slots = getattr(type(item), "__slots__", ())
     slots = slots if isinstance(slots, tuple) else ()
-    return [*getattr(item, "__dict__", {}).values(), *(getattr(item, slot) for slot in slots if hasattr(item, slot))]
+    attributes = getattr(item, "__dict__", {}).values()
+    return [*items, *attributes, *(getattr(item, slot) for slot in slots if hasattr(item, slot))]
 
 
-def stashed(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name what the modules hold in attributes of their own, as a forward may leave it there."""
+def leaves_in_attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield what the modules hold in attributes of their own, with the attribute's name.
+
+    A forward pass may leave a tensor there, and somebody may read it later.
+    """
     for module in model.modules():
-        for name, value in module.__dict__.items():
-            if name not in _OF_TORCH and not name.endswith("_hooks"):
+        for name, value in vars(module).items():
+            if name not in _OF_EVERY_MODULE and not _is_trainer(value):
                 for leaf in leaves_of(value):
                     yield name, leaf
 
 
-_OF_TORCH = {"_parameters", "_buffers", "_modules", "_swap", *LINKS, "_trainer", "_fabric"}
+def _is_trainer(value: object) -> bool:
+    """Whether a LightningModule holds its Trainer or its Fabric there: the search would go through all of it."""
+    return any(cls.__name__ in ("Trainer", "Fabric") for cls in type(value).__mro__)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # where PyTorch itself holds parameters, buffers, children and hooks

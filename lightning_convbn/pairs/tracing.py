@@ -1,8 +1,9 @@
-"""The first prover: symbolic tracing, which needs no data and sees every path that does not depend on data."""
+"""The first prover: a symbolic trace. It needs no data, and it sees all that does not depend on data."""
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,38 +14,47 @@ from lightning_convbn.layers.activations import RecomputedActivation
 from lightning_convbn.layers.swap import class_name, plain_class
 from lightning_convbn.layers.table import is_norm
 from lightning_convbn.pairs import reasons
-from lightning_convbn.pairs.data_flow import DataFlow, is_leaf
+from lightning_convbn.pairs.data_flow import (
+    METADATA,
+    READER_OF_ATTRIBUTE,
+    RETURNED,
+    TAKES_ONLY_THE_SHAPE,
+    DataFlow,
+    is_leaf,
+)
 from lightning_convbn.pairs.fsdp import is_fsdp_unit
-from lightning_convbn.pairs.side_effects import stashed, traced_quietly
+from lightning_convbn.pairs.side_effects import leaves_in_attributes, side_effects_undone
 from lightning_convbn.text import first_line
-
-METADATA = ("shape", "ndim", "dtype", "device")  # what folding leaves unchanged in a convolution's output
 
 
 def trace_data_flow(model: nn.Module) -> DataFlow:
-    """Trace a model in the train or eval state that it is in; where a module does not trace, trace its children."""
-    flow = DataFlow({module: name for name, module in model.named_modules()})
-    with traced_quietly(model):
-        _trace(model, flow, "")
-    return flow
+    """Trace a model in its present train or eval state. Where a module can't be traced, trace each of its children.
+
+    The side effects of the forward are undone, and warnings that it gives because of the proxies are not shown.
+    """
+    data_flow = DataFlow.of(model)
+    with warnings.catch_warnings(), side_effects_undone(model, (), {}):
+        warnings.simplefilter("ignore")
+        _trace(model, data_flow, "")
+    return data_flow
 
 
 class _Tracer(fx.Tracer):
-    """Symbolic tracing that stops at every convolution and BatchNorm, of whatever subclass."""
+    """Symbolic tracing that stops at every convolution and BatchNorm, also at those of a subclass."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # An Identity is looked through: what it returns is the very tensor that it was given.
-        # An activation that is swapped is described as it was found.
+        if type(m) is nn.Identity:  # it returns the very tensor that it gets, so the trace goes on through it
+            return False
+        # Without its swap, a recomputed activation of torch.nn would be a leaf. It is one with it, too.
         swapped = isinstance(m, RecomputedActivation) and plain_class(m).__module__.startswith("torch.nn")
-        known = swapped or is_leaf(m)
-        return known or (type(m) is not nn.Identity and super().is_leaf_module(m, module_qualified_name))
+        return swapped or is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Take a module that does not trace for a whole if there is nothing to find in it, as a pooling that pads.
+        """Trace a module; if that fails and it holds no pair, take it as one operation (a pooling that pads, say).
 
-        FSDP's hooks are passed by: at their first call they would make the module the root of all units.
+        FSDP's hooks are not run: at their first call they would make this module the root of all units.
         """
         stack = self.module_stack.copy()
         forward = m.forward if is_fsdp_unit(m) else forward
@@ -57,82 +67,100 @@ class _Tracer(fx.Tracer):
             return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
 
-def _trace(module: nn.Module, flow: DataFlow, why: str) -> None:
+def _trace(module: nn.Module, data_flow: DataFlow, why: str) -> None:
+    """Trace a module, or else its children.
+
+    Args:
+        module: The module.
+        data_flow: Where to record what is seen.
+        why: Why the parent could not be traced; empty for the whole model.
+    """
     if is_norm(module):
-        flow.unseen.setdefault(module, why)
+        data_flow.unseen.setdefault(module, why)
         return
     if not any(is_norm(child) for child in module.modules()):
         return
     try:
         graph = _Tracer(param_shapes_constant=True).trace(module, _defaults(module))
-    except Exception as error:  # a user's forward may raise anything when it is given proxies
+    except Exception as error:  # a forward that gets proxies instead of tensors may raise anything
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            name = flow.names[module] or "the model"
-            flow.untraced.append(name)
+            name = data_flow.names[module] or "the model"
+            data_flow.untraced.append(name)
             why = reasons.UNTRACED.format(name=name, cls=class_name(module), error=first_line(error))
         for child in module.children():
-            _trace(child, flow, why)
+            _trace(child, data_flow, why)
         return
     for node in graph.nodes:
         if node.op == "call_module":
-            _take_down(module, node, flow)
-    for name, leaf in stashed(module):
+            _record_call(module, node, data_flow)
+    for name, leaf in leaves_in_attributes(module):
         if isinstance(leaf, fx.Proxy) and leaf.node.op == "call_module":
-            flow.users[module.get_submodule(str(leaf.node.target))].append(f"whoever reads the attribute `{name}`")
+            used = module.get_submodule(str(leaf.node.target))
+            data_flow.users[used].append(READER_OF_ATTRIBUTE.format(name=name))
 
 
-def _take_down(region: nn.Module, node: fx.Node, flow: DataFlow) -> None:
-    """Note one call of a module in a traced region."""
-    module = region.get_submodule(str(node.target))
-    flow.calls[module] += 1
+def _record_call(root: nn.Module, node: fx.Node, data_flow: DataFlow) -> None:
+    """Record one call of a module.
+
+    Args:
+        root: The module that was traced.
+        node: The call.
+        data_flow: Where to record it.
+    """
+    module = root.get_submodule(str(node.target))
+    data_flow.calls[module] += 1
     if is_norm(module):
         source = node.all_input_nodes[0]
-        linear = _flattened_linear(region, source)
+        linear = _flattened_linear(root, source)
         if linear is not None:
             source = linear
-            flow.flattened.add(module)
-        flow.sources[module].append(
-            region.get_submodule(str(source.target)) if source.op == "call_module" else _described(source)
+            data_flow.flattened.add(module)
+        data_flow.sources[module].append(
+            root.get_submodule(str(source.target)) if source.op == "call_module" else _described(source)
         )
     else:
-        for user in _consumers(region, node):
-            consumer = region.get_submodule(str(user.target)) if user.op == "call_module" else None
-            if consumer is not None and is_norm(consumer):
-                flow.norms[module].append(consumer)
+        for user in _users(root, node):
+            used_by = root.get_submodule(str(user.target)) if user.op == "call_module" else None
+            if used_by is not None and is_norm(used_by):
+                data_flow.norms[module].append(used_by)
             elif _reads_values(user, node):
-                flow.users[module].append(_described(user))
+                data_flow.users[module].append(_described(user))
 
 
-def _consumers(region: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
-    """Who uses the output of a call; instead of a flattening that is looked through, who uses what is flattened."""
+def _users(root: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the nodes that use the output of a call. The users of `_flattened_linear` are users of the linear layer."""
     for user in node.users:
-        if _flattened_linear(region, user) is node:
+        if _flattened_linear(root, user) is node:
             yield from user.users
         else:
             yield user
 
 
-def _flattened_linear(region: nn.Module, node: fx.Node) -> fx.Node | None:
-    """Look through ``linear(x).flatten(0, 1)``, which gives a BatchNorm1d the rows of a sequence (LeViT)."""
+def _flattened_linear(root: nn.Module, node: fx.Node) -> fx.Node | None:
+    """Return the call of ``linear`` if a node is ``linear(x).flatten(0, 1)``, else None.
+
+    LeViT normalises the output of a linear layer in this way. Flattening does not change the last dimension, which
+    holds the channels.
+    """
     if node.target not in ("flatten", torch.flatten) or node.args[1:] != (0, 1) or node.kwargs:
         return None
     source = node.args[0]
     if not isinstance(source, fx.Node) or source.op != "call_module":
         return None
-    return source if isinstance(region.get_submodule(str(source.target)), nn.Linear) else None
+    return source if isinstance(root.get_submodule(str(source.target)), nn.Linear) else None
 
 
 def _defaults(module: nn.Module) -> dict[str, object]:
-    """Trace with optional arguments at their defaults: a proxy in their place would choose other branches."""
+    """Return the defaults of the optional arguments of forward: with a proxy it would take other branches."""
     parameters = inspect.signature(module.forward).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 
 
 def _reads_values(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a consumer reads more of a tensor than folding leaves unchanged."""
+    """Whether a user of a convolution's output reads values of it. Folding changes them, but not shape or dtype."""
     if user.op == "call_method":
         return user.target not in ("size", "dim", "ndimension") and not (
-            user.target in ("reshape_as", "view_as", "expand_as") and user.args[0] is not node
+            user.target in TAKES_ONLY_THE_SHAPE and user.args[0] is not node
         )
     return not (user.op == "call_function" and user.target is getattr and user.args[1] in METADATA)
 
@@ -142,7 +170,7 @@ def _described(node: fx.Node) -> str:
         case "placeholder":
             return f"the argument `{node.target}` of forward"
         case "output":
-            return "the caller, as it is returned"
+            return RETURNED
         case "get_attr":
             return f"the attribute `{node.target}`"
         case "call_function":

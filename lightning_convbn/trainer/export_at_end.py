@@ -6,12 +6,11 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import fsspec
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_convbn.exporting.argument_checks import (
     batch_sizes,
@@ -24,44 +23,43 @@ from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
 from lightning_convbn.exporting.plain_copy import plain_copy
 from lightning_convbn.exporting.write_and_compare import write_and_compare
 from lightning_convbn.pairs.find import find_conv_bn_pairs
+from lightning_convbn.pairs.side_effects import leaves_of
+from lightning_convbn.trainer.lightning_api import LightningModule, Trainer, rank_zero_info, rank_zero_warn
 from lightning_convbn.trainer.part import runs_its_forward
 
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
-
-_SHARDING = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
+_SHARDING = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}  # class names: importing them takes long
 
 
 class FitExport:
-    """Exports what a LightningModule's ``forward`` computes, or, if it has none of its own, its single target.
+    """Exports a LightningModule: what its ``forward`` computes, or its single target if it has no forward of its own.
 
-    Example inputs are ``example_input_array`` if the LightningModule has one, else two rows of what that forward gets
-    in the first training batch.
+    Example inputs are ``example_input_array`` if the LightningModule has one. Else they are the first two samples of
+    what that forward gets in the first training batch.
 
     Args:
         path: The file to write.
 
     Attributes:
         path: The file to write.
-        inputs: The example inputs; None as long as they are not known.
-        wrong: Qualified names of BatchNorms that must not be folded, and why.
+        inputs: The example inputs; None until they are known.
+        wrong: BatchNorms that must not be folded: qualified name -> why.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
         check_suffix("export_path", self.path)
         self.wrong: dict[str, str] = {}
-        self._module = ""  # what is exported, by its qualified name
+        self._module = ""  # qualified name of what is exported
         self.inputs: tuple[Any, ...] | None = None
         self._remove_hook: Callable[[], None] | None = None
 
-    def prepare(self, trainer: Trainer, pl_module: LightningModule, targets: Sequence[str]) -> None:
-        """Refuse before any training what can't be exported after it.
+    def prepare(self, trainer: Trainer, pl_module: LightningModule, parts: Sequence[str]) -> None:
+        """Choose what is exported. If it can't be exported, say so now and not after the training.
 
         Args:
             trainer: The Trainer, at the start of fit.
             pl_module: What it trains.
-            targets: Paths of what the callback converts.
+            parts: Paths of the parts that the callback converts.
 
         Raises:
             ValueError: If the path, the strategy or the module can't be used.
@@ -77,22 +75,20 @@ class FitExport:
             check_path("export_path", self.path)
         owner = next(cls for cls in type(pl_module).__mro__ if "forward" in vars(cls))
         has_forward = owner.__name__ not in ("LightningModule", "Module")
-        if not has_forward and (len(targets) > 1 or not targets[0]):
+        if not has_forward and (len(parts) > 1 or not parts[0]):
             raise ValueError(
                 f"{where}: {type(pl_module).__name__} has no forward that says what to export; define one, or name a "
-                f"single part with target=..., not {list(targets)}"
+                f"single part with target=..., not {list(parts)}"
             )
-        self._module = "" if has_forward else targets[0]
-        self.wrong = {}
+        self._module = "" if has_forward else parts[0]
         check_model(pl_module.get_submodule(self._module), self.path)
-        self.inputs = None
         example = pl_module.example_input_array
         if example is not None:
             args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
             self._record(pl_module.get_submodule(self._module), args if isinstance(args, tuple) else (args,), kwargs)
 
     def watch(self, pl_module: LightningModule) -> None:
-        """Record the example inputs at the next call of what is exported."""
+        """Take the example inputs from the next call of what is exported."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.inputs is None and runs_its_forward(module):
@@ -103,13 +99,13 @@ class FitExport:
         self._remove_hook = module.register_forward_pre_hook(before, with_kwargs=True).remove
 
     def unwatch(self) -> None:
-        """Take the watch back."""
+        """Take back what `watch` does."""
         if self._remove_hook is not None:
             self._remove_hook()
             self._remove_hook = None
 
     def check_recorded(self, pl_module: LightningModule) -> None:
-        """Raise a ValueError if the first training batch has brought no example inputs."""
+        """Raise a ValueError if there are no example inputs after the first training batch."""
         if self.inputs is None:
             raise ValueError(
                 f"export_path={str(self.path)!r}: the first training batch did not pass through the forward of "
@@ -117,10 +113,22 @@ class FitExport:
                 f"{type(pl_module).__name__}"
             )
 
-    def write(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        """Export at the end of fit, and say what was exported.
+    def write_or_warn(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export in the first process. If that fails, warn: an error would hide that the training has succeeded."""
+        if not trainer.is_global_zero:
+            return
+        try:
+            rank_zero_info(f"ConvBN: {self._write(trainer, pl_module)}")
+        except Exception as error:
+            rank_zero_warn(
+                f"ConvBN: export_path={str(self.path)!r}: nothing was exported. Weights and checkpoints are as "
+                f"trained: repair the cause and call lightning_convbn.export. {type(error).__name__}: {error}"
+            )
 
-        The weights are those of the best checkpoint of the first ModelCheckpoint that monitors something, or the last.
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Write the file, and return what was written.
+
+        The weights are those of the best checkpoint, if a ModelCheckpoint monitors something, else the last ones.
         """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return f"nothing is exported to {self.path} in a fast_dev_run"
@@ -136,7 +144,7 @@ class FitExport:
         model = copied.model.cpu().get_submodule(copied.names[self._module])
         pairs = find_conv_bn_pairs(model, example_inputs=self.inputs)
         prefix = f"{self._module}." if self._module else ""
-        # What was compiled is named without its wrapper already, as in the copy.
+        # The names of compiled parts are without ``_orig_mod`` already, as in the copy.
         wrong = {copied.names.get(name, name).removeprefix(prefix): reason for name, reason in self.wrong.items()}
         fused = fuse_for_deploy(model, pairs=pairs.unfold(wrong))
         write_and_compare(fused, model, self.path, self.inputs, dynamic_batch=_is_batched(self.inputs))
@@ -144,6 +152,7 @@ class FitExport:
         return f"exported {_described(self._module, pl_module)} with {weights}, to {self.path}"
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take the arguments of a forward as example inputs."""
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
         if bound.kwargs:
             bound.apply_defaults()
@@ -153,15 +162,15 @@ class FitExport:
                 f"{', '.join(bound.kwargs)} by keyword only, which a file can't; let it take them by position"
             )
         inputs = bound.args
-        if _is_batched(inputs):  # two rows are a batch, and held for as long as the fit lasts
-            inputs = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() else leaf, inputs)
+        if _is_batched(inputs):  # two samples are enough, and they are held until the fit ends
+            inputs = tuple(value[:2] if isinstance(value, Tensor) and value.dim() else value for value in inputs)
         self.inputs = checked_inputs(inputs, dynamic_batch=False)
 
 
 def _is_batched(inputs: tuple[Any, ...]) -> bool:
-    """Whether all tensors are arguments of one batch size; those in lists, as a detector's images, are no batch."""
-    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    return len(batch_sizes(inputs)) == 1 and len(leaves) == sum(isinstance(argument, Tensor) for argument in inputs)
+    """Whether all tensors are arguments of one batch size. Tensors in a list, a detector's images say, are no batch."""
+    tensors = [leaf for leaf in leaves_of(inputs) if isinstance(leaf, Tensor)]
+    return len(batch_sizes(inputs)) == 1 and len(tensors) == sum(isinstance(value, Tensor) for value in inputs)
 
 
 def _described(module: str, pl_module: nn.Module) -> str:
@@ -169,6 +178,7 @@ def _described(module: str, pl_module: nn.Module) -> str:
 
 
 def _best_checkpoint(trainer: Trainer) -> str:
+    """Return the best checkpoint of the first ModelCheckpoint that monitors something; empty if there is none."""
     for callback in trainer.checkpoint_callbacks:
         if getattr(callback, "monitor", None) and getattr(callback, "best_model_path", ""):
             return str(callback.best_model_path)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What we need of Lightning, from whichever of its packages is installed, ``lightning`` or ``pytorch_lightning``."""
+"""The names of Lightning that we use, from the package that is installed: ``lightning`` or ``pytorch_lightning``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 __all__ = ["Callback", "LightningModule", "Trainer", "rank_zero_info", "rank_zero_warn"]
 
 
-def _only_knows_its_own(package: str) -> bool:
-    """Whether an installed Trainer refuses callbacks that derive from the other package's class, as up to 2.5."""
+def _refuses_other_callbacks() -> bool:
+    """Whether pytorch_lightning is installed too, and its Trainer refuses callbacks derived from lightning's class.
+
+    It does up to 2.5 ("Expected a parent"), not from 2.6 on.
+    """
     try:
-        major, minor = metadata.version(package).split(".")[:2]
+        major, minor = metadata.version("pytorch-lightning").split(".")[:2]
     except metadata.PackageNotFoundError:
         return False
     return (int(major), int(minor)) < (2, 6)
@@ -28,7 +31,7 @@ else:
         from pytorch_lightning import Callback, LightningModule, Trainer
         from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
     else:
-        if _only_knows_its_own("pytorch-lightning"):
+        if _refuses_other_callbacks():
             import pytorch_lightning
 
             class Callback(Callback, pytorch_lightning.Callback):

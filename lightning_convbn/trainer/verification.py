@@ -1,21 +1,21 @@
-"""The last word on a pair: does the folded model compute on real inputs what Eval mode computes?"""
+"""Checks pairs on real inputs: does the folded model compute what Eval mode computes?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_convbn.exporting.deviation import deviation_of, float_tensors, tolerance_of
 from lightning_convbn.layers.swap import Mode
 from lightning_convbn.modes import conv_bn_mode
 from lightning_convbn.pairs import reasons
-from lightning_convbn.pairs.find import ConvBNPairs
-from lightning_convbn.pairs.fsdp import communicates
-from lightning_convbn.pairs.side_effects import state_kept
+from lightning_convbn.pairs.deviation import deviation_of, float_tensors, tolerance_of
+from lightning_convbn.pairs.pair import ConvBNPairs
+from lightning_convbn.pairs.side_effects import side_effects_undone
+from lightning_convbn.trainer.processes import communicates
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Verification:
     """What `verify_pairs` has found.
 
     Attributes:
-        deviation: Largest relative deviation of an output tensor in Tune mode from Eval mode's, all pairs folded.
-        tolerance: What rounding may cause in the precision that the model ran in.
-        wrong: The BatchNorms whose pairs are to be unfolded, and why.
+        deviation: The largest relative deviation of an output tensor in Tune mode, all pairs folded, from Eval mode.
+        tolerance: The relative deviation that rounding may cause in the precision of the model.
+        wrong: The BatchNorms that must not be folded: qualified name -> why.
     """
 
     deviation: float
@@ -41,11 +41,11 @@ def verify_pairs(
     *,
     recompute_activations: bool = False,
 ) -> Verification | None:
-    """Compare Tune mode with Eval mode on one input, and find the pairs to blame where they differ.
+    """Compare Tune mode with Eval mode on one input. If they differ, find the pairs that cause it.
 
-    Two passes without gradients; only if they differ, one more for each pair, and none where all processes have to run
-    the forward equally often. Mode, random state and buffers are as before afterwards. The precision is that of the
-    surrounding context.
+    This takes two forward passes without gradients. If their outputs differ, each pair takes one more, except where all
+    processes must run the forward equally often: there all pairs count as wrong. Afterwards the mode is as before, and
+    the side effects of the passes are undone. Set the precision, autocast for instance, around the call.
 
     Args:
         model: Any module.
@@ -58,24 +58,30 @@ def verify_pairs(
         What was found, or None if the output holds no floating-point tensor to compare.
     """
     expected = _outputs(model, "eval", pairs, inputs, kwargs)
+    if not expected:
+        return None
     tolerance = tolerance_of(model, expected)
 
     def deviation(folded: ConvBNPairs) -> float:
         return deviation_of(_outputs(model, "tune", folded, inputs, kwargs, recompute_activations), expected)
 
-    if not expected:
-        return None
     together = deviation(pairs)
     if together <= tolerance:
         return Verification(together, tolerance, {})
-    wrong = {}
-    for pair in () if communicates(model) else pairs:
-        alone = deviation(pairs.unfold({other.bn: "" for other in pairs if other is not pair}))
-        if not alone <= tolerance:
-            wrong[pair.bn] = reasons.CHANGED_OUTPUT.format(deviation=alone)
+    wrong = {} if communicates(model) else _wrong_alone(pairs, deviation, tolerance)
     if not wrong or not deviation(pairs.unfold(wrong)) <= tolerance:
         wrong = dict.fromkeys((pair.bn for pair in pairs), reasons.CHANGED_TOGETHER.format(deviation=together))
     return Verification(together, tolerance, wrong)
+
+
+def _wrong_alone(pairs: ConvBNPairs, deviation: Callable[[ConvBNPairs], float], tolerance: float) -> dict[str, str]:
+    """Fold one pair at a time, and return the BatchNorms of those that change the output -> why."""
+    wrong = {}
+    for pair in pairs:
+        alone = deviation(pairs.unfold({other.bn: "" for other in pairs if other is not pair}))
+        if not alone <= tolerance:  # written like this, NaN counts as a change
+            wrong[pair.bn] = reasons.CHANGED_OUTPUT.format(deviation=alone)
+    return wrong
 
 
 def _outputs(
@@ -87,5 +93,5 @@ def _outputs(
     recompute_activations: bool = False,
 ) -> list[Tensor]:
     switched = conv_bn_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
-    with switched, state_kept(model, inputs, kwargs), torch.no_grad():
+    with switched, side_effects_undone(model, inputs, kwargs), torch.no_grad():
         return float_tensors(model.forward(*inputs, **kwargs))

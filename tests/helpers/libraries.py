@@ -23,12 +23,12 @@ class Counts(NamedTuple):
 
     folded: int
     frozen: int
-    left: int = 0
+    unfrozen: int = 0
 
     @classmethod
     def of(cls, pairs: ConvBNPairs) -> Counts:
         """Count."""
-        return cls(len(pairs), len(pairs.frozen), len(pairs.left))
+        return cls(len(pairs), len(pairs.frozen), len(pairs.unfrozen))
 
 
 def norms(model: nn.Module) -> dict[str, nn.Module]:

@@ -134,7 +134,7 @@ def test_what_is_not_proven_is_refused_with_its_reason_and_computes_as_eval(case
     model = randomized(build())
     plain = copy.deepcopy(model).eval()
     pairs = set_mode(model, "tune")
-    assert (list(pairs), pairs.unpaired, pairs.left) == ([], reasons, frozenset())
+    assert (list(pairs), pairs.unpaired, pairs.unfrozen) == ([], reasons, frozenset())
     outputs, expected = model.train()(images(2, 3, 8, 8)), plain(images(2, 3, 8, 8))
     for output, other in zip(outputs, expected, strict=True):
         assert torch.equal(output, other)
@@ -145,21 +145,21 @@ def test_a_channel_mismatch_is_refused() -> None:
     assert pairs.unpaired == {"1": "`0` gives 4 channels, not the 3 that it has"}
 
 
-def test_a_norm_without_statistics_is_left_alone_and_still_normalises_with_the_batch() -> None:
+def test_a_norm_without_statistics_is_unfrozen_and_still_normalises_with_the_batch() -> None:
     model = nn.Sequential(conv(), nn.BatchNorm2d(3, track_running_stats=False))
     plain = copy.deepcopy(model)
     pairs = set_mode(model, "tune")
     assert pairs.unpaired == {"1": "has no running statistics, so it always normalises with the batch's"}
-    assert pairs.left == {"1"}
+    assert pairs.unfrozen == {"1"}
     assert type(model[1]) is nn.BatchNorm2d
     assert torch.equal(model(images(2, 3, 8, 8)), plain(images(2, 3, 8, 8)))
 
 
-def test_a_lazy_norm_is_left_alone_until_it_is_initialised() -> None:
+def test_a_lazy_norm_is_unfrozen_until_it_is_initialised() -> None:
     model = nn.Sequential(conv(), nn.LazyBatchNorm2d())
     pairs = find_conv_bn_pairs(model)
     assert pairs.unpaired == {"1": "is lazy and not initialised yet: run one batch through the model first"}
-    assert pairs.left == {"1"}
+    assert pairs.unfrozen == {"1"}
     model(images(2, 3, 8, 8))
     assert list(find_conv_bn_pairs(model)) == [("0", "1")]
 
@@ -327,34 +327,35 @@ class TestConvBNPairs:
     def test_plain_tuples_become_pairs(self) -> None:
         assert ConvBNPairs([("a", "b")])[0].conv == "a"
 
-    def test_equality_covers_reasons_and_what_is_left_alone(self) -> None:
+    def test_equality_covers_reasons_and_what_is_unfrozen(self) -> None:
         pairs = self.PAIRS
-        assert pairs == ConvBNPairs(list(pairs), dict(pairs.unpaired), pairs.left)
-        assert pairs != ConvBNPairs(pairs[:1], pairs.unpaired, pairs.left)
-        assert pairs != ConvBNPairs(pairs, {**pairs.unpaired, "e": "another reason"}, pairs.left)
+        assert pairs == ConvBNPairs(list(pairs), dict(pairs.unpaired), pairs.unfrozen)
+        assert pairs != ConvBNPairs(pairs[:1], pairs.unpaired, pairs.unfrozen)
+        assert pairs != ConvBNPairs(pairs, {**pairs.unpaired, "e": "another reason"}, pairs.unfrozen)
         assert pairs != ConvBNPairs(pairs, pairs.unpaired)
         assert pairs != list(pairs)
         with pytest.raises(TypeError, match="unhashable"):
             hash(pairs)
 
-    def test_unfold_freezes_and_leave_does_not(self) -> None:
-        unfolded, left = self.PAIRS.unfold({"d": "wrong", "g": "now frozen"}), self.PAIRS.leave({"d": "untrained"})
-        assert list(unfolded) == list(left) == [("a", "b")]
+    def test_unfold_freezes_and_unfreeze_does_not(self) -> None:
+        unfolded = self.PAIRS.unfold({"d": "wrong", "g": "now frozen"})
+        unfrozen = self.PAIRS.unfreeze({"d": "untrained"})
+        assert list(unfolded) == list(unfrozen) == [("a", "b")]
         assert unfolded.frozen == {"e": "why", "f": "why", "g": "now frozen", "d": "wrong"}
-        assert unfolded.left == frozenset()
-        assert left.left == {"d", "g"}
-        assert left.unpaired["d"] == "untrained"
-        assert left.frozen == {"e": "why", "f": "why"}
+        assert unfolded.unfrozen == frozenset()
+        assert unfrozen.unfrozen == {"d", "g"}
+        assert unfrozen.unpaired["d"] == "untrained"
+        assert unfrozen.frozen == {"e": "why", "f": "why"}
         assert len(self.PAIRS) == 2
 
     def test_prints_a_table(self) -> None:
         assert str(self.PAIRS).splitlines() == [
-            "state   BatchNorm  how or why",
-            "folded  b          into a",
-            "folded  d          into c",
-            "frozen  e          why",
-            "frozen  f          why",
-            "left    g          other",
+            "state     BatchNorm  how or why",
+            "folded    b          into a",
+            "folded    d          into c",
+            "frozen    e          why",
+            "frozen    f          why",
+            "unfrozen  g          other",
         ]
 
     def test_summary_groups_equal_reasons(self) -> None:
@@ -363,7 +364,7 @@ class TestConvBNPairs:
             "folded         2 of 7 BatchNorms",
             "frozen         4",
             "     4 × why: e, f, h, …",
-            "left alone     1",
+            "unfrozen       1",
             "     1 × other: g",
         ]
 

@@ -131,7 +131,7 @@ def test_provers_agree(name: str) -> None:
     model, image = abstract_model(name)
     pairs = assert_provers_agree(model, image)
     assert norms(model)
-    assert not pairs.left
+    assert not pairs.unfrozen
 
 
 def test_at_least_sixty_architectures_are_among_the_fast_ones() -> None:

@@ -24,7 +24,7 @@ from examples.benchmarks import figures
 from examples.benchmarks import memory as memory_table
 from examples.benchmarks import overhead as overhead_table
 from lightning_convbn import measure_memory
-from lightning_convbn.layers import activations, layers
+from lightning_convbn.layers import activations, table
 from lightning_convbn.pairs import reasons
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +44,7 @@ pytestmark = LIGHTNING_SAYS
 @pytest.mark.parametrize("block", BLOCKS)
 def test_code_block_runs(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    tables = (layers.CONV_LAYERS, layers.NORM_LAYERS, activations.ACTIVATION_LAYERS)
+    tables = (table.CONV_LAYERS, layers.NORM_LAYERS, activations.ACTIVATION_LAYERS)
     with mock.patch.dict(tables[0]), mock.patch.dict(tables[1]), mock.patch.dict(tables[2]):
         exec(compile(block, "docs", "exec"), types.ModuleType("docs").__dict__)
 
@@ -97,17 +97,17 @@ def test_links_lead_somewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "table"),
+    ("row", "rows"),
     [
-        ("convolutions", layers.CONV_LAYERS),
-        ("BatchNorms", layers.NORM_LAYERS),
+        ("convolutions", table.CONV_LAYERS),
+        ("BatchNorms", table.NORM_LAYERS),
         ("activations recomputed", activations.ACTIVATION_LAYERS),
     ],
 )
-def test_the_page_of_supported_layers_names_the_table(row: str, table: dict[type | str, object]) -> None:
+def test_the_page_of_supported_layers_names_the_table(row: str, rows: dict[type | str, object]) -> None:
     page = (ROOT / "docs" / "use" / "supported-layers.md").read_text()
     (claim,) = re.findall(rf"^\| {row} \| (.*) \|$", page, re.MULTILINE)
-    supported = {key.rpartition(".")[2] if isinstance(key, str) else key.__name__ for key in table}
+    supported = {key.rpartition(".")[2] if isinstance(key, str) else key.__name__ for key in rows}
     assert set(re.findall(r"`(\w+)`", claim)) == supported
 
 

@@ -205,7 +205,7 @@ def test_an_untrained_batchnorm_stays_in_train_mode_with_a_warning() -> None:
     moved = {f"backbone.middle.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
     assert set(differing(statistics_of(module), statistics)) == moved
     assert module.backbone.middle[1].num_batches_tracked == 2 * BATCHES_PER_EPOCH
-    assert "left alone     1" in lines.text
+    assert "unfrozen       1" in lines.text
     assert module.modes["validate"] == ["deploy"] * 2
     loss = module.losses["validate"][-1]
     module.forget()
@@ -685,12 +685,12 @@ def lines_of_table(**arguments: Any) -> list[str]:
 
 def test_the_table_counts_and_groups_the_reasons() -> None:
     """Printed once, through the progress bar."""
-    heading, folded, frozen, reason, left, kept, verified, counted = lines_of_table()
+    heading, folded, frozen, reason, unfrozen, kept, verified, counted = lines_of_table()
     assert heading == "ConvBN: `backbone` trains in Tune mode and is evaluated in Deploy mode"
     assert folded == "  folded         3 of 4 BatchNorms"
     assert frozen == "  frozen         1"
     assert re.fullmatch(r" +1 × its input comes from .+ \(ReLU\), not from a convolution: lone", reason)
-    assert left == "  left alone     0"
+    assert unfrozen == "  unfrozen       0"
     assert re.fullmatch(r"  kept for backward: Eval 0\.\d{3} MiB, Tune 0\.\d{3} MiB, \d\d\.\d % saved", kept)
     assert kept.endswith(" % saved")
     assert verified.startswith("  verified: Tune equals Eval, relative deviation ")

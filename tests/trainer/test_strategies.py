@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from lightning_convbn import ConvBNModeCallback, find_conv_bn_pairs, set_mode
 from lightning_convbn.pairs import reasons
-from lightning_convbn.pairs.fsdp import merged_over_processes
+from lightning_convbn.trainer.processes import merged_over_processes
 
 pytestmark = [
     *LIGHTNING_SAYS,

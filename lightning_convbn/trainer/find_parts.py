@@ -1,0 +1,85 @@
+"""Which parts of a LightningModule are converted: the callback's argument ``target``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import permutations
+
+from torch import nn
+
+from lightning_convbn.layers.table import is_norm
+from lightning_convbn.trainer.lightning_api import LightningModule
+from lightning_convbn.trainer.part import ConvertedPart
+
+
+def checked_paths(target: object) -> list[str] | None:
+    """Return the argument ``target`` as a list of paths, or None if it is None.
+
+    Raises:
+        ValueError: If it is neither a path nor a sequence of paths.
+    """
+    paths = [target] if isinstance(target, str) else target
+    if paths is None:
+        return None
+    if not (isinstance(paths, Sequence) and paths and all(isinstance(path, str) and path for path in paths)):
+        raise ValueError(f"target must be one or more attribute paths such as 'backbone'; got {target!r}")
+    return list(paths)
+
+
+def find_parts(
+    pl_module: LightningModule,
+    target: Sequence[str] | None,
+    untrained: Mapping[str, list[str]],
+    *,
+    recompute_activations: bool,
+) -> list[ConvertedPart]:
+    """Find the parts that ``target`` names, without changing them.
+
+    Args:
+        pl_module: The LightningModule.
+        target: Paths of the parts; None for the default.
+        untrained: Path of a part -> its untrained BatchNorms, where they are known already.
+        recompute_activations: As for `ConvertedPart`.
+
+    Raises:
+        ValueError: If there is no such part, if it has no BatchNorm, or if it lies within another part.
+    """
+    paths = target or _default_paths(pl_module)
+    parts = [
+        ConvertedPart(path, _part(pl_module, path), untrained.get(path), recompute_activations=recompute_activations)
+        for path in paths
+    ]
+    for outer, inner in permutations(paths, 2):
+        if f"{inner}.".startswith(f"{outer}."):
+            raise ValueError(f"target={target!r}: {inner!r} lies within {outer!r}; name one of them")
+    return parts
+
+
+def _part(pl_module: LightningModule, path: str) -> nn.Module:
+    try:
+        module: nn.Module = pl_module.get_submodule(path)
+    except AttributeError:
+        children = ", ".join(repr(name) for name, _ in pl_module.named_children())
+        raise ValueError(
+            f"target={path!r}: {type(pl_module).__name__} has no such module; its attributes are {children}"
+        ) from None
+    if not any(is_norm(child) for child in module.modules()):
+        raise ValueError(
+            f"target={path or None!r}: {type(module).__name__} has no BatchNorm; name the part that has, or leave "
+            "ConvBNModeCallback out"
+        )
+    return module
+
+
+def _default_paths(pl_module: LightningModule) -> list[str]:
+    """Return ``backbone`` if there is one, else every child with a BatchNorm.
+
+    If a BatchNorm is an attribute of the LightningModule itself, the whole LightningModule is converted. Otherwise we
+    take the children: they can be watched even if ``training_step`` calls them without the LightningModule's forward.
+    """
+    children = dict(pl_module.named_children())
+    if isinstance(children.get("backbone"), nn.Module):
+        return ["backbone"]
+    if any(is_norm(child) for child in children.values()):
+        return [""]
+    return [name for name, child in children.items() if any(is_norm(module) for module in child.modules())] or [""]

@@ -1,0 +1,97 @@
+"""What the callback remembers from hook to hook, during one run of the Trainer."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import nn
+
+from lightning_convbn.layers.swap import Mode
+from lightning_convbn.trainer.export_at_end import FitExport
+from lightning_convbn.trainer.lightning_api import LightningModule
+from lightning_convbn.trainer.part import ConvertedPart
+
+
+@dataclass
+class Run:
+    """What the callback remembers during one ``fit``, ``validate``, ``test`` or ``predict``.
+
+    ``setup`` makes a new one.
+
+    Attributes:
+        export: The export at the end of the fit; None without ``export_path``.
+        found_flags: Module -> its ``training`` flag at ``setup``. Empty after the run.
+        parts: The converted parts. Empty while all modules are plain.
+        untrained: Path of a part -> its untrained BatchNorms, which stay in Train mode. It outlives the run: a
+            checkpoint may be saved later.
+        checks_batch: Whether the current training batch is the one that is checked.
+        reported: Whether the first batch was checked and reported.
+        watches: What to take back after a batch that is checked or recorded.
+    """
+
+    export: FitExport | None = None
+    found_flags: dict[nn.Module, bool] = field(default_factory=dict)
+    parts: list[ConvertedPart] = field(default_factory=list)
+    untrained: dict[str, list[str]] = field(default_factory=dict)
+    checks_batch: bool = False
+    reported: bool = False
+    watches: ExitStack = field(default_factory=ExitStack)
+
+    def train_in(self, mode: Mode, *, freeze_untrained: bool) -> None:
+        """Switch all parts to the mode that training runs in, and remember their untrained BatchNorms."""
+        for part in self.parts:
+            part.train_in(mode, freeze_untrained=freeze_untrained)
+            if part.untrained is not None:
+                self.untrained[part.path] = part.untrained
+
+    def restore(self) -> None:
+        """Give back plain modules. Training flags are put back as far as the conversion has changed them."""
+        self.watches.close()
+        for part in self.parts:
+            part.restore()
+        self.parts = []
+        if self.export is not None:
+            self.export.unwatch()
+
+    def restore_flags(self) -> None:
+        """Give every module the ``training`` flag that it had at ``setup``."""
+        for module, training in self.found_flags.items():
+            module.training = training
+        self.found_flags = {}
+
+    def watch_batch(self, pl_module: LightningModule, *, check: bool, verify: bool, measure: bool) -> None:
+        """Watch the batch that comes next, if it is to be checked or if it gives the inputs for the export.
+
+        Hooks watch it. They can't be compiled, so this batch is trained on without ``torch.compile``.
+
+        Args:
+            pl_module: What is trained.
+            check: Whether to check the parts on this batch.
+            verify: Whether the check compares Tune mode with Eval mode.
+            measure: Whether the check counts kept bytes.
+        """
+        self.checks_batch = check
+        recorder = self.export if self.export is not None and self.export.inputs is None else None
+        if check or recorder is not None:
+            self.watches.enter_context(torch.compiler.set_stance("force_eager"))
+        if recorder is not None:  # first, because a check runs the forward on inputs of its own
+            self.watches.callback(recorder.unwatch)
+            recorder.watch(pl_module)
+        if check:
+            for part in self.parts:
+                self.watches.callback(part.unwatch)
+                part.watch(partial(part.check_first_batch, verify=verify, measure=measure))
+
+    def merge_findings(self, processes: int) -> None:
+        """Unfold what the check has found wrong in any process, also in the export. Every process must call this.
+
+        Args:
+            processes: How many processes the Trainer has.
+        """
+        for part in self.parts:
+            part.merge_findings(processes)
+            if self.export is not None:
+                self.export.wrong.update({part.full_name(name): reason for name, reason in part.wrong.items()})

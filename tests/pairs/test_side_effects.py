@@ -1,0 +1,106 @@
+"""Side effects of a forward pass are undone, and tensors are found wherever a forward may put them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, UserDict, deque
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_convbn.pairs.side_effects import leaves_in_attributes, leaves_of, side_effects_undone
+
+ONE, TWO = torch.ones(1), torch.zeros(2)
+
+
+@dataclass
+class AsDataclass:
+    first: Any
+    second: Any
+
+
+class AsNamedTuple(NamedTuple):
+    first: Any
+    second: Any
+
+
+class WithSlots:
+    __slots__ = ("first", "second", "unset")
+
+    def __init__(self, first: Any, second: Any) -> None:
+        self.first, self.second = first, second
+
+
+class ListWithAttribute(list[Any]):
+    extra: Any = None
+
+
+def list_with_attribute(first: Any, second: Any) -> ListWithAttribute:
+    made = ListWithAttribute([first])
+    made.extra = second
+    return made
+
+
+@pytest.mark.parametrize(
+    "contain",
+    [
+        lambda one, two: [one, two],
+        lambda one, two: (one, two),
+        lambda one, two: {one, two},
+        lambda one, two: {"a": one, "b": two},
+        lambda one, two: OrderedDict(a=one, b=two),
+        lambda one, two: UserDict(a=one, b=two),
+        lambda one, two: deque([one, two]),
+        lambda one, two: {"a": [{"b": (one, [two])}]},
+        AsDataclass,
+        AsNamedTuple,
+        WithSlots,
+        list_with_attribute,
+    ],
+)
+def test_tensors_are_found_in_every_container_and_object(contain: Any) -> None:
+    found = [leaf for leaf in leaves_of(contain(ONE, TWO)) if isinstance(leaf, Tensor)]
+    assert {id(leaf) for leaf in found} == {id(ONE), id(TWO)}
+
+
+def test_a_container_may_hold_itself() -> None:
+    loop: list[Any] = [ONE]
+    loop.append(loop)
+    assert list(leaves_of(loop)) == [ONE]
+
+
+def test_a_module_is_not_looked_into() -> None:
+    module = nn.Linear(1, 1)
+    assert list(leaves_of([module, nn.Linear])) == [module, nn.Linear]
+
+
+def test_attributes_are_searched_but_not_what_every_module_has() -> None:
+    module = nn.Sequential(nn.BatchNorm2d(2))
+    module[0].seen = {"features": [ONE]}
+    found = [(name, leaf) for name, leaf in leaves_in_attributes(module) if isinstance(leaf, Tensor)]
+    assert found == [("seen", ONE)]
+
+
+def test_a_buffer_is_put_back_whether_it_was_written_or_replaced() -> None:
+    module = nn.Module()
+    for name in ("written", "replaced", "again"):
+        module.register_buffer(name, torch.zeros(2))
+    module.twice = module.again  # type: ignore[assignment]
+    buffers = dict(module.named_buffers())
+    with side_effects_undone(module, (), {}):
+        module.written.add_(1)  # type: ignore[operator]
+        module.replaced = torch.ones(3)
+        module.again = torch.ones(2)
+    assert all(module.get_buffer(name) is buffer for name, buffer in buffers.items())
+    assert all(not buffer.any() for buffer in buffers.values())
+
+
+def test_a_buffer_that_keeps_its_values_is_not_written() -> None:
+    """A write would make autograd refuse a backward pass that is still to come."""
+    module = nn.BatchNorm2d(2)
+    version = module.running_mean._version  # type: ignore[union-attr]
+    with side_effects_undone(module, (), {}):
+        pass
+    assert module.running_mean._version == version  # type: ignore[union-attr]
