@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pkgutil
 import re
 import runpy
 import shlex
@@ -16,8 +17,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers.models import assert_close, images, small_net
-from helpers.runs import BoringModule
+from helpers.comparing import assert_close
+from helpers.networks import images, small_net
+from helpers.tiny_training import BoringModule
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -26,13 +28,13 @@ from torch._subclasses import FakeTensor
 from lightning_convbn import find_conv_bn_pairs, fuse_for_deploy, get_mode, measure_memory
 from lightning_convbn.command import actions as commands
 from lightning_convbn.command import measurement, terminal
-from lightning_convbn.command.main import _parser, main
+from lightning_convbn.command.main import main
 from lightning_convbn.command.measurement import Subject, largest_batch
 from lightning_convbn.exporting.whole_file import written_whole
 from lightning_convbn.memory import MIB, count_saved_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["helpers:small_net", "--size", "8"]
+SMALL = ["helpers.networks:small_net", "--size", "8"]
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +78,7 @@ class LooksAtValues(nn.Module):
 
 class TestInspect:
     def test_a_row_per_batchnorm_and_a_count(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["inspect", "helpers:small_net"]) == 0
+        assert main(["inspect", "helpers.networks:small_net"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].split() == ["state", "BatchNorm", "how", "or", "why"]
         assert "folded  1          into 0" in lines
@@ -84,12 +86,12 @@ class TestInspect:
         assert lines[-1] == "3 of 4 BatchNorms folded, 1 frozen, 0 left alone"
 
     def test_json_says_what_find_conv_bn_pairs_says(self, capsys: pytest.CaptureFixture[str]) -> None:
-        found, pairs = run_json(capsys, "inspect", "helpers:small_net"), find_conv_bn_pairs(small_net())
+        found, pairs = run_json(capsys, "inspect", "helpers.networks:small_net"), find_conv_bn_pairs(small_net())
         assert found["folded"] == [pair._asdict() for pair in pairs]
         assert found["frozen"] == pairs.unpaired
         assert found["left"] == {}
         assert found["batchnorms"] == {"total": 4, "folded": 3, "frozen": 1, "left": 0}
-        assert found["command"] == "lightning-convbn inspect helpers:small_net --json"
+        assert found["command"] == "lightning-convbn inspect helpers.networks:small_net --json"
 
     def test_what_has_no_statistics_is_left(self, capsys: pytest.CaptureFixture[str]) -> None:
         write_module(
@@ -120,7 +122,7 @@ class TestInspect:
         module = BoringModule()
         checkpoint = {"state_dict": module.state_dict(), "pytorch-lightning_version": "2.5.0", "epoch": 0}
         torch.save(checkpoint, "last.ckpt")
-        found = run_json(capsys, "inspect", "last.ckpt", "--class", "boring:BoringModule")
+        found = run_json(capsys, "inspect", "last.ckpt", "--class", "helpers.tiny_training:BoringModule")
         assert [pair["bn"] for pair in found["folded"]] == [pair.bn for pair in find_conv_bn_pairs(module.eval())]
 
     def test_a_table_on_a_terminal_takes_names_literally(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +218,7 @@ class TestMeasure:
         assert "1 of 1 BatchNorms folded" in out  # proven by running it
 
     def test_without_gradients_there_is_nothing_to_keep(self, capsys: pytest.CaptureFixture[str]) -> None:
-        write_module("frozen", "from helpers import small_net\nnet = small_net().requires_grad_(False)")
+        write_module("frozen", "from helpers.networks import small_net\nnet = small_net().requires_grad_(False)")
         assert main(["measure", "frozen:net", "--size", "8", "--rounds", "1", "--budget", "1GiB"]) == 0
         assert "no largest batch, because what is kept does not grow with it" in capsys.readouterr().out
 
@@ -286,7 +288,10 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "unknown timm model": (["timm:efficientnet_bo"], "timm has no 'efficientnet_bo'; did you mean timm:efficientnet_b"),
     "no form of a model": (["resnet50"], "unknown model 'resnet50'; MODEL is torchvision:NAME, timm:NAME"),
     "unknown module": (["no_such.module:net"], "no module 'no_such', neither installed nor in "),
-    "unknown attribute": (["helpers:smal_net"], "helpers has no 'smal_net'; did you mean helpers:small_net?"),
+    "unknown attribute": (
+        ["helpers.networks:smal_net"],
+        "helpers.networks has no 'smal_net'; did you mean helpers.networks:small_net?",
+    ),
     "module that needs another": (["needs:net"], "needs needs 'not_there'; pip install"),
     "module that raises": (["raises:net"], "raises can't be imported: ZeroDivisionError: division by zero"),
     "factory that raises": (["factories:broken"], "could not be built: ValueError: give me weights"),
@@ -295,16 +300,22 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "something else": (["factories:number"], "factories:number is a int, neither a model nor a callable"),
     "model without BatchNorm": (["torch.nn:Identity"], "Identity has no BatchNorm: there is nothing to fold or freeze"),
     "checkpoint without class": (["last.ckpt"], "add --class package.module:LightningModuleClass"),
-    "missing checkpoint": (["last.ckpt", "--class", "boring:BoringModule"], "no checkpoint 'last.ckpt' in "),
-    "class of no checkpoint": (["helpers:small_net", "--class", "boring:BoringModule"], "--class is for a Lightning"),
+    "missing checkpoint": (
+        ["last.ckpt", "--class", "helpers.tiny_training:BoringModule"],
+        "no checkpoint 'last.ckpt' in ",
+    ),
+    "class of no checkpoint": (
+        ["helpers.networks:small_net", "--class", "helpers.tiny_training:BoringModule"],
+        "--class is for a Lightning",
+    ),
     "unwritable JSON": (
-        ["helpers:small_net", "--json", "no/such.json"],
+        ["helpers.networks:small_net", "--json", "no/such.json"],
         "--json no/such.json: there is no folder",
     ),
-    "folder for a file": (["helpers:small_net", "--json", "."], "--json . is a folder; name a file in it"),
-    "bad size": (["helpers:small_net", "--size", "8x"], "--size '8x' is neither a number of pixels"),
+    "folder for a file": (["helpers.networks:small_net", "--json", "."], "--json . is a folder; name a file in it"),
+    "bad size": (["helpers.networks:small_net", "--size", "8x"], "--size '8x' is neither a number of pixels"),
     "channels that don't fit": (
-        ["helpers:small_net", "--size", "1x8x8"],
+        ["helpers.networks:small_net", "--size", "1x8x8"],
         "Sequential can't take an input of 2 × 1 × 8 × 8",
     ),
 }
@@ -344,7 +355,7 @@ def test_measure_refuses_in_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Subject, "measure", None)  # refused before the work
-    assert message in refusal(capsys, "measure", "helpers:small_net", *arguments)
+    assert message in refusal(capsys, "measure", "helpers.networks:small_net", *arguments)
     assert list(Path().iterdir()) == []
 
 
@@ -353,7 +364,7 @@ class TestExport:
         torch.save(small_net(seed=3).state_dict(), "trained.pt")
         write_module(
             "trained",
-            "from helpers import small_net\nnet = small_net()\nnet.load_state_dict(torch.load('trained.pt'))",
+            "from helpers.networks import small_net\nnet = small_net()\nnet.load_state_dict(torch.load('trained.pt'))",
         )
         assert main(["export", "trained:net", "net.pt2", "--size", "8"]) == 0
         assert capsys.readouterr().out.startswith("wrote net.pt2: read back")
@@ -386,7 +397,7 @@ class TestExport:
     ) -> None:
         monkeypatch.setattr("lightning_convbn.exporting.checked_file.find_spec", lambda name: None)
         monkeypatch.setattr(commands, "load_model", None)
-        assert message in refusal(capsys, "export", "helpers:small_net", path)
+        assert message in refusal(capsys, "export", "helpers.networks:small_net", path)
 
     def test_what_fails_leaves_no_file(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -452,7 +463,7 @@ class TestFiles:
         assert main(["measure", *SMALL, "--rounds", "0", *options]) == 0
         assert sorted(os.listdir()) == files
         assert Path("a.png").read_bytes().startswith(b"\x89PNG")
-        assert json.loads(Path("a.json").read_text())["model"] == "helpers:small_net"
+        assert json.loads(Path("a.json").read_text())["model"] == "helpers.networks:small_net"
         out, err = capsys.readouterr()
         assert "Deploy copy" in out
         assert err.splitlines() == ["wrote a.json", "wrote a.png", "wrote a.html"]
@@ -490,7 +501,7 @@ def test_a_person_types_it(tmp_path: Path) -> None:
 
 
 def test_the_status_reaches_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["lightning-convbn", "inspect", "helpers:no_net"])
+    monkeypatch.setattr(sys, "argv", ["lightning-convbn", "inspect", "helpers.networks:no_net"])
     monkeypatch.delitem(sys.modules, "lightning_convbn.__main__")
     with pytest.raises(SystemExit) as exit:
         runpy.run_module("lightning_convbn", run_name="__main__")
@@ -504,21 +515,31 @@ def test_whoever_stops_reading_hears_nothing(
     os.close(read)
     with open(write, "w") as closed:
         monkeypatch.setattr(sys, "stdout", closed)
-        assert main(["inspect", "helpers:small_net"]) == 1
+        assert main(["inspect", "helpers.networks:small_net"]) == 1
     assert capfd.readouterr().err == ""
 
 
-def test_the_console_script_is_this_command() -> None:
-    assert 'lightning-convbn = "lightning_convbn.command.main:main"' in (ROOT / "pyproject.toml").read_text()
+def test_the_console_script_is_this_command(project: dict[str, Any]) -> None:
+    assert pkgutil.resolve_name(project["project"]["scripts"]["lightning-convbn"]) is main
+
+
+def assert_parses(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run a command on a model that there is not: nothing else may be wrong with it."""
+    words = shlex.split(command, comments=True)
+    words[1] = "nowhere:net"
+    assert main(words) == 1
+    assert "no module 'nowhere'" in capsys.readouterr().err
 
 
 class TestHelp:
-    def test_examples_of_the_readme_parse_and_its_batches_are_those_of_the_page(self) -> None:
+    def test_examples_of_the_readme_parse_and_its_batches_are_those_of_the_page(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         readme = (ROOT / "README.md").read_text()
         examples = re.findall(r"^lightning-convbn (.*)$", readme, re.MULTILINE)
         assert len(examples) == 4
         for example in examples:
-            assert _parser().parse_args(shlex.split(example, comments=True)).model
+            assert_parses(example, capsys)
         batches = re.search(r"batch (\d+) in Eval mode, (\d+) in Tune mode", readme)
         assert batches is not None
         assert re.findall(r"^(?:Eval|Tune) .* (\d+)$", TestDocs.PAGE, re.MULTILINE) == list(batches.groups())
@@ -535,7 +556,7 @@ class TestHelp:
         examples = self.commands_in(out)
         assert len(examples) >= 2
         for example in examples:
-            assert _parser().parse_args(shlex.split(example)).model
+            assert_parses(example, capsys)
 
 
 class TestDocs:

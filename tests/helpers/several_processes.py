@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from helpers.runs import (
+from helpers.tiny_training import (
     TRUSTED,
     Backbone,
     BoringModule,

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torchvision
 from helpers.lightning_matrix import read_rows
-from helpers.runs import LIGHTNING_SAYS
+from helpers.tiny_training import LIGHTNING_SAYS
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 

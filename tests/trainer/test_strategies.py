@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.comparing import BACKWARD
 from helpers.lightning_matrix import documented_parameters
-from helpers.models import BACKWARD
-from helpers.runs import (
+from helpers.several_processes import BATCHES_PER_PROCESS, EPOCHS, RUNS, Shared
+from helpers.tiny_training import (
     LIGHTNING_SAYS,
     BoringModule,
     OwnNorm,
@@ -23,7 +24,6 @@ from helpers.runs import (
     quick,
     state_of,
 )
-from helpers.several_processes import BATCHES_PER_PROCESS, EPOCHS, RUNS, Shared
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
