@@ -106,6 +106,7 @@ class Deceptive(Shared):
 
     def __init__(self) -> None:
         super().__init__(PeekingBackbone)
+        self.backbone.peeks = False  # until it is known which process this is
 
     def on_fit_start(self) -> None:
         """Tell the backbone which process it is in."""
