@@ -82,7 +82,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save weights of a MobileNetV2 that look trained, so that no network is needed."""
-    from helpers.runs import pretend_trained  # not above: that would import Lightning before what is set there
+    from helpers.tiny_training import pretend_trained
     from torchvision.models import mobilenet_v2
 
     network = mobilenet_v2()

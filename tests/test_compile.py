@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import BACKWARD, FORWARD, assert_close
-from helpers.runs import (
+from helpers.comparing import BACKWARD, FORWARD, assert_close
+from helpers.tiny_training import (
     BATCHES_PER_EPOCH,
     LIGHTNING_SAYS,
     BoringModule,

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers.models import BATCH_NORMS, FAMILIES, Snapshot, images, small_net, torchvision_model
+from helpers.comparing import Snapshot
+from helpers.networks import BATCH_NORMS, FAMILIES, images, small_net, torchvision_model
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile

@@ -9,17 +9,9 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from helpers.comparing import Snapshot, assert_close, gradients
 from helpers.counting_operations import NewTensors, count_alive
-from helpers.models import (
-    BATCH_NORMS,
-    Snapshot,
-    assert_close,
-    gradients,
-    images,
-    randomized,
-    small_net,
-    torchvision_model,
-)
+from helpers.networks import BATCH_NORMS, images, randomized, small_net, torchvision_model
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx

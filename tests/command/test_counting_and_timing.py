@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.models import small_net
+from helpers.networks import small_net
 from torch import Tensor, nn
 
 from lightning_convbn import get_mode

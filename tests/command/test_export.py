@@ -8,7 +8,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 from helpers.command_line import SMALL, refusal, write_module
-from helpers.models import assert_close, images, small_net
+from helpers.comparing import assert_close
+from helpers.networks import images, small_net
 
 from lightning_convbn.command import export
 from lightning_convbn.command.main import main
@@ -19,7 +20,7 @@ class TestExport:
         torch.save(small_net(seed=3).state_dict(), "trained.pt")
         write_module(
             "trained",
-            "from helpers.models import small_net\nnet = small_net()\nnet.load_state_dict(torch.load('trained.pt'))",
+            "from helpers.networks import small_net\nnet = small_net()\nnet.load_state_dict(torch.load('trained.pt'))",
         )
         assert main(["export", "trained:net", "net.pt2", "--size", "8"]) == 0
         assert capsys.readouterr().out.startswith("wrote net.pt2: it was read back")
@@ -52,7 +53,7 @@ class TestExport:
     ) -> None:
         monkeypatch.setattr("lightning_convbn.exporting.argument_checks.find_spec", lambda name: None)
         monkeypatch.setattr(export, "load_model", None)
-        assert message in refusal(capsys, "export", "helpers.models:small_net", path)
+        assert message in refusal(capsys, "export", "helpers.networks:small_net", path)
 
     def test_what_fails_leaves_no_file(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import small_net
+from helpers.networks import small_net
 from torch import nn
 
 from lightning_convbn.__main__ import main

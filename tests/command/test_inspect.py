@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 from helpers.command_line import run_json, write_module
-from helpers.models import small_net
-from helpers.runs import BoringModule
+from helpers.networks import small_net
+from helpers.tiny_training import BoringModule
 
 from lightning_convbn import find_conv_bn_pairs
 from lightning_convbn.command.main import main
@@ -16,7 +16,7 @@ from lightning_convbn.command.main import main
 
 class TestInspect:
     def test_a_row_per_batchnorm_and_a_count(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["inspect", "helpers.models:small_net"]) == 0
+        assert main(["inspect", "helpers.networks:small_net"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].split() == ["state", "BatchNorm", "how", "or", "why"]
         assert "folded  1          into 0" in lines
@@ -24,12 +24,12 @@ class TestInspect:
         assert lines[-1] == "3 of 4 BatchNorms folded, 1 frozen, 0 unfrozen"
 
     def test_json_says_what_find_conv_bn_pairs_says(self, capsys: pytest.CaptureFixture[str]) -> None:
-        found, pairs = run_json(capsys, "inspect", "helpers.models:small_net"), find_conv_bn_pairs(small_net())
+        found, pairs = run_json(capsys, "inspect", "helpers.networks:small_net"), find_conv_bn_pairs(small_net())
         assert found["folded"] == [pair._asdict() for pair in pairs]
         assert found["frozen"] == pairs.unpaired
         assert found["unfrozen"] == {}
         assert found["batchnorms"] == {"total": 4, "folded": 3, "frozen": 1, "unfrozen": 0}
-        assert found["command"] == "lightning-convbn inspect helpers.models:small_net --json"
+        assert found["command"] == "lightning-convbn inspect helpers.networks:small_net --json"
 
     def test_what_has_no_statistics_is_unfrozen(self, capsys: pytest.CaptureFixture[str]) -> None:
         write_module(
@@ -60,5 +60,5 @@ class TestInspect:
         module = BoringModule()
         checkpoint = {"state_dict": module.state_dict(), "pytorch-lightning_version": "2.5.0", "epoch": 0}
         torch.save(checkpoint, "last.ckpt")
-        found = run_json(capsys, "inspect", "last.ckpt", "--class", "helpers.runs:BoringModule")
+        found = run_json(capsys, "inspect", "last.ckpt", "--class", "helpers.tiny_training:BoringModule")
         assert [pair["bn"] for pair in found["folded"]] == [pair.bn for pair in find_conv_bn_pairs(module.eval())]

@@ -56,7 +56,7 @@ def test_a_person_types_it(tmp_path: Path) -> None:
 
 
 def test_the_status_reaches_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["lightning-convbn", "inspect", "helpers.models:no_net"])
+    monkeypatch.setattr(sys, "argv", ["lightning-convbn", "inspect", "helpers.networks:no_net"])
     monkeypatch.delitem(sys.modules, "lightning_convbn.__main__")
     with pytest.raises(SystemExit) as exit:
         runpy.run_module("lightning_convbn", run_name="__main__")
@@ -70,7 +70,7 @@ def test_whoever_stops_reading_hears_nothing(
     os.close(read)
     with open(write, "w") as closed:
         monkeypatch.setattr(sys, "stdout", closed)
-        assert main(["inspect", "helpers.models:small_net"]) == 1
+        assert main(["inspect", "helpers.networks:small_net"]) == 1
     assert capfd.readouterr().err == ""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from helpers.command_line import SMALL, refusal, run_json, write_module
-from helpers.models import images, small_net
+from helpers.networks import images, small_net
 from torch._subclasses import FakeTensor
 
 from lightning_convbn import fuse_for_deploy, measure_memory
@@ -110,7 +110,7 @@ class TestMeasure:
         assert "1 of 1 BatchNorms folded" in out  # proven by running it
 
     def test_without_gradients_there_is_nothing_to_keep(self, capsys: pytest.CaptureFixture[str]) -> None:
-        write_module("frozen", "from helpers.models import small_net\nnet = small_net().requires_grad_(False)")
+        write_module("frozen", "from helpers.networks import small_net\nnet = small_net().requires_grad_(False)")
         assert main(["measure", "frozen:net", "--size", "8", "--rounds", "1", "--budget", "1GiB"]) == 0
         assert "no largest batch, because a larger batch keeps no more bytes" in capsys.readouterr().out
 
@@ -137,5 +137,5 @@ def test_measure_refuses_in_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ModelMeasurer, "measure", None)  # refused before the work
-    assert message in refusal(capsys, "measure", "helpers.models:small_net", *arguments)
+    assert message in refusal(capsys, "measure", "helpers.networks:small_net", *arguments)
     assert list(Path().iterdir()) == []

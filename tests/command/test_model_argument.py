@@ -16,8 +16,8 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "no form of a model": (["resnet50"], "unknown model 'resnet50'; MODEL is torchvision:NAME, timm:NAME"),
     "unknown module": (["no_such.module:net"], "no module 'no_such', neither installed nor in "),
     "unknown attribute": (
-        ["helpers.models:smal_net"],
-        "helpers.models has no 'smal_net'; did you mean helpers.models:small_net?",
+        ["helpers.networks:smal_net"],
+        "helpers.networks has no 'smal_net'; did you mean helpers.networks:small_net?",
     ),
     "module that needs another": (["needs:net"], "needs needs 'not_there'; pip install"),
     "module that raises": (["raises:net"], "raises can't be imported: ZeroDivisionError: division by zero"),
@@ -27,19 +27,22 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "something else": (["factories:number"], "factories:number is a int, neither a model nor a callable"),
     "model without BatchNorm": (["torch.nn:Identity"], "Identity has no BatchNorm: there is nothing to fold or freeze"),
     "checkpoint without class": (["last.ckpt"], "add --class package.module:LightningModuleClass"),
-    "missing checkpoint": (["last.ckpt", "--class", "helpers.runs:BoringModule"], "no checkpoint 'last.ckpt' in "),
+    "missing checkpoint": (
+        ["last.ckpt", "--class", "helpers.tiny_training:BoringModule"],
+        "no checkpoint 'last.ckpt' in ",
+    ),
     "class of no checkpoint": (
-        ["helpers.models:small_net", "--class", "helpers.runs:BoringModule"],
+        ["helpers.networks:small_net", "--class", "helpers.tiny_training:BoringModule"],
         "--class is for a Lightning",
     ),
     "unwritable JSON": (
-        ["helpers.models:small_net", "--json", "no/such.json"],
+        ["helpers.networks:small_net", "--json", "no/such.json"],
         "--json no/such.json: there is no folder",
     ),
-    "folder for a file": (["helpers.models:small_net", "--json", "."], "--json . is a folder; name a file in it"),
-    "bad size": (["helpers.models:small_net", "--size", "8x"], "--size '8x' is neither a number of pixels"),
+    "folder for a file": (["helpers.networks:small_net", "--json", "."], "--json . is a folder; name a file in it"),
+    "bad size": (["helpers.networks:small_net", "--size", "8x"], "--size '8x' is neither a number of pixels"),
     "channels that don't fit": (
-        ["helpers.models:small_net", "--size", "1x8x8"],
+        ["helpers.networks:small_net", "--size", "1x8x8"],
         "Sequential can't take an input of 2 × 1 × 8 × 8",
     ),
 }

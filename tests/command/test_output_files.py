@@ -21,7 +21,7 @@ class TestFiles:
         assert main(["measure", *SMALL, "--rounds", "0", *options]) == 0
         assert sorted(os.listdir()) == files
         assert Path("a.png").read_bytes().startswith(b"\x89PNG")
-        assert json.loads(Path("a.json").read_text())["model"] == "helpers.models:small_net"
+        assert json.loads(Path("a.json").read_text())["model"] == "helpers.networks:small_net"
         out, err = capsys.readouterr()
         assert "Deploy copy" in out
         assert err.splitlines() == ["wrote a.json", "wrote a.png", "wrote a.html"]

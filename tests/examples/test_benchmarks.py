@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import images as random_images
-from helpers.models import small_net
-from helpers.runs import LIGHTNING_SAYS
+from helpers.networks import images as random_images
+from helpers.networks import small_net
+from helpers.tiny_training import LIGHTNING_SAYS
 from matplotlib.image import imread
 
 from examples import results_file

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from helpers.runs import LIGHTNING_SAYS, make_trainer
+from helpers.tiny_training import LIGHTNING_SAYS, make_trainer
 from PIL import Image
 
 from examples.data import digit_scenes, images_with_boxes

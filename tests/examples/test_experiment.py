@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.models import randomized, relative
+from helpers.comparing import relative
+from helpers.networks import randomized
 from PIL import Image
 from torch import nn
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.runs import Snapshot, pretend_trained, statistics_of
+from helpers.tiny_training import Snapshot, pretend_trained, statistics_of
 
 from examples.templates.mmengine_hook import ConvBNModeHook, DigitNet, Recorder, digits, train
 from lightning_convbn import get_mode

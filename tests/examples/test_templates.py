@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.runs import LIGHTNING_SAYS, pretend_trained
+from helpers.tiny_training import LIGHTNING_SAYS, pretend_trained
 from PIL import Image
 from torch import nn
 from torchvision.models import mobilenet_v2

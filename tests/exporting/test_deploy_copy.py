@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import Snapshot, assert_close, gradients, images, randomized, small_net
+from helpers.comparing import Snapshot, assert_close, gradients
+from helpers.networks import images, randomized, small_net
 from torch import Tensor, nn
 
 from lightning_convbn import ConvBNPairs, Mode, find_conv_bn_pairs, fuse_for_deploy, set_mode

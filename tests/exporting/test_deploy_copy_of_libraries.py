@@ -16,8 +16,9 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from helpers.libraries import floats, norms, randomized
-from helpers.models import FAMILIES, assert_close, images, random_model
+from helpers.comparing import assert_close, floats
+from helpers.model_checks import norms, randomized
+from helpers.networks import FAMILIES, images, random_model
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.detection.backbone_utils import mobilenet_backbone

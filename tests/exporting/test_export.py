@@ -19,7 +19,8 @@ import onnxruntime
 import pytest
 import safetensors.torch
 import torch
-from helpers.models import Snapshot, assert_close, images, randomized, small_net
+from helpers.comparing import Snapshot, assert_close
+from helpers.networks import images, randomized, small_net
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 

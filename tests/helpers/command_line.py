@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_convbn.command.main import main
 
-SMALL = ["helpers.models:small_net", "--size", "8"]
+SMALL = ["helpers.networks:small_net", "--size", "8"]
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:

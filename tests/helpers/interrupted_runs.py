@@ -25,7 +25,15 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from helpers.runs import TRUSTED, BoringModule, ResumableLoader, images_and_targets, make_trainer, quick, state_of
+from helpers.tiny_training import (
+    TRUSTED,
+    BoringModule,
+    ResumableLoader,
+    images_and_targets,
+    make_trainer,
+    quick,
+    state_of,
+)
 from helpers.torch_settings import apply_torch_settings
 
 EPOCHS = 3

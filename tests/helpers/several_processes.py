@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from helpers.runs import (
+from helpers.tiny_training import (
     TRUSTED,
     Backbone,
     BoringModule,
@@ -106,6 +106,7 @@ class Deceptive(Shared):
 
     def __init__(self) -> None:
         super().__init__(PeekingBackbone)
+        self.backbone.peeks = False  # until it is known which process this is
 
     def on_fit_start(self) -> None:
         """Tell the backbone which process it is in."""
@@ -146,6 +147,7 @@ RUNS: dict[str, tuple[Callable[[], Shared], dict[str, Any]]] = {
     "unused": (Unused, {"strategy": "ddp_find_unused_parameters_true"}),
     "bf16": (Single, {"strategy": "ddp", "precision": "bf16-mixed"}),
     "deceptive": (Deceptive, {"strategy": "ddp"}),
+    "deceptive_export": (Deceptive, {"strategy": "ddp"}),
     "fsdp2_whole": (partial(Sharded, ""), {"strategy": fsdp2}),
     "fsdp2_blocks": (partial(Sharded, "backbone.stem", "backbone.middle", ""), {"strategy": fsdp2}),
     "fsdp2_backbone": (partial(Sharded, "backbone", ""), {"strategy": fsdp2}),
@@ -164,7 +166,7 @@ def run(name: str, mode: Any, folder: Path) -> dict[str, Any]:
         ConvBNModeCallback(
             mode,
             eval_mode="eval" if mode == "eval" else "deploy",
-            export_path=folder / "deceptive.pt" if (name, mode) == ("deceptive", "tune") else None,
+            export_path=folder / f"{mode}.pt" if name == "deceptive_export" else None,
         ),
         devices=2,
         max_epochs=EPOCHS,

@@ -15,8 +15,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers.models import FAMILIES, Snapshot, images, random_model, randomized, torchvision_model
-from helpers.runs import LIGHTNING_SAYS, BoringModule, PrintedLines, make_trainer
+from helpers.comparing import Snapshot
+from helpers.networks import FAMILIES, images, random_model, randomized, torchvision_model
+from helpers.tiny_training import LIGHTNING_SAYS, BoringModule, PrintedLines, make_trainer
 from test_memory import _quick_garbage_collection, allocated_by  # noqa: F401 - for every test here, too
 from torch import Tensor, nn
 from torch._functorch import config

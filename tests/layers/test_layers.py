@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from helpers.models import assert_close, gradients, images, randomized, relative, small_net
+from helpers.comparing import assert_close, gradients, relative
+from helpers.networks import images, randomized, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from efficientnet_lite_pytorch.utils import Conv2dStaticSamePadding
-from helpers.libraries import norms, outputs, randomized
-from helpers.models import assert_close, images
+from helpers.comparing import assert_close, outputs
+from helpers.model_checks import norms, randomized
+from helpers.networks import images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SplitBatchNorm2d

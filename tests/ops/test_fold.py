@@ -11,7 +11,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.models import assert_close, gradients, images, relative
+from helpers.comparing import assert_close, gradients, relative
+from helpers.networks import images
 from torch import Tensor
 
 from lightning_convbn.memory import count_saved_bytes

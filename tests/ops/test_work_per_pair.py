@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import images, random_model
-from helpers.runs import LIGHTNING_SAYS, BoringModule, make_trainer, quick
+from helpers.networks import images, random_model
+from helpers.tiny_training import LIGHTNING_SAYS, BoringModule, make_trainer, quick
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.libraries import Counts, randomized
-from helpers.models import BACKWARD, assert_close, images
+from helpers.comparing import BACKWARD, assert_close
+from helpers.model_checks import Counts, randomized
+from helpers.networks import images
 from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.ops import FrozenBatchNorm2d

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from helpers.models import FORWARD, Snapshot, images, randomized, relative, torchvision_model
+from helpers.comparing import FORWARD, Snapshot, relative
+from helpers.networks import images, randomized, torchvision_model
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import FORWARD, images, randomized, relative
+from helpers.comparing import FORWARD, relative
+from helpers.networks import images, randomized
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 

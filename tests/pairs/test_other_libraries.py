@@ -10,8 +10,8 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 import transformers
-from helpers.libraries import Counts, assert_folded_equals_eval, assert_provers_agree, randomized
-from helpers.models import images
+from helpers.model_checks import Counts, assert_folded_equals_eval, assert_provers_agree, randomized
+from helpers.networks import images
 from mmcv.cnn import ConvModule, DepthwiseSeparableConvModule
 from torch import Tensor, nn
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.libraries import assert_folded_equals_eval
-from helpers.models import BACKWARD, FAMILIES, gradients, images, random_model, relative
+from helpers.comparing import BACKWARD, gradients, relative
+from helpers.model_checks import assert_folded_equals_eval
+from helpers.networks import FAMILIES, images, random_model
 
 from lightning_convbn import Mode, set_mode
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.libraries import assert_folded_equals_eval, randomized, recorded_pairs
-from helpers.models import images
+from helpers.model_checks import assert_folded_equals_eval, randomized, recorded_pairs
+from helpers.networks import images
 from torch import Tensor, nn
 
 from lightning_convbn import ConvBNPair, Mode, conv_bn_mode, find_conv_bn_pairs, get_mode, set_mode

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from helpers.libraries import Counts, assert_folded_equals_eval, assert_provers_agree, norms, randomized
-from helpers.models import images
+from helpers.model_checks import Counts, assert_folded_equals_eval, assert_provers_agree, norms, randomized
+from helpers.networks import images
 from torch import nn
 
 # What other libraries deprecate from release to release is no failure of these tests.

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.libraries import Counts, assert_folded_equals_eval, assert_provers_agree, norms, randomized
-from helpers.models import images
+from helpers.model_checks import Counts, assert_folded_equals_eval, assert_provers_agree, norms, randomized
+from helpers.networks import images
 from torch import nn
 from torchvision import models
 

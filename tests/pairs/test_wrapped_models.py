@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from efficientnet_lite_pytorch.utils import Conv2dStaticSamePadding
-from helpers.libraries import norms
-from helpers.libraries import randomized as randomized_frozen_too
-from helpers.models import Snapshot, assert_close, images, randomized, small_net
-from helpers.runs import BoringModule, make_trainer, quick
+from helpers.comparing import Snapshot, assert_close
+from helpers.model_checks import norms
+from helpers.model_checks import randomized as randomized_frozen_too
+from helpers.networks import images, randomized, small_net
+from helpers.tiny_training import BoringModule, make_trainer, quick
 from lightning.fabric import Fabric
 from timm.layers import BatchNormAct2d
 from timm.layers.conv2d_same import Conv2dSame

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torchvision
 from helpers.lightning_matrix import read_rows
-from helpers.runs import LIGHTNING_SAYS
+from helpers.tiny_training import LIGHTNING_SAYS
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -44,7 +44,7 @@ pytestmark = LIGHTNING_SAYS
 @pytest.mark.parametrize("block", BLOCKS)
 def test_code_block_runs(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    tables = (table.CONV_LAYERS, layers.NORM_LAYERS, activations.ACTIVATION_LAYERS)
+    tables = (table.CONV_LAYERS, table.NORM_LAYERS, activations.ACTIVATION_LAYERS)
     with mock.patch.dict(tables[0]), mock.patch.dict(tables[1]), mock.patch.dict(tables[2]):
         exec(compile(block, "docs", "exec"), types.ModuleType("docs").__dict__)
 

@@ -11,7 +11,7 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
-from helpers.runs import (
+from helpers.tiny_training import (
     BATCHES_PER_EPOCH,
     LIGHTNING_SAYS,
     Backbone,

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch
 import pytest
 import torch
-from helpers.runs import (
+from helpers.tiny_training import (
     BATCHES_PER_EPOCH,
     LIGHTNING_SAYS,
     TRUSTED,

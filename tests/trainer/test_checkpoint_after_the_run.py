@@ -5,14 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.runs import (
-    BATCHES_PER_EPOCH,
-    LIGHTNING_SAYS,
-    TRUSTED,
-    make_trainer,
-    quick,
-    with_fresh_norm,
-)
+from helpers.tiny_training import BATCHES_PER_EPOCH, LIGHTNING_SAYS, TRUSTED, make_trainer, quick, with_fresh_norm
 
 pytestmark = LIGHTNING_SAYS
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.runs import BATCHES_PER_EPOCH, LIGHTNING_SAYS, BoringModule, quick
-from helpers.scripts import type_in
+from helpers.run_script import type_in
+from helpers.tiny_training import BATCHES_PER_EPOCH, LIGHTNING_SAYS, BoringModule, quick
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from examples.templates.classification import Classifier, main

@@ -9,7 +9,8 @@ from typing import Any
 import lightning.pytorch
 import pytest
 import pytorch_lightning
-from helpers.runs import (
+from helpers.run_script import type_in
+from helpers.tiny_training import (
     BATCHES_PER_EPOCH,
     LIGHTNING_SAYS,
     BoringModule,
@@ -19,7 +20,6 @@ from helpers.runs import (
     quick,
     with_fresh_norm,
 )
-from helpers.scripts import type_in
 from lightning.pytorch.callbacks import BatchSizeFinder
 from torch import nn
 

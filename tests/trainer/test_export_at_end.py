@@ -10,8 +10,9 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from helpers.models import assert_close, images
-from helpers.runs import (
+from helpers.comparing import assert_close
+from helpers.networks import images
+from helpers.tiny_training import (
     LIGHTNING_SAYS,
     TRUSTED,
     BoringModule,

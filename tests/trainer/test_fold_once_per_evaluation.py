@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.counting_operations import NewTensors
-from helpers.runs import LIGHTNING_SAYS, BoringModule, images_and_targets, make_trainer, quick
+from helpers.tiny_training import LIGHTNING_SAYS, BoringModule, images_and_targets, make_trainer, quick
 
 pytestmark = LIGHTNING_SAYS
 

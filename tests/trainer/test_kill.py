@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.interrupted_runs import BATCHES, EPOCHS, KILLED_AT
-from helpers.runs import differing
+from helpers.tiny_training import differing
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 

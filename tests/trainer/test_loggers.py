@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.lightning_matrix import documented_parameters
-from helpers.runs import LIGHTNING_SAYS, BoringModule, csv_metrics, make_trainer
+from helpers.tiny_training import LIGHTNING_SAYS, BoringModule, csv_metrics, make_trainer
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

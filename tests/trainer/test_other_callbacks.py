@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.comparing import BACKWARD
 from helpers.lightning_matrix import documented_parameters
-from helpers.models import BACKWARD
-from helpers.runs import (
+from helpers.tiny_training import (
     BATCHES_PER_EPOCH,
     LIGHTNING_SAYS,
     TRUSTED,

@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers.lightning_matrix import documented_parameters
-from helpers.models import images
-from helpers.runs import LIGHTNING_SAYS, BoringModule, make_trainer, quick
+from helpers.networks import images
+from helpers.tiny_training import LIGHTNING_SAYS, BoringModule, make_trainer, quick
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.comparing import BACKWARD
 from helpers.lightning_matrix import documented_parameters
-from helpers.models import BACKWARD
-from helpers.runs import (
+from helpers.several_processes import BATCHES_PER_PROCESS, EPOCHS, RUNS, Shared
+from helpers.tiny_training import (
     LIGHTNING_SAYS,
     BoringModule,
     OwnNorm,
@@ -23,7 +24,6 @@ from helpers.runs import (
     quick,
     state_of,
 )
-from helpers.several_processes import BATCHES_PER_PROCESS, EPOCHS, RUNS, Shared
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ def test_processes_end_with_the_same_bits_and_plain_modules(ranks: list[dict[Any
         assert seen["converted"] == []
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "deceptive"])
+@pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith("deceptive")])
 def test_the_loss_curve_in_several_processes_is_evals(ranks: list[dict[Any, Any]], name: str) -> None:
     """Every loss of every process, and the weights.
 
@@ -96,7 +96,7 @@ def test_what_one_process_finds_wrong_is_unfolded_in_all(ranks: list[dict[Any, A
 
 
 def test_what_another_process_finds_wrong_is_not_folded_in_the_export(ranks: list[dict[Any, Any]]) -> None:
-    names = torch.load(ranks[0]["folder"] / "deceptive.pt", weights_only=True)
+    names = torch.load(ranks[0]["folder"] / "tune.pt", weights_only=True)
     assert "backbone.last.1.running_mean" in names
     assert "backbone.stem.1.running_mean" not in names
 
@@ -246,4 +246,4 @@ def test_fsdp_units_are_told_apart_without_processes() -> None:
 
 def test_every_run_in_several_processes_has_a_row_in_the_docs() -> None:
     rows = documented_parameters("test_the_loss_curve_in_several_processes_is_evals")
-    assert rows == {*RUNS} - {"ddp", "deceptive"}
+    assert rows == {*RUNS} - {"ddp", "deceptive", "deceptive_export"}

@@ -1,4 +1,4 @@
-"""What the tests of whole model libraries share: realistic statistics, the two provers side by side, comparisons."""
+"""Checks of a whole model: what becomes of its BatchNorms, by both provers, and that folding changes no output."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
+from torch.utils._pytree import tree_map
 
-from helpers.models import FORWARD, assert_close
-from lightning_convbn import ConvBNPairs, Mode, conv_bn_mode, find_conv_bn_pairs
+from helpers.comparing import FORWARD, assert_close, in_float64, outputs
+from lightning_convbn import ConvBNPairs, find_conv_bn_pairs
 from lightning_convbn.layers.table import is_norm
 from lightning_convbn.pairs.data_flow import DataFlow
 from lightning_convbn.pairs.find import _proven
@@ -79,19 +79,6 @@ def assert_provers_agree(model: nn.Module, *inputs: Any, untraced: int | None = 
     return both
 
 
-def floats(output: Any) -> list[Tensor]:
-    """Every floating-point tensor of an output, however nested."""
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def outputs(
-    model: nn.Module, mode: Mode, *inputs: Any, pairs: ConvBNPairs | None = None, **kwargs: Any
-) -> list[Tensor]:
-    """Run a model in a mode, without gradients."""
-    with conv_bn_mode(model, mode, pairs=pairs), torch.no_grad():
-        return floats(model(*inputs, **kwargs))
-
-
 def assert_folded_equals_eval(
     model: nn.Module,
     *inputs: Any,
@@ -104,8 +91,3 @@ def assert_folded_equals_eval(
     assert expected
     for mode in ("tune", "deploy"):
         assert_close(outputs(model, mode, *inputs, pairs=pairs, **(kwargs or {})), expected, FORWARD)
-
-
-def in_float64(leaf: Any) -> Any:
-    """Convert a tensor of floating-point numbers."""
-    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
