@@ -102,8 +102,15 @@ def forward_pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
 
 
 def load_as(plain: type[nn.Module], module: nn.Module, *args: Any) -> None:
-    """Load a module's part of a ``state_dict`` as its plain class does (``_load_from_state_dict``)."""
-    plain._load_from_state_dict(module, *args)  # type: ignore[arg-type]
+    """Load a module's part of a ``state_dict`` as its plain class does (``_load_from_state_dict``).
+
+    The module is of that class meanwhile: the method may call ``super()``.
+    """
+    swapped, module.__class__ = type(module), plain  # type: ignore[assignment]
+    try:
+        module._load_from_state_dict(*args)
+    finally:
+        module.__class__ = swapped  # type: ignore[assignment]
 
 
 def compiled_by_lightning(module: nn.Module) -> dict[str, Any]:

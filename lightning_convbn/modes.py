@@ -66,7 +66,7 @@ def set_mode(
     """
     check_mode("mode", mode, MODES)
     _check_model(model)
-    _check_partners(model)
+    _check_whole_pairs(model)
     check_recompute(mode, recompute_activations)
     if mode == "train":
         found = _chosen(model, pairs)
@@ -169,7 +169,7 @@ def _check_model(model: nn.Module) -> None:
             raise ValueError(f"{where} is TorchScript, whose code can't be changed; convert the model before scripting")
 
 
-def _check_partners(model: nn.Module) -> None:
+def _check_whole_pairs(model: nn.Module) -> None:
     """A part of a converted model can't be switched alone if a pair would be torn apart."""
     inside = set(model.modules())
     for name, module in model.named_modules():
@@ -184,47 +184,56 @@ def _check_partners(model: nn.Module) -> None:
 
 def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute_activations: bool) -> None:
     """Check everything first, then swap: bad input never leaves a model half converted."""
+    conv_of = _checked_partners(model, pairs)
+    folded_convs = set() if mode == "eval" else set(conv_of.values())
     modules = dict(model.named_modules())
-    folded: dict[nn.Module, nn.Module] = {}
+    for name, module in modules.items():
+        if is_norm(module):
+            _convert_norm(name, module, mode, pairs, conv_of.get(module))
+        elif recompute_activations and (activation := activation_layer(module)) is not None:
+            swap_class(module, activation, mode)
+        elif module not in folded_convs:
+            restore_class(module)
+    for conv_name, bn_name in pairs if mode != "eval" else ():
+        row = conv_layer(modules[conv_name])
+        assert row is not None
+        cls = row.tune if mode == "tune" else row.deploy
+        flattened = bn_name in pairs.flattened
+        swap_class(modules[conv_name], cls, mode, bn=modules[bn_name], flattened=flattened)
+
+
+def _convert_norm(name: str, bn: nn.Module, mode: Mode, pairs: ConvBNPairs, conv: nn.Module | None) -> None:
+    """Freeze or fold a BatchNorm, or restore one that stays unfrozen."""
+    row = norm_layer(bn)
+    frozen = None if row is None else row.eval or plain_class(bn)
+    if name in pairs.unfrozen or statistics_missing(bn) is not None:
+        restore_class(bn)
+    elif conv is None:
+        swap_class(bn, frozen, mode, reason=pairs.unpaired.get(name, reasons.NOT_GIVEN))
+    else:
+        assert row is not None
+        cls = frozen if mode == "eval" else row.folded
+        swap_class(bn, cls, mode, conv=conv, flattened=name in pairs.flattened)
+
+
+def _checked_partners(model: nn.Module, pairs: ConvBNPairs) -> dict[nn.Module, nn.Module]:
+    """Return the convolution of each BatchNorm in a pair.
+
+    Raises:
+        ValueError: If a pair does not fit the model.
+    """
+    modules = dict(model.named_modules())
+    conv_of: dict[nn.Module, nn.Module] = {}
     for conv_name, bn_name in pairs:
         for name in (conv_name, bn_name):
             if name not in modules:
                 raise ValueError(f"pairs: {type(model).__name__} has no module `{name}`")
-        conv, bn = modules[conv_name], modules[bn_name]
+        bn = modules[bn_name]
         reason = f"`{bn_name}` is no BatchNorm" if not is_norm(bn) else statistics_missing(bn)
         reason = reason or mismatch(model, conv_name, bn_name)
         if reason is not None:
             raise ValueError(f"pairs: `{conv_name}` and `{bn_name}` can't be folded: {reason}")
-        folded[bn] = conv
-    convs = set(folded.values())
-    if len(convs) < len(pairs):
+        conv_of[bn] = modules[conv_name]
+    if len(set(conv_of.values())) < len(pairs):
         raise ValueError("pairs: a convolution or a BatchNorm is in more than one pair")
-
-    for name, module in modules.items():
-        if is_norm(module):
-            row, conv_of_bn = norm_layer(module), folded.get(module)
-            if name in pairs.unfrozen or statistics_missing(module) is not None:
-                restore_class(module)
-            elif conv_of_bn is None:
-                reason = pairs.unpaired.get(name, reasons.NOT_GIVEN)
-                swap_class(module, None if row is None else row.eval or plain_class(module), mode, reason=reason)
-            else:
-                assert row is not None
-                frozen = row.eval or plain_class(module)
-                swap_class(
-                    module,
-                    frozen if mode == "eval" else row.folded,
-                    mode,
-                    conv=conv_of_bn,
-                    flattened=name in pairs.flattened,
-                )
-        elif recompute_activations and (activation := activation_layer(module)) is not None:
-            swap_class(module, activation, mode)
-        elif module not in convs or mode == "eval":
-            restore_class(module)
-    rows = {modules[name] for name in pairs.flattened}
-    if mode != "eval":
-        for bn, conv in folded.items():
-            conv_row = conv_layer(conv)
-            assert conv_row is not None
-            swap_class(conv, conv_row.tune if mode == "tune" else conv_row.deploy, mode, bn=bn, flattened=bn in rows)
+    return conv_of

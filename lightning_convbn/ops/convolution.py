@@ -1,13 +1,15 @@
 """The one convolution of a pair: what Tune mode and Deploy mode run in the place of a convolution and its BatchNorm.
 
-Tune mode folds in every forward pass and convolves once. All of it is plain operations. Three tensors that autograd
-would save for the backward pass are then replaced by recipes:
+Tune mode folds in every forward pass and convolves once. All of it is plain operations. What autograd would save
+without need is then replaced by recipes:
 
-- the folded weight ``w'`` and the scale ``s`` are computed again from the parameters and the vector ``r``;
-- the input is replaced by its shape where neither the weight nor gamma wants a gradient;
+- the folded weight ``w'`` and the vectors of the fold are computed again from the parameters and the running
+  statistics;
+- the input is replaced by its shape where neither the weight nor gamma wants a gradient, and so is the folded weight
+  where the input wants none;
 - an input that can itself be computed again (`recomputed.py`) is replaced by its recipe.
 
-So a pair keeps its input, and one value per output channel: ``r``.
+So a pair keeps its input, and nothing else.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from lightning_convbn.ops.fold import (
     reciprocal_std,
     scale_and_shift,
 )
-from lightning_convbn.ops.recipes import Source, shape_of, takes_recipes
+from lightning_convbn.ops.recipes import Recipe, Source, shape_of, takes_recipes
 from lightning_convbn.ops.recomputed import Recomputed, recipe_of, unmark
 
 
@@ -49,13 +51,12 @@ def conv_bn(
 ) -> Tensor:
     """Compute ``bn(conv(input))`` with frozen statistics as ONE convolution: Tune mode.
 
-    Kept for the backward pass: the input, if the weight or gamma wants a gradient, and one value per output channel.
-    Under autocast the convolution runs in the autocast dtype, and the cast input is what is kept. Parameters get
-    gradients of their own dtype.
+    Kept for the backward pass: the input, if the weight or gamma wants a gradient, and nothing else. Under autocast the
+    convolution runs in the autocast dtype, and the cast input is kept. Parameters get gradients of their own dtype.
 
-    The parameters must not be written before the backward pass, as always. The same holds for the running mean if gamma
-    wants a gradient, as in Eval mode; only in a distributed run a copy of it is kept, because
-    ``DistributedDataParallel`` writes buffers in every forward pass.
+    Parameters and running statistics must not be written before the backward pass; autograd asks so in Eval mode, too.
+    Only in a distributed run, where ``DistributedDataParallel`` may write buffers in every forward pass, the statistics
+    are copied: the backward pass then goes by what the forward pass saw.
 
     Args:
         input: ``(N, C_in, *spatial)``, or ``(N, C_in)`` for a linear layer.
@@ -95,7 +96,7 @@ def folded_conv(input: Tensor, weight: Tensor, bias: Tensor, spec: ConvSpec | No
     input = cast(input, weight.dtype)
     output = convolve(input, weight, bias, spec)
     if not torch.compiler.is_compiling() and takes_recipes(output):
-        replace_saved(output.grad_fn, "mat1" if spec is None else "input", shape_of(input))
+        _replace_saved_by_conv(output, shape_of(input), None, spec)
     return output
 
 
@@ -121,6 +122,57 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec 
     if spec is None:
         return F.linear(input, weight, bias)
     return torch.convolution(input, weight, bias, *spec)
+
+
+def _conv_bn(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    spec: ConvSpec | None,
+) -> Tensor:
+    """Fold, convolve once, and leave recipes in the graph."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        running_mean, running_var = running_mean.clone(), running_var.clone()
+    dtype = compute_dtype(input, weight)
+    operand = cast(input, dtype)
+    rstd = reciprocal_std(running_var, eps, fold_dtype(weight))
+    center = center_of(running_mean, bias, rstd.dtype)
+    scale, shift = scale_and_shift(gamma, beta, center, rstd)
+    folded = weight * per_channel(scale, weight, *layout(spec))
+    folded_weight = folded.to(dtype)
+    output = convolve(operand, folded_weight, shift.to(dtype), spec)
+
+    if takes_recipes(output):
+        recipes = _FoldRecipes(weight, bias, gamma, running_mean, running_var, eps, spec, dtype)
+        if scale.requires_grad:
+            replace_saved(scale.grad_fn, "other", recipes.rstd)
+        if weight.requires_grad:
+            replace_saved(folded.grad_fn, "other", recipes.scale_per_channel)
+        if shift.requires_grad and center is not running_mean:
+            replace_saved(shift.grad_fn, "tensor1", recipes.center)
+            replace_saved(shift.grad_fn, "tensor2", recipes.scale)
+        # Only the gradient of the input reads the values of the folded weight, and the other way round.
+        weight_recipe = recipes.weight if operand.requires_grad else shape_of(folded_weight)
+        input_recipe = shape_of(operand) if not folded.requires_grad else recipe_of(input) if operand is input else None
+        _replace_saved_by_conv(output, input_recipe, weight_recipe, spec)
+    return output
+
+
+def _replace_saved_by_conv(
+    output: Tensor, input_recipe: Recipe | None, weight_recipe: Recipe | None, spec: ConvSpec | None
+) -> None:
+    """Have the node of a convolution, or of a linear layer, keep recipes of its input and its weight."""
+    if input_recipe is not None:
+        replace_saved(output.grad_fn, "mat1" if spec is None else "input", input_recipe)
+    if weight_recipe is not None and spec is None:
+        replace_saved(output.grad_fn, "mat2", lambda: weight_recipe().t())  # a linear layer saves it transposed
+    elif weight_recipe is not None:
+        replace_saved(output.grad_fn, "weight", weight_recipe)
 
 
 class _FoldRecipes:
@@ -161,59 +213,9 @@ class _FoldRecipes:
         """``w'``."""
         return (self._weight.value() * self.scale_per_channel()).to(self._dtype)
 
-    def transposed_weight(self) -> Tensor:
-        """``w'`` as a linear layer saves it."""
-        return self.weight().t()
-
 
 def _source(tensor: Tensor | None) -> Source | None:
     return None if tensor is None else Source(tensor)
-
-
-def _conv_bn(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    spec: ConvSpec | None,
-) -> Tensor:
-    """Fold, convolve once, and leave recipes in the graph."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        running_mean, running_var = running_mean.clone(), running_var.clone()
-    dtype, given = compute_dtype(input, weight), input
-    input = cast(input, dtype)
-    rstd = reciprocal_std(running_var, eps, fold_dtype(weight))
-    center = center_of(running_mean, bias, rstd.dtype)
-    scale, shift = scale_and_shift(gamma, beta, center, rstd)
-    folded = weight * per_channel(scale, weight, *layout(spec))
-    folded_cast = folded.to(dtype)
-    output = convolve(input, folded_cast, shift.to(dtype), spec)
-    if not takes_recipes(output):
-        return output
-
-    recipes = _FoldRecipes(weight, bias, gamma, running_mean, running_var, eps, spec, dtype)
-    if scale.requires_grad:
-        replace_saved(scale.grad_fn, "other", recipes.rstd)
-    if weight.requires_grad:
-        replace_saved(folded.grad_fn, "other", recipes.scale_per_channel)
-    if center is not running_mean and shift.requires_grad:
-        replace_saved(shift.grad_fn, "tensor1", recipes.center)
-        replace_saved(shift.grad_fn, "tensor2", recipes.scale)
-
-    input_slot, weight_slot = ("mat1", "mat2") if spec is None else ("input", "weight")
-    if not input.requires_grad:  # only the gradient of the input reads the values of the folded weight
-        replace_saved(output.grad_fn, weight_slot, shape_of(folded_cast))
-    else:
-        replace_saved(output.grad_fn, weight_slot, recipes.transposed_weight if spec is None else recipes.weight)
-    if not folded.requires_grad:
-        replace_saved(output.grad_fn, input_slot, shape_of(input))
-    elif input is given and (input_recipe := recipe_of(input)) is not None:
-        replace_saved(output.grad_fn, input_slot, input_recipe)
-    return output
 
 
 def _fold_in_graph(
