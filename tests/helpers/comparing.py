@@ -18,8 +18,8 @@ PLAIN = {*vars(nn.Conv2d(1, 1, 1)), *vars(nn.BatchNorm2d(1))}  # what such modul
 # these are 9 thousand and 9 hundred thousand of them. The rounding errors of sums of K products in L layers grow as the
 # root of K * L, which is at most 1224 here (K = 4608, L = 325). A wrong fold, a cast to float32 on the way (2**-24), or
 # another epsilon of a BatchNorm makes more than 1e-8. So the bounds hold on any processor, and miss no mistake.
-# In float32 no such bound does: where a rounding changes the sign of a ReLU's input, or the order of two scores, the
-# result jumps.
+# In float32 no such bound holds for gradients and choices: where a rounding changes the sign of a ReLU's input, or the
+# order of two scores, they jump.
 FORWARD = 1e-12
 BACKWARD = 1e-10  # the activations' errors come in, too, and the norm of a gradient may be far below that of its terms
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -79,15 +78,10 @@ def assert_provers_agree(model: nn.Module, *inputs: Any, untraced: int | None = 
     return both
 
 
-def assert_folded_equals_eval(
-    model: nn.Module,
-    *inputs: Any,
-    pairs: ConvBNPairs | None = None,
-    kwargs: Mapping[str, Any] | None = None,
-) -> None:
+def assert_folded_equals_eval(model: nn.Module, *inputs: Any, pairs: ConvBNPairs | None = None) -> None:
     """Compare the outputs in Tune and in Deploy mode with those in Eval mode, all of them in float64."""
     model, inputs = copy.deepcopy(model).double(), tree_map(in_float64, inputs)
-    expected = outputs(model, "eval", *inputs, pairs=pairs, **(kwargs or {}))
+    expected = outputs(model, "eval", *inputs, pairs=pairs)
     assert expected
     for mode in ("tune", "deploy"):
-        assert_close(outputs(model, mode, *inputs, pairs=pairs, **(kwargs or {})), expected, FORWARD)
+        assert_close(outputs(model, mode, *inputs, pairs=pairs), expected, FORWARD)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.comparing import assert_close, outputs
 from helpers.model_checks import Counts, assert_folded_equals_eval, assert_provers_agree, norms, randomized
 from helpers.networks import images
 from torch import nn
@@ -130,8 +131,13 @@ def test_folded_equals_eval(name: str, shape: tuple[int, ...]) -> None:
 
 
 def test_folded_equals_eval_in_optical_flow() -> None:
+    """In float32, since RAFT computes its grid of coordinates in no other precision.
+
+    The longest sums have 1152 products, and a path has about 40 convolutions: the root of ``1152 * 40`` roundings of
+    2**-24 is 1.3e-5, and each of the two modes has them.
+    """
     torch.manual_seed(0)
-    model = randomized(build("raft_large"))
-    assert_folded_equals_eval(
-        model, images(1, 3, 128, 128), images(1, 3, 128, 128, seed=2), kwargs={"num_flow_updates": 1}
-    )
+    model, pair = randomized(build("raft_large")), (images(1, 3, 128, 128), images(1, 3, 128, 128, seed=2))
+    expected = outputs(model, "eval", *pair, num_flow_updates=1)
+    for mode in ("tune", "deploy"):
+        assert_close(outputs(model, mode, *pair, num_flow_updates=1), expected, 1e-4)
