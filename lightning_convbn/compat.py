@@ -16,7 +16,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily as outside_fake_mode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 __all__ = [
     "FakeTensor",
@@ -31,7 +31,6 @@ __all__ = [
     "outside_fake_mode",
     "replace_saved",
     "saved_by",
-    "tree_flatten",
     "tree_leaves",
     "tree_map",
     "tree_map_only",

@@ -28,10 +28,11 @@ def set_mode(
     - ``"train"``: the modules exactly as they were found, with the classes and training flags they had.
     - ``"eval"``: every BatchNorm with running statistics is frozen at them, whoever calls ``.train()``.
     - ``"tune"``: as Eval, but paired BatchNorms are folded into their convolution at every forward. Gradients reach
-      every parameter and equal Eval's; the convolution's own output is not kept for the backward pass. From step to
-      step a pair keeps what is constant in its fold: two vectors, or all of it if no parameter of the pair is trained.
+      every parameter and equal Eval's. The convolution's own output is not kept for the backward pass. Nothing is
+      cached from one forward to the next.
     - ``"deploy"``: as Tune, but folded once, at the first forward after the switch, for passes that need no gradient of
-      a parameter. Where one is needed it runs as Tune does.
+      a parameter. Where one is needed it runs as Tune does. The fold is made again after a write that PyTorch counts;
+      a write through ``.data`` is noticed at the next switch.
 
     Parameters, buffers, ``state_dict`` keys, hooks and optimizers are not touched. A BatchNorm without running
     statistics stays unfrozen: it keeps running as it was found.
@@ -40,10 +41,10 @@ def set_mode(
         model: Any module. Wrappers such as DDP are fine; ``DataParallel`` and TorchScript are not.
         mode: ``"train"``, ``"eval"``, ``"tune"`` or ``"deploy"``.
         pairs: What to fold; None for the pairs in force, or, in a plain model, for what `find_conv_bn_pairs` finds.
-        recompute_activations: In Eval or Tune mode, keep of SiLU, Hardswish, GELU and their kin (``ACTIVATION_LAYERS``)
-            only the input for the backward pass, and compute the output again for each layer that would have kept it;
-            of ReLU6 and its kin only the output. The numbers are the same, the memory is less, the backward pass does a
-            little more. Each call decides anew.
+        recompute_activations: In Eval or Tune mode, recompute the outputs of activations (``ACTIVATION_LAYERS``). SiLU,
+            Hardswish, GELU and their kin keep only their input, and the backward pass computes their output again.
+            ReLU6 and its kin keep only their output. The results are the same, less memory is kept, and the backward
+            pass takes a little longer. Each call of `set_mode` decides anew.
 
     Returns:
         The pairs, and why every other BatchNorm is in none.

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 from helpers.comparing import assert_close, gradients, relative
-from helpers.networks import images, randomized, small_net
+from helpers.networks import images, random_model, randomized, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -213,6 +213,25 @@ def test_function_transforms_of_a_net_equal_eval(mode: Mode) -> None:
 
     assert_close(per_sample_gradients(net), per_sample_gradients(plain), 1e-10)
     assert_close(slope_along_ones(net), slope_along_ones(plain), 1e-10)
+
+
+@pytest.mark.parametrize("mode", FOLDED_MODES)
+def test_per_sample_gradients_of_a_resnet_equal_eval(mode: Mode) -> None:
+    """Its ReLUs work in place on what the pairs put out."""
+    model = random_model("resnet18").double()
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    batch = images(2, 3, 32, 32, dtype=torch.float64)
+
+    def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+        return torch.func.functional_call(model, (parameters, buffers), (image.unsqueeze(0),)).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    expected = per_sample(parameters, batch)
+    set_mode(model, mode)
+    found = per_sample(parameters, batch)
+    assert found.keys() == expected.keys()
+    assert_close([*found.values()], [*expected.values()], 1e-9)
 
 
 def test_a_fold_made_within_a_transform_serves_outside_of_it() -> None:
