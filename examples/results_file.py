@@ -19,7 +19,7 @@ from lightning_convbn.exporting.atomic_file import atomic_write
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "docs" / "benchmarks"
 MOVED = {
-    "examples/benchmark.py": "examples/benchmarks/run.py",
+    "examples/benchmark.py": "examples/benchmarks/all_modes.py",
     "examples/compare_modes.py": "examples/experiment/compare_modes.py",
 }
 """Scripts whose old path is in commands that a page shows: the results keep the command as it was typed."""

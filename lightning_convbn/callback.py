@@ -14,11 +14,11 @@ from lightning_convbn.exporting.argument_checks import check_suffix
 from lightning_convbn.layers.swap import Mode
 from lightning_convbn.modes import check_mode, check_recompute
 from lightning_convbn.trainer.export_at_end import FitExport
-from lightning_convbn.trainer.find_parts import checked_paths, find_parts
+from lightning_convbn.trainer.find_converted_parts import checked_paths, find_parts
 from lightning_convbn.trainer.lightning_api import Callback, LightningModule, Trainer
 from lightning_convbn.trainer.other_callbacks import check_no_weight_averaging, check_only_one, put_first
 from lightning_convbn.trainer.report import log_kept_bytes, log_peaks, print_table, warn_about
-from lightning_convbn.trainer.run import Run
+from lightning_convbn.trainer.run_state import Run
 
 _CHECKPOINT_KEY = "lightning_convbn"
 

@@ -59,7 +59,7 @@ def main() -> None:
         written += [arguments.scale_page, _save(growth(rows), arguments.scale.with_suffix(".png"))]
     if not written:
         parser.error(
-            f"neither {arguments.modes} nor {arguments.scale} exists; write one with examples/benchmarks/run.py"
+            f"neither {arguments.modes} nor {arguments.scale} exists; write one with examples/benchmarks/all_modes.py"
         )
     print("wrote", *written, sep="\n  ")
 

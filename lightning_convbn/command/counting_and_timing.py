@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_convbn.command.blocks import sum_by_block
+from lightning_convbn.command.bytes_per_block import sum_by_block
 from lightning_convbn.command.largest_batch import largest_batch
 from lightning_convbn.command.model_checks import check_has_batchnorm, check_takes
 from lightning_convbn.command.results import TITLES, VARIANTS, Measurement, Variant, VariantResult

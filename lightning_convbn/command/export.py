@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,9 +12,28 @@ from lightning_convbn.command.errors import errors_in_one_line
 from lightning_convbn.command.model_argument import has_random_weights, load_model
 from lightning_convbn.command.model_checks import check_has_batchnorm, check_takes
 from lightning_convbn.command.option_values import sample_shape
+from lightning_convbn.command.shared_options import add_command, add_input
 from lightning_convbn.command.terminal import print_status
 from lightning_convbn.exporting.argument_checks import check_path
 from lightning_convbn.exporting.export import export
+
+EXAMPLES = """\
+examples:
+  lightning-convbn export my_project.models:trained model.onnx --size 224
+  lightning-convbn export last.ckpt model.pt2 --class my_project.models:Classifier"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the sub-command and its options to the parser."""
+    parser = add_command(
+        commands, "export", "write the Deploy copy to a file, and compare the file with Eval mode", EXAMPLES
+    )
+    parser.add_argument(
+        "path", type=Path, metavar="PATH", help=".onnx, .pt2 (torch.export), .pt or .safetensors (only weights)"
+    )
+    add_input(parser, batch=2)
+    parser.add_argument("--static-batch", action="store_true", help="fix the batch size to --batch-size")
+    parser.set_defaults(run=export_model)
 
 
 def export_model(options: Namespace) -> None:

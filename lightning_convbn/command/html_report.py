@@ -10,7 +10,7 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from lightning_convbn.command.blocks import sum_by_section
+from lightning_convbn.command.bytes_per_block import sum_by_section
 from lightning_convbn.command.results import TITLES, Block, Measurement, Variant
 from lightning_convbn.memory import MIB
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
+from textwrap import fill
+from typing import Any
 
 from torch import nn
 
@@ -10,14 +13,65 @@ from lightning_convbn.command.counting_and_timing import ModelMeasurer, count_pr
 from lightning_convbn.command.errors import errors_in_one_line
 from lightning_convbn.command.html_report import render_report
 from lightning_convbn.command.model_argument import load_model
-from lightning_convbn.command.notes import folded_count, input_facts, notes_on, notes_on_model
+from lightning_convbn.command.notes_below_tables import (
+    WHAT_IS_COMPARED,
+    WHAT_THE_BUDGET_HOLDS,
+    folded_count,
+    input_facts,
+    notes_on,
+    notes_on_model,
+)
 from lightning_convbn.command.option_values import DTYPES, budget_bytes, chosen_device, sample_shape
 from lightning_convbn.command.output_files import STDOUT, check_output_files, output_file, write_json
 from lightning_convbn.command.plot import check_plottable, write_plot
-from lightning_convbn.command.results import TITLES, Measurement, Variant
+from lightning_convbn.command.results import TITLES, VARIANTS, Measurement, Variant
+from lightning_convbn.command.shared_options import add_command, add_input, add_json, not_negative
 from lightning_convbn.command.terminal import print_notes, print_table, progress_bar
 from lightning_convbn.command.versions import used_versions
 from lightning_convbn.memory import as_mib
+
+EXAMPLES = """\
+examples:
+  lightning-convbn measure torchvision:resnet50 --batch-size 32
+  lightning-convbn measure torchvision:resnet50 --rounds 0 --budget 8GiB      (only counts: no data, no waiting)
+  lightning-convbn measure timm:efficientnet_b0 --html report.html --plot report.png
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the sub-command and its options to the parser."""
+    notes = "\n".join(fill(note, 110) for note in (WHAT_IS_COMPARED, WHAT_THE_BUDGET_HOLDS))
+    parser = add_command(
+        commands,
+        "measure",
+        "measure memory and time in Eval mode, in Tune mode, and of the Deploy copy",
+        f"{EXAMPLES}\n{notes}",
+    )
+    add_input(parser, batch=8)
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=VARIANTS,
+        help="what to measure; eval is always measured, to compare with; default: all",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="dtype of model and input; default: %(default)s"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; default: cuda if there is a CUDA device, else cpu")
+    parser.add_argument(
+        "--rounds",
+        type=not_negative,
+        default=7,
+        help="how many steps to time for each variant, interleaved; default: 7; 0 times nothing",
+    )
+    parser.add_argument("--budget", help="find the largest batch that fits into this memory: 8GiB, 500MB")
+    add_json(parser)
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw what each section of the model keeps: .png, .svg, .pdf"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page with every block")
+    parser.set_defaults(run=measure_model)
 
 
 def measure_model(options: Namespace) -> None:

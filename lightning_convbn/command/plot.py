@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_convbn.command.blocks import sum_by_section
+from lightning_convbn.command.bytes_per_block import sum_by_section
 from lightning_convbn.command.errors import CommandError
 from lightning_convbn.command.results import TITLES, Block, Measurement, Variant
 from lightning_convbn.memory import MIB

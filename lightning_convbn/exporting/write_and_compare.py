@@ -13,7 +13,7 @@ from lightning_convbn.compat import tree_leaves, tree_map
 from lightning_convbn.exporting.argument_checks import batch_sizes
 from lightning_convbn.exporting.atomic_file import atomic_write
 from lightning_convbn.exporting.formats import FORMATS, Inputs
-from lightning_convbn.pairs.deviation import deviation_of, float_tensors, tolerance_of
+from lightning_convbn.pairs.output_deviation import deviation_of, float_tensors, tolerance_of
 from lightning_convbn.pairs.side_effects import side_effects_undone
 
 

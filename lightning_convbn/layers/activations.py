@@ -1,7 +1,7 @@
 """The activations whose output can be recomputed in the backward pass, and the classes that they are swapped to.
 
-In the table stand elementwise activations whose backward pass keeps their input. `torch.nn.ReLU` keeps its output,
-which the next layer keeps anyway, so it has nothing to gain; neither has an activation in place that does so.
+The table has elementwise activations that keep their input for the backward pass. `torch.nn.ReLU` is not in it: it
+keeps its output, and the next layer keeps that anyway.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from torch import Tensor, nn
 
 from lightning_convbn.layers.swap import plain_class
 from lightning_convbn.layers.table import row_of
-from lightning_convbn.ops.recomputed import recomputed
+from lightning_convbn.ops.recomputed_activations import recomputed
 
-EXACT = 256  # up to it bfloat16, the coarsest dtype, has every whole number
+EXACT = 256  # bfloat16, the coarsest dtype, has every whole number up to this one
 
 
 class RecomputedActivation(nn.Module):
     """Base of the swapped activations: runs the activation as it was found, and marks its output."""
 
     def out_of_place(self) -> Callable[[Tensor], Tensor] | None:
-        """Return a function that computes what the activation computes and leaves its input alone.
+        """Return a function that computes what the activation computes, and does not write into its input.
 
-        None if there is no need to: its backward pass reads the same off the output as off the input.
+        None if the backward pass can use the output of the activation in the place of its input. Then nothing has to be
+        computed again.
         """
         raise TypeError(f"{type(self).__name__} must say what it computes")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the activated input; whoever saves it for the backward pass saves how to compute it."""
+        """Return the activated input. If a later layer saves it, autograd saves a recipe instead."""
         output: Tensor = plain_class(self).forward(self, input)
         return recomputed(output, input, self.out_of_place()) if isinstance(output, Tensor) else output
 
@@ -68,10 +69,10 @@ class RecomputedGELU(RecomputedActivation, nn.GELU):
 
 
 class RecomputedHardtanh(RecomputedActivation, nn.Hardtanh):
-    """`torch.nn.Hardtanh`, its output kept in the place of its input; recomputed if its bounds may be rounded."""
+    """`torch.nn.Hardtanh`. It keeps its output in the place of its input; with inexact bounds it is recomputed."""
 
     def out_of_place(self) -> Callable[[Tensor], Tensor] | None:
-        """A value is at a bound after the clamp if it was there or beyond before, and the bound is what it says."""
+        """Return None if the bounds are exact in every dtype: the output then shows which values were clipped."""
         bounds = self.min_val, self.max_val
         if all(float(bound).is_integer() and abs(bound) <= EXACT for bound in bounds):
             return None
@@ -79,14 +80,14 @@ class RecomputedHardtanh(RecomputedActivation, nn.Hardtanh):
 
 
 class RecomputedReLU6(RecomputedHardtanh, nn.ReLU6):
-    """`torch.nn.ReLU6`, its output kept in the place of its input."""
+    """`torch.nn.ReLU6`. It keeps its output in the place of its input."""
 
 
 class RecomputedLeakyReLU(RecomputedActivation, nn.LeakyReLU):
-    """`torch.nn.LeakyReLU`, its output kept in the place of its input unless it works in place."""
+    """`torch.nn.LeakyReLU`. It keeps its output in the place of its input, unless it works in place."""
 
     def out_of_place(self) -> Callable[[Tensor], Tensor] | None:
-        """A positive slope leaves signs as they are."""
+        """Return None if the slope is positive: the output then has the signs of the input."""
         slope = self.negative_slope
         return None if slope > 0 else partial(F.leaky_relu, negative_slope=slope)
 

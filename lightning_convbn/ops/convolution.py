@@ -7,7 +7,7 @@ without need is then replaced by recipes:
   statistics;
 - the input is replaced by its shape where neither the weight nor gamma wants a gradient, and so is the folded weight
   where the input wants none;
-- an input that can itself be computed again (`recomputed.py`) is replaced by its recipe.
+- an input that can itself be computed again (`recomputed_activations.py`) is replaced by its recipe.
 
 So a pair keeps its input, and nothing else.
 """
@@ -34,8 +34,8 @@ from lightning_convbn.ops.fold import (
     reciprocal_std,
     scale_and_shift,
 )
-from lightning_convbn.ops.recipes import Recipe, Source, shape_of, takes_recipes
-from lightning_convbn.ops.recomputed import Recomputed, recipe_of, unmark
+from lightning_convbn.ops.recipes import FoldRecipes, replace_saved_by_conv, shape_of, takes_recipes
+from lightning_convbn.ops.recomputed_activations import Recomputed, recipe_of, unmark
 
 
 def conv_bn(
@@ -96,7 +96,7 @@ def folded_conv(input: Tensor, weight: Tensor, bias: Tensor, spec: ConvSpec | No
     input = cast(input, weight.dtype)
     output = convolve(input, weight, bias, spec)
     if not torch.compiler.is_compiling() and takes_recipes(output):
-        _replace_saved_by_conv(output, shape_of(input), None, spec)
+        replace_saved_by_conv(output, shape_of(input), None, spec)
     return output
 
 
@@ -148,7 +148,7 @@ def _conv_bn(
     output = convolve(operand, folded_weight, shift.to(dtype), spec)
 
     if takes_recipes(output):
-        recipes = _FoldRecipes(weight, bias, gamma, running_mean, running_var, eps, spec, dtype)
+        recipes = FoldRecipes(weight, bias, gamma, running_mean, running_var, eps, spec, dtype)
         if scale.requires_grad:
             replace_saved(scale.grad_fn, "other", recipes.rstd)
         if weight.requires_grad:
@@ -159,63 +159,8 @@ def _conv_bn(
         # Only the gradient of the input reads the values of the folded weight, and the other way round.
         weight_recipe = recipes.weight if operand.requires_grad else shape_of(folded_weight)
         input_recipe = shape_of(operand) if not folded.requires_grad else recipe_of(input) if operand is input else None
-        _replace_saved_by_conv(output, input_recipe, weight_recipe, spec)
+        replace_saved_by_conv(output, input_recipe, weight_recipe, spec)
     return output
-
-
-def _replace_saved_by_conv(
-    output: Tensor, input_recipe: Recipe | None, weight_recipe: Recipe | None, spec: ConvSpec | None
-) -> None:
-    """Have the node of a convolution, or of a linear layer, keep recipes of its input and its weight."""
-    if input_recipe is not None:
-        replace_saved(output.grad_fn, "mat1" if spec is None else "input", input_recipe)
-    if weight_recipe is not None and spec is None:
-        replace_saved(output.grad_fn, "mat2", lambda: weight_recipe().t())  # a linear layer saves it transposed
-    elif weight_recipe is not None:
-        replace_saved(output.grad_fn, "weight", weight_recipe)
-
-
-class _FoldRecipes:
-    """The recipes of one pair. They compute from its parameters and buffers, which outlive the graph."""
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        gamma: Tensor | None,
-        running_mean: Tensor,
-        running_var: Tensor,
-        eps: float,
-        spec: ConvSpec | None,
-        dtype: torch.dtype,
-    ) -> None:
-        self._weight, self._mean, self._var = Source(weight), Source(running_mean), Source(running_var)
-        self._bias, self._gamma = _source(bias), _source(gamma)
-        self._eps, self._layout, self._dtype, self._fold_dtype = eps, layout(spec), dtype, fold_dtype(weight)
-
-    def rstd(self) -> Tensor:
-        """``r``, ``(C_out,)``."""
-        return reciprocal_std(self._var.value(), self._eps, self._fold_dtype)
-
-    def scale(self) -> Tensor:
-        """``s``, ``(C_out,)``."""
-        return self.rstd() if self._gamma is None else self._gamma.value() * self.rstd()
-
-    def center(self) -> Tensor:
-        """``mu - b``, ``(C_out,)``."""
-        return center_of(self._mean.value(), None if self._bias is None else self._bias.value(), self._fold_dtype)
-
-    def scale_per_channel(self) -> Tensor:
-        """``s``, shaped for the weight."""
-        return per_channel(self.scale(), self._weight.value(), *self._layout)
-
-    def weight(self) -> Tensor:
-        """``w'``."""
-        return (self._weight.value() * self.scale_per_channel()).to(self._dtype)
-
-
-def _source(tensor: Tensor | None) -> Source | None:
-    return None if tensor is None else Source(tensor)
 
 
 def _fold_in_graph(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from lightning_convbn.compat import inside_transform, version_of
+from lightning_convbn.compat import inside_transform, replace_saved, version_of
+from lightning_convbn.ops.fold import ConvSpec, center_of, fold_dtype, layout, per_channel, reciprocal_std
 
 Recipe = Callable[[], Tensor]
 
@@ -61,3 +62,58 @@ def takes_recipes(output: Tensor) -> bool:
     derivative of the recipe itself would be wanted there.
     """
     return output.grad_fn is not None and not inside_transform() and unpack_dual(output).tangent is None
+
+
+def replace_saved_by_conv(
+    output: Tensor, input_recipe: Recipe | None, weight_recipe: Recipe | None, spec: ConvSpec | None
+) -> None:
+    """Have the node of a convolution, or of a linear layer, keep recipes of its input and its weight."""
+    if input_recipe is not None:
+        replace_saved(output.grad_fn, "mat1" if spec is None else "input", input_recipe)
+    if weight_recipe is not None and spec is None:
+        replace_saved(output.grad_fn, "mat2", lambda: weight_recipe().t())  # a linear layer saves it transposed
+    elif weight_recipe is not None:
+        replace_saved(output.grad_fn, "weight", weight_recipe)
+
+
+class FoldRecipes:
+    """The recipes of one pair. They compute from its parameters and buffers, which outlive the graph."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        eps: float,
+        spec: ConvSpec | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._weight, self._mean, self._var = Source(weight), Source(running_mean), Source(running_var)
+        self._bias, self._gamma = _source(bias), _source(gamma)
+        self._eps, self._layout, self._dtype, self._fold_dtype = eps, layout(spec), dtype, fold_dtype(weight)
+
+    def rstd(self) -> Tensor:
+        """``r``, ``(C_out,)``."""
+        return reciprocal_std(self._var.value(), self._eps, self._fold_dtype)
+
+    def scale(self) -> Tensor:
+        """``s``, ``(C_out,)``."""
+        return self.rstd() if self._gamma is None else self._gamma.value() * self.rstd()
+
+    def center(self) -> Tensor:
+        """``mu - b``, ``(C_out,)``."""
+        return center_of(self._mean.value(), None if self._bias is None else self._bias.value(), self._fold_dtype)
+
+    def scale_per_channel(self) -> Tensor:
+        """``s``, shaped for the weight."""
+        return per_channel(self.scale(), self._weight.value(), *self._layout)
+
+    def weight(self) -> Tensor:
+        """``w'``."""
+        return (self._weight.value() * self.scale_per_channel()).to(self._dtype)
+
+
+def _source(tensor: Tensor | None) -> Source | None:
+    return None if tensor is None else Source(tensor)

@@ -7,6 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -76,8 +77,10 @@ def _restore_buffers(buffers: Sequence[tuple[nn.Module, str, Tensor, Tensor]]) -
 def leaves_of(value: Any) -> Iterator[Any]:
     """Walk through containers and through objects of any class, and yield all that has no parts.
 
-    Tensors, modules, classes and proxies of ``torch.fx`` count as one part. Each object is visited once, so a container
-    may hold itself. (PyTorch's own pytrees only look into containers of registered classes.)
+    Tensors, neural and Python modules, classes, functions and proxies of ``torch.fx`` count as one part. Each object is
+    visited once, so a container may hold itself. Only what is stored is visited: nothing that a subclass of ``dict``
+    would load when it is asked, as those of transformers do. (PyTorch's own pytrees only look into containers of
+    registered classes.)
     """
     seen: dict[int, Any] = {}  # it holds the objects: the id of one that is freed could be given to another
     rest = deque([value])
@@ -93,12 +96,13 @@ def leaves_of(value: Any) -> Iterator[Any]:
 
 
 _CONTAINERS = (list, tuple, set, frozenset, deque)
-_WHOLE = (Tensor, nn.Module, type, torch.fx.Proxy)
+_WHOLE = (Tensor, nn.Module, type, ModuleType, FunctionType, torch.fx.Proxy)
 
 
 def _parts_of(item: Any) -> list[Any]:
     """List the items of a container, and the attributes of any object."""
-    items = item.values() if isinstance(item, dict) else item if isinstance(item, _CONTAINERS) else ()
+    container = next((cls for cls in _CONTAINERS if isinstance(item, cls)), None)
+    items = dict.values(item) if isinstance(item, dict) else container.__iter__(item) if container else ()
     slots = getattr(type(item), "__slots__", ())
     slots = slots if isinstance(slots, tuple) else ()
     attributes = getattr(item, "__dict__", {}).values()

@@ -24,8 +24,8 @@ from lightning_convbn.exporting.plain_copy import plain_copy
 from lightning_convbn.exporting.write_and_compare import write_and_compare
 from lightning_convbn.pairs.find import find_conv_bn_pairs
 from lightning_convbn.pairs.side_effects import leaves_of
+from lightning_convbn.trainer.converted_part import runs_its_forward
 from lightning_convbn.trainer.lightning_api import LightningModule, Trainer, rank_zero_info, rank_zero_warn
-from lightning_convbn.trainer.part import runs_its_forward
 
 _SHARDING = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}  # class names: importing them takes long
 

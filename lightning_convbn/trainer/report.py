@@ -9,8 +9,8 @@ import torch
 from lightning_convbn.layers.swap import Mode
 from lightning_convbn.memory import MIB
 from lightning_convbn.pairs.reasons import UNTRAINED
+from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import Trainer, rank_zero_info, rank_zero_warn
-from lightning_convbn.trainer.part import ConvertedPart
 
 
 def print_table(trainer: Trainer, parts: Sequence[ConvertedPart], mode: Mode, eval_mode: Mode) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_convbn.layers.swap import Mode
 from lightning_convbn.modes import conv_bn_mode
 from lightning_convbn.pairs import reasons
-from lightning_convbn.pairs.deviation import deviation_of, float_tensors, tolerance_of
+from lightning_convbn.pairs.output_deviation import deviation_of, float_tensors, tolerance_of
 from lightning_convbn.pairs.pair import ConvBNPairs
 from lightning_convbn.pairs.side_effects import side_effects_undone
 from lightning_convbn.trainer.processes import communicates

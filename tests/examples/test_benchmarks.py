@@ -17,7 +17,7 @@ from matplotlib.image import imread
 
 from examples import results_file
 from examples.benchmarks import adversarial, modes_page, scale_page, segmentation, summary, write_pages
-from examples.benchmarks import run as script
+from examples.benchmarks import all_modes as script
 from examples.benchmarks.networks import Workload, workload
 from examples.benchmarks.training_step import Step, allocations, deviation
 from examples.benchmarks.variants import VARIANTS
@@ -75,7 +75,9 @@ class TestRun:
     def test_the_file_says_what_made_it(self, measured: Path) -> None:
         written = json.loads(measured.read_text())
         assert written["commands"] == [written["command"]]
-        assert written["command"].startswith("python examples/benchmarks/run.py --models resnet18 --sizes 2:32 3:32")
+        assert written["command"].startswith(
+            "python examples/benchmarks/all_modes.py --models resnet18 --sizes 2:32 3:32"
+        )
         assert {"torch", "torchvision", "python"} <= set(written["versions"])
         assert {"cpu", "cores", "threads", "allocator"} <= set(written["machine"])
 
@@ -233,7 +235,7 @@ class TestResults:
     ) -> None:
         with pytest.raises(SystemExit):
             run(monkeypatch, write_pages, "--modes", tmp_path / "a.json", "--scale", tmp_path / "b.json")
-        assert "write one with examples/benchmarks/run.py" in capsys.readouterr().err
+        assert "write one with examples/benchmarks/all_modes.py" in capsys.readouterr().err
 
 
 class TestPages:

@@ -65,6 +65,22 @@ def test_tensors_are_found_in_every_container_and_object(contain: Any) -> None:
     assert {id(leaf) for leaf in found} == {id(ONE), id(TWO)}
 
 
+class LoadsWhenAsked(OrderedDict[str, Any]):
+    """As the tables of classes in transformers: to ask for the values imports what they name."""
+
+    def values(self) -> Any:
+        raise ValueError("could not load")
+
+    __iter__ = items = keys = values
+
+
+def test_nothing_is_loaded_to_look_for_tensors() -> None:
+    lazy = LoadsWhenAsked()
+    OrderedDict.__setitem__(lazy, "a", ONE)
+    assert list(leaves_of([lazy])) == [ONE]
+    assert list(leaves_of([torch, test_a_container_may_hold_itself])) == [torch, test_a_container_may_hold_itself]
+
+
 def test_a_container_may_hold_itself() -> None:
     loop: list[Any] = [ONE]
     loop.append(loop)

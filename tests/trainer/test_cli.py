@@ -325,7 +325,7 @@ CONFIGS = {
 }
 SCRIPT = """
 from lightning.pytorch import Trainer
-from project import Classifier, main
+from project import Classifier
 
 Trainer(max_epochs=2).fit(Classifier())
 """

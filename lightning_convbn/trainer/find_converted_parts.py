@@ -8,8 +8,8 @@ from itertools import permutations
 from torch import nn
 
 from lightning_convbn.layers.table import is_norm
+from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import LightningModule
-from lightning_convbn.trainer.part import ConvertedPart
 
 
 def checked_paths(target: object) -> list[str] | None:

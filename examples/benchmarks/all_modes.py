@@ -1,7 +1,7 @@
 """Measure training steps in every mode, and with other tools: kept bytes, peak memory, step time, gradients.
 
-    python examples/benchmarks/run.py --out docs/benchmarks/modes.json
-    python examples/benchmarks/run.py --models resnet50 timm:hrnet_w18 --sizes 1:224 8:224 --rounds 25 --out mine.json
+    python examples/benchmarks/all_modes.py --out docs/benchmarks/modes.json
+    python examples/benchmarks/all_modes.py --models resnet50 timm:hrnet_w18 --sizes 1:224 8:224 --out mine.json
 
 A cell is a network and a batch size. All variants of a cell run in one process. First each is warmed up, and its bytes
 (as the allocator counts them) and its gradients (compared with those of Eval) are measured. Then all are timed in

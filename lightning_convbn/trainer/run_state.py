@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from lightning_convbn.layers.swap import Mode
+from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.export_at_end import FitExport
 from lightning_convbn.trainer.lightning_api import LightningModule
-from lightning_convbn.trainer.part import ConvertedPart
 
 
 @dataclass
