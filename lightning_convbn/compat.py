@@ -1,4 +1,4 @@
-"""Every private name of PyTorch and Lightning that the package uses, so that a new release breaks in one room.
+"""Every private name of PyTorch and Lightning that the package uses, so that a new release breaks one file.
 
 No other file of the package has a private name. `docs/contributing/private-names.md` lists what stands here: why, what
 breaks without it, and since which version it is there.

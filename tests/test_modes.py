@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from threading import Thread
 from typing import Any, get_args
 
 import pytest
@@ -332,6 +333,47 @@ def test_deploy_mode_folds_once(trainable: bool) -> None:
     with NewTensors() as found:
         output(net)
     assert found.count <= expected.count
+
+
+def test_deploy_mode_keeps_its_fold_while_gradients_of_the_input_are_taken() -> None:
+    net = small_net().requires_grad_(False)
+    copied, image = fuse_for_deploy(net), images(2, 3, 8, 8).requires_grad_()
+    with NewTensors() as expected:
+        copied(image)
+    set_mode(net, "deploy")
+    net(image)
+    with NewTensors() as found:
+        net(image)
+    assert found.count <= expected.count
+
+
+def test_threads_in_different_precisions_share_a_model_in_deploy_mode() -> None:
+    net, errors = small_net().requires_grad_(False), []
+    set_mode(net, "deploy")
+
+    def run(half: bool) -> None:
+        try:
+            for _ in range(50):
+                with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.no_grad():
+                    net(images(2, 3, 8, 8))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [Thread(target=run, args=(half,)) for half in (True, False) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_a_fold_without_data_is_not_kept() -> None:
+    net = small_net().requires_grad_(False)
+    set_mode(net, "deploy")
+    image = images(2, 3, 8, 8)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        net(image)
+    assert type(output(net)) is Tensor
 
 
 def test_a_fold_of_a_weight_that_is_sharded_between_two_calls_is_not_kept() -> None:

@@ -2,9 +2,9 @@
 
     python examples/benchmarks/against_revision.py REVISION
 
-writes `docs/benchmarks/against-revision.json`. Both revisions are imported into one process. In each round they take
-turns in random order, and the ratio of their times counts, so that other work slows down both alike. Kept bytes are
-counted by the package of this revision, for both.
+writes `docs/benchmarks/against-revision.json` and the table in `docs/changelog.md`. Both revisions are imported into
+one process. In each round they take turns in random order, and the ratio of their times counts, so that other work
+slows down both alike. Kept bytes are counted by the package of this revision, for both.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from examples.results_file import BENCHMARKS, ROOT, write_json
+from examples.results_file import BENCHMARKS, ROOT, with_table, write_json
 from lightning_convbn import fuse_for_deploy, set_mode
-from lightning_convbn.memory import count_saved_bytes
+from lightning_convbn.memory import MIB, count_saved_bytes
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0")
+RESULTS = BENCHMARKS / "against-revision.json"
+PAGE, MARK = ROOT / "docs" / "changelog.md", "against-revision"
 WARM_UP = 2
 PACKAGE = "lightning_convbn"
 
@@ -103,6 +105,21 @@ def compare(name: str, batch: int, pixels: int, rounds: int, other: ModuleType) 
     }
 
 
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lay out the results in Markdown."""
+    lines = [
+        "| network | batch | step time, ratio (quartiles) | kept MiB: before | now | Deploy copy | now / Deploy copy |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        low, high = row["quartiles"]
+        kept = [row["kept_bytes_other"], row["kept_bytes"], row["kept_bytes_deploy_copy"]]
+        cells = [row["model"], str(row["batch"]), f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"]
+        cells += [f"{size / MIB:.2f}" for size in kept] + [f"{kept[1] / kept[2]:.4f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     """Compare each network at each batch and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,7 +128,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="batch sizes")
     parser.add_argument("--pixels", type=int, default=224, help="edge of the square images in pixels")
     parser.add_argument("--rounds", type=int, default=25, help="rounds for each network and batch")
-    parser.add_argument("--out", type=Path, default=BENCHMARKS / "against-revision.json", help="file for the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file for the results")
     args = parser.parse_args()
     rows = []
     with TemporaryDirectory() as folder:
@@ -124,6 +141,8 @@ def main() -> None:
         ["git", "rev-parse", args.revision], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.strip()
     write_json(args.out, rows, ["torch", "torchvision"], revision=resolved, threads=torch.get_num_threads())
+    if args.out == RESULTS:
+        PAGE.write_text(with_table(PAGE.read_text(), MARK, table(rows)))
 
 
 if __name__ == "__main__":

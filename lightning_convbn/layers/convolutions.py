@@ -66,15 +66,16 @@ class Fold(NamedTuple):
 
     weight: Tensor
     bias: Tensor
-    key: tuple[Any, ...]
-    sources: list[Tensor]  # held, so that no address and no id in the key is used a second time
+    key: tuple[Any, ...]  # identity, version and address of each source, and all else that the fold depends on
+    sources: list[Tensor]  # they hold their storages: an address in the key is not used a second time
 
 
 class Deploy(ConvBNLayer):
     """Folds once, at the first forward pass that wants no gradient of a parameter. Others run as `Tune` does.
 
     The fold is made anew after a write that PyTorch counts: an optimizer's step, ``load_state_dict``, a move to another
-    device. It does not notice a write through ``.data``.
+    device. A write that it does not count is noticed at the next switch: through ``.data``, by numpy, or by another
+    BatchNorm in Train mode that has the same buffers.
     """
 
     _fold: Fold | None = None
@@ -83,24 +84,32 @@ class Deploy(ConvBNLayer):
         """Convolve with the fold, or as in Tune mode where gradients or a graph would miss it."""
         operands = self.operands()
         sources = [operand for operand in operands if isinstance(operand, Tensor)]
-        trained = torch.is_grad_enabled() and any(source.requires_grad for source in (input, *sources))
+        trained = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
         if trained or not self._owns_weight or _is_seen_through(input, sources):
             self._fold = None
             return conv_bn(input, *operands, spec)
-        dtype = compute_dtype(input, self.weight)
+        fold = self._current_fold(operands, sources, compute_dtype(input, self.weight), spec)
+        return folded_conv(input, fold.weight, fold.bias, spec)
+
+    def _current_fold(
+        self, operands: tuple[Any, ...], sources: list[Tensor], dtype: torch.dtype, spec: ConvSpec | None
+    ) -> Fold:
+        """Return the kept fold, or make one. Several threads may run the model, so the attribute is read once."""
         identities = [id(operand) if isinstance(operand, Tensor) else operand for operand in operands]
         versions = [version_of(source) for source in sources]
         key = (dtype, *identities, *versions, *(source.data_ptr() for source in sources))
-        if self._fold is None or self._fold.key != key or None in versions:
+        fold = self._fold
+        if fold is None or fold.key != key or None in versions:
             transposed, groups = layout(spec)
             with torch.inference_mode(False), torch.no_grad():
                 folded = fold_conv_bn(*operands, transposed=transposed, groups=groups, dtype=dtype)
-            self._fold = Fold(*folded, key, [source.detach() for source in sources])
-        return folded_conv(input, self._fold.weight, self._fold.bias, spec)
+            fold = Fold(*folded, key, [source.detach() for source in sources])
+            self._fold = fold if type(fold.weight) is Tensor else None  # a FakeTensorMode may be active
+        return fold
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the fold out of copies and files."""
-        return {name: value for name, value in self.__dict__.items() if name != "_fold"}
+        return {name: value for name, value in super().__getstate__().items() if name != "_fold"}
 
 
 def _is_seen_through(input: Tensor, sources: list[Tensor]) -> bool:
@@ -124,8 +133,12 @@ class ConvGeometry(ConvBNLayer):
         padding = tuple(before for before, _ in sides)
         if conv.padding_mode != "zeros" or any(before != after for before, after in sides):
             mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+            if mode == "constant":  # the convolution pads with zeros itself, as much on both sides
+                padding = tuple(min(pair) for pair in sides)
+                sides = [(before - least, after - least) for (before, after), least in zip(sides, padding, strict=True)]
+            else:
+                padding = (0,) * len(sides)
             input = F.pad(input, [size for pair in reversed(sides) for size in pair], mode=mode)
-            padding = (0,) * len(sides)
         return input, ConvSpec(conv.stride, padding, conv.dilation, False, (0,) * len(sides), conv.groups)
 
 

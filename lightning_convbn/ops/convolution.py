@@ -54,9 +54,9 @@ def conv_bn(
     Kept for the backward pass: the input, if the weight or gamma wants a gradient, and nothing else. Under autocast the
     convolution runs in the autocast dtype, and the cast input is kept. Parameters get gradients of their own dtype.
 
-    Parameters and running statistics must not be written before the backward pass; autograd asks so in Eval mode, too.
-    Only in a distributed run, where ``DistributedDataParallel`` may write buffers in every forward pass, the statistics
-    are copied: the backward pass then goes by what the forward pass saw.
+    Parameters and running statistics must not be written before the backward pass. Autograd raises an error then, as in
+    Eval mode. Only in a distributed run the statistics are copied, because ``DistributedDataParallel`` may write them in
+    every forward pass. The backward pass then goes by what the forward pass saw.
 
     Args:
         input: ``(N, C_in, *spatial)``, or ``(N, C_in)`` for a linear layer.
@@ -114,7 +114,9 @@ def cast(input: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _autocasting(input: Tensor) -> bool:
     device = input.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # PyTorch 2.9 can't compile the question whether a device has autocast; the devices that compile have it.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
 
 
 def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec | None) -> Tensor:

@@ -104,9 +104,8 @@ def center_of(running_mean: Tensor, bias: Tensor | None, dtype: torch.dtype) -> 
 def scale_and_shift(gamma: Tensor | None, beta: Tensor | None, center: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """``s`` and ``b'`` of the equations, both ``(C_out,)`` in the dtype of ``rstd``."""
     scale = rstd if gamma is None else gamma * rstd
-    if beta is None:
-        return scale, -center * scale
-    return scale, torch.addcmul(beta.to(rstd.dtype), center, scale, value=-1)
+    start = torch.zeros_like(rstd) if beta is None else beta.to(rstd.dtype)
+    return scale, torch.addcmul(start, center, scale, value=-1)
 
 
 def per_channel(scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from lightning_convbn.compat import inside_transform, replace_saved, version_of
+from lightning_convbn.compat import FakeTensor, inside_transform, replace_saved, version_of
 from lightning_convbn.ops.fold import ConvSpec, center_of, fold_dtype, layout, per_channel, reciprocal_std
 
 Recipe = Callable[[], Tensor]
@@ -32,7 +32,8 @@ class Source:
 
     def __init__(self, tensor: Tensor) -> None:
         self._version = version_of(tensor)
-        self._tensor = tensor.detach()
+        # A leaf itself, so that its storage is free to go while the leaf is given another one, as sharding does.
+        self._tensor = tensor if tensor.is_leaf else tensor.detach()
 
     def value(self) -> Tensor:
         """Return the tensor, detached.
@@ -46,7 +47,7 @@ class Source:
                 f"a tensor of shape {list(self._tensor.shape)} is at version {version_of(self._tensor)}; expected "
                 f"version {self._version} instead"
             )
-        return self._tensor
+        return self._tensor.detach()
 
 
 def shape_of(tensor: Tensor) -> Recipe:
@@ -59,9 +60,12 @@ def takes_recipes(output: Tensor) -> bool:
     """Whether recipes may replace what the graph of an output has saved.
 
     They may not inside a transform of ``torch.func``, nor where an output carries a tangent (forward-mode AD): a
-    derivative of the recipe itself would be wanted there.
+    derivative of the recipe itself would be wanted there. Nor may they for other subclasses of Tensor, whose nodes may
+    save something else.
     """
-    return output.grad_fn is not None and not inside_transform() and unpack_dual(output).tangent is None
+    if output.grad_fn is None or type(output) not in (Tensor, FakeTensor):
+        return False
+    return not inside_transform() and unpack_dual(output).tangent is None
 
 
 def replace_saved_by_conv(

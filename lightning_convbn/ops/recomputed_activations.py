@@ -113,7 +113,10 @@ def recomputed(output: Tensor, input: Tensor, function: Callable[[Tensor], Tenso
 
 
 def recipe_of(tensor: Tensor) -> Recipe | None:
-    """Return the recipe of a tensor that is about to be saved; None if it is to be saved as it is."""
+    """Return the recipe of a tensor that is about to be saved; None if it is to be saved as it is.
+
+    If an activation can use its output in the place of its input, it does so from now on, and the tensor becomes plain.
+    """
     if isinstance(tensor, Recomputed) and tensor._marked_at == version_of(tensor):
         if tensor._recipe is not None:
             return tensor._recipe

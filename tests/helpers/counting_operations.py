@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -41,8 +41,8 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def count_alive(shape: torch.Size) -> int:
-    """Count the storages of tensors of a shape that somebody holds."""
+    """Count the storages of plain tensors and parameters of a shape that somebody holds."""
     gc.collect()
-    # Not by isinstance, which would ask lazy modules for their class.
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and thing.shape == shape]
+    # Not by isinstance, which would ask lazy modules for their class; and a FakeTensor has no address.
+    found = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter) and thing.shape == shape]
     return len({thing.data_ptr() for thing in found})

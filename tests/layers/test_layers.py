@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_convbn import Mode, fuse_for_deploy, set_mode
 from lightning_convbn.layers.norms import FoldedNorm
+from lightning_convbn.memory import count_saved_bytes
 
 FOLDED_MODES: tuple[Mode, ...] = ("tune", "deploy")
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -213,6 +214,30 @@ def test_function_transforms_of_a_net_equal_eval(mode: Mode) -> None:
 
     assert_close(per_sample_gradients(net), per_sample_gradients(plain), 1e-10)
     assert_close(slope_along_ones(net), slope_along_ones(plain), 1e-10)
+
+
+@pytest.mark.parametrize("kernel", [2, 3, 4, (3, 4)])
+def test_uneven_padding_keeps_what_the_plain_convolution_keeps(kernel: Any) -> None:
+    plain = nn.Conv2d(3, 4, kernel, padding="same")
+    pair = nn.Sequential(copy.deepcopy(plain), nn.BatchNorm2d(4))
+    set_mode(pair, "tune")
+    batch = images(2, 3, 9, 9)
+    assert count_saved_bytes(pair, batch) <= count_saved_bytes(plain, batch)
+
+
+def test_a_copy_of_a_compiled_layer_computes_with_its_own_weight() -> None:
+    net = small_net().double().requires_grad_(False)
+    net[0].compile(backend="eager")
+    set_mode(net, "deploy")
+    image = images(2, 3, 8, 8, dtype=torch.float64)
+    net(image)
+    copied = copy.deepcopy(net)
+    with torch.no_grad():
+        copied[0].weight.mul_(2)
+    set_mode(copied, "eval")
+    expected = copied(image)
+    set_mode(copied, "deploy")
+    assert_close([copied(image)], [expected], 1e-10)
 
 
 @pytest.mark.parametrize("mode", FOLDED_MODES)

@@ -18,11 +18,12 @@ from helpers.tiny_training import LIGHTNING_SAYS
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from examples.benchmarks import against_revision, figures
 from examples.benchmarks import coverage_of_models as coverage_table
 from examples.benchmarks import deploy as deploy_table
-from examples.benchmarks import figures
 from examples.benchmarks import memory as memory_table
 from examples.benchmarks import overhead as overhead_table
+from examples.results_file import with_table
 from lightning_convbn import measure_memory
 from lightning_convbn.layers import activations, table
 from lightning_convbn.pairs import reasons
@@ -123,6 +124,11 @@ def test_memory_tables_come_from_the_committed_counts() -> None:
     for page, mark in memory_table.MARKS.items():
         assert memory_table.with_table(page.read_text(), mark, rows) == page.read_text()
     assert memory_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "memory.md").read_text()
+
+
+def test_the_comparison_with_the_earlier_core_comes_from_its_results() -> None:
+    page, rows = against_revision.PAGE.read_text(), json.loads(against_revision.RESULTS.read_text())["rows"]
+    assert with_table(page, against_revision.MARK, against_revision.table(rows)) == page
 
 
 @pytest.mark.parametrize("name", ["memory", "modes"])
