@@ -54,9 +54,9 @@ def conv_bn(
     Kept for the backward pass: the input, if the weight or gamma wants a gradient, and nothing else. Under autocast the
     convolution runs in the autocast dtype, and the cast input is kept. Parameters get gradients of their own dtype.
 
-    Parameters and running statistics must not be written before the backward pass. Autograd raises an error then, as in
-    Eval mode. Only in a distributed run the statistics are copied, because ``DistributedDataParallel`` may write them in
-    every forward pass. The backward pass then goes by what the forward pass saw.
+    Parameters and running statistics must not be written before the backward pass. Autograd raises an error then, as
+    in Eval mode. Only in a distributed run the statistics are copied, because ``DistributedDataParallel`` may write
+    them in every forward pass. The backward pass then goes by what the forward pass saw.
 
     Args:
         input: ``(N, C_in, *spatial)``, or ``(N, C_in)`` for a linear layer.
