@@ -77,7 +77,7 @@ def measure_memory(
     This looks at the life of storages. ``torch.autograd.graph.saved_tensors_hooks`` would miss tensors that other such
     hooks have packed, and tensors that a closure holds.
 
-    Inputs from a ``torch._subclasses.FakeTensorMode`` give the same count, and nothing is computed or allocated.
+    Inputs from a PyTorch's ``FakeTensorMode`` give the same count, and nothing is computed or allocated.
 
     Args:
         model: Any module.

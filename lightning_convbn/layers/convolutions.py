@@ -130,15 +130,11 @@ class ConvGeometry(ConvBNLayer):
         """Pad where ``torch.convolution`` can't: other modes than zeros, and an uneven ``padding="same"``."""
         conv = cast(nn.Conv2d, self)
         sides = [(size, size) for size in conv.padding] if not isinstance(conv.padding, str) else _sides(conv)
-        padding = tuple(before for before, _ in sides)
-        if conv.padding_mode != "zeros" or any(before != after for before, after in sides):
-            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-            if mode == "constant":  # the convolution pads with zeros itself, as much on both sides
-                padding = tuple(min(pair) for pair in sides)
-                sides = [(before - least, after - least) for (before, after), least in zip(sides, padding, strict=True)]
-            else:
-                padding = (0,) * len(sides)
-            input = F.pad(input, [size for pair in reversed(sides) for size in pair], mode=mode)
+        zeros = conv.padding_mode == "zeros"
+        padding = tuple(min(pair) if zeros else 0 for pair in sides)  # the convolution's own, equal on both sides
+        rest = [size - own for pair, own in zip(reversed(sides), reversed(padding), strict=True) for size in pair]
+        if any(rest):
+            input = F.pad(input, rest, mode="constant" if zeros else conv.padding_mode)
         return input, ConvSpec(conv.stride, padding, conv.dilation, False, (0,) * len(sides), conv.groups)
 
 

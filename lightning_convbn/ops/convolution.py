@@ -26,15 +26,11 @@ from torch.utils.checkpoint import checkpoint
 from lightning_convbn.compat import replace_saved, without_torch_function
 from lightning_convbn.ops.fold import (
     ConvSpec,
-    center_of,
     fold_conv_bn,
-    fold_dtype,
+    fold_steps,
     layout,
-    per_channel,
-    reciprocal_std,
-    scale_and_shift,
 )
-from lightning_convbn.ops.recipes import FoldRecipes, replace_saved_by_conv, shape_of, takes_recipes
+from lightning_convbn.ops.recipes import FoldRecipes, recipe_of_center, replace_saved_by_conv, shape_of, takes_recipes
 from lightning_convbn.ops.recomputed_activations import Recomputed, recipe_of, unmark
 
 
@@ -142,21 +138,18 @@ def _conv_bn(
         running_mean, running_var = running_mean.clone(), running_var.clone()
     dtype = compute_dtype(input, weight)
     operand = cast(input, dtype)
-    rstd = reciprocal_std(running_var, eps, fold_dtype(weight))
-    center = center_of(running_mean, bias, rstd.dtype)
-    scale, shift = scale_and_shift(gamma, beta, center, rstd)
-    folded = weight * per_channel(scale, weight, *layout(spec))
+    center, scale, shift, folded = fold_steps(weight, bias, gamma, beta, running_mean, running_var, eps, layout(spec))
     folded_weight = folded.to(dtype)
     output = convolve(operand, folded_weight, shift.to(dtype), spec)
 
     if takes_recipes(output):
-        recipes = FoldRecipes(weight, bias, gamma, running_mean, running_var, eps, spec, dtype)
+        recipes = FoldRecipes(weight, gamma, running_var, eps, spec, dtype)
         if scale.requires_grad:
             replace_saved(scale.grad_fn, "other", recipes.rstd)
         if weight.requires_grad:
             replace_saved(folded.grad_fn, "other", recipes.scale_per_channel)
         if shift.requires_grad and center is not running_mean:
-            replace_saved(shift.grad_fn, "tensor1", recipes.center)
+            replace_saved(shift.grad_fn, "tensor1", recipe_of_center(running_mean, bias, center.dtype))
             replace_saved(shift.grad_fn, "tensor2", recipes.scale)
         # Only the gradient of the input reads the values of the folded weight, and the other way round.
         weight_recipe = recipes.weight if operand.requires_grad else shape_of(folded_weight)

@@ -85,10 +85,43 @@ def fold_conv_bn(
     Returns:
         The folded weight, shaped as ``weight``, and the folded bias ``(C_out,)``, by differentiable operations.
     """
+    steps = fold_steps(weight, bias, gamma, beta, running_mean, running_var, eps, (transposed, groups))
+    return steps.weight.to(dtype or weight.dtype), steps.shift.to(dtype or weight.dtype)
+
+
+class FoldSteps(NamedTuple):
+    """What the fold computes on its way, in the dtype of the fold.
+
+    Attributes:
+        center: ``mu - b``, ``(C_out,)``.
+        scale: ``s``, ``(C_out,)``.
+        shift: ``b'``, ``(C_out,)``.
+        weight: ``w'``, shaped as the weight.
+    """
+
+    center: Tensor
+    scale: Tensor
+    shift: Tensor
+    weight: Tensor
+
+
+def fold_steps(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    layout: tuple[bool, int],
+) -> FoldSteps:
+    """Compute the equations of the module's docstring. ``layout`` is the weight's, from the function `layout`."""
     rstd = reciprocal_std(running_var, eps, fold_dtype(weight))
-    scale, shift = scale_and_shift(gamma, beta, center_of(running_mean, bias, rstd.dtype), rstd)
-    folded = weight * per_channel(scale, weight, transposed, groups)
-    return folded.to(dtype or weight.dtype), shift.to(dtype or weight.dtype)
+    center = center_of(running_mean, bias, rstd.dtype)
+    scale = rstd if gamma is None else gamma * rstd
+    start = torch.zeros_like(rstd) if beta is None else beta.to(rstd.dtype)
+    shift = torch.addcmul(start, center, scale, value=-1)
+    return FoldSteps(center, scale, shift, weight * per_channel(scale, weight, *layout))
 
 
 def reciprocal_std(running_var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -99,13 +132,6 @@ def reciprocal_std(running_var: Tensor, eps: float, dtype: torch.dtype) -> Tenso
 def center_of(running_mean: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``mu - b`` of the equations, ``(C_out,)``, in ``dtype``: what the convolution without a bias is shifted by."""
     return running_mean.to(dtype) if bias is None else running_mean.to(dtype) - bias
-
-
-def scale_and_shift(gamma: Tensor | None, beta: Tensor | None, center: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """``s`` and ``b'`` of the equations, both ``(C_out,)`` in the dtype of ``rstd``."""
-    scale = rstd if gamma is None else gamma * rstd
-    start = torch.zeros_like(rstd) if beta is None else beta.to(rstd.dtype)
-    return scale, torch.addcmul(start, center, scale, value=-1)
 
 
 def per_channel(scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:

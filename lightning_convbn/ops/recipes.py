@@ -86,16 +86,13 @@ class FoldRecipes:
     def __init__(
         self,
         weight: Tensor,
-        bias: Tensor | None,
         gamma: Tensor | None,
-        running_mean: Tensor,
         running_var: Tensor,
         eps: float,
         spec: ConvSpec | None,
         dtype: torch.dtype,
     ) -> None:
-        self._weight, self._mean, self._var = Source(weight), Source(running_mean), Source(running_var)
-        self._bias, self._gamma = _source(bias), _source(gamma)
+        self._weight, self._gamma, self._var = Source(weight), _source(gamma), Source(running_var)
         self._eps, self._layout, self._dtype, self._fold_dtype = eps, layout(spec), dtype, fold_dtype(weight)
 
     def rstd(self) -> Tensor:
@@ -106,10 +103,6 @@ class FoldRecipes:
         """``s``, ``(C_out,)``."""
         return self.rstd() if self._gamma is None else self._gamma.value() * self.rstd()
 
-    def center(self) -> Tensor:
-        """``mu - b``, ``(C_out,)``."""
-        return center_of(self._mean.value(), None if self._bias is None else self._bias.value(), self._fold_dtype)
-
     def scale_per_channel(self) -> Tensor:
         """``s``, shaped for the weight."""
         return per_channel(self.scale(), self._weight.value(), *self._layout)
@@ -117,6 +110,12 @@ class FoldRecipes:
     def weight(self) -> Tensor:
         """``w'``."""
         return (self._weight.value() * self.scale_per_channel()).to(self._dtype)
+
+
+def recipe_of_center(running_mean: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Recipe:
+    """Return the recipe of ``mu - b``, ``(C_out,)``. Few pairs need it: without a bias it is the buffer itself."""
+    mean, shift = Source(running_mean), _source(bias)
+    return lambda: center_of(mean.value(), None if shift is None else shift.value(), dtype)
 
 
 def _source(tensor: Tensor | None) -> Source | None:

@@ -144,7 +144,7 @@ class FitExport:
         model = copied.model.cpu().get_submodule(copied.names[self._module])
         pairs = find_conv_bn_pairs(model, example_inputs=self.inputs)
         prefix = f"{self._module}." if self._module else ""
-        # The names of compiled parts are without ``_orig_mod`` already, as in the copy.
+        # The names of compiled parts already lack the name of the wrapper, as in the copy.
         wrong = {copied.names.get(name, name).removeprefix(prefix): reason for name, reason in self.wrong.items()}
         fused = fuse_for_deploy(model, pairs=pairs.unfold(wrong))
         write_and_compare(fused, model, self.path, self.inputs, dynamic_batch=_is_batched(self.inputs))

@@ -17,6 +17,7 @@ from helpers.tiny_training import (
     Backbone,
     BoringModule,
     BoringSteps,
+    OwnNorm,
     PrintedLines,
     Snapshot,
     conv_bn,
@@ -267,22 +268,6 @@ class Parts(BoringSteps, LightningModule):
         if self.calls_network:
             return (self.head(self.network(batch[0])) - batch[1]).square().mean()
         return self.step("fit", batch)
-
-
-class OwnNorm(BoringSteps, LightningModule):
-    """A convolution and a BatchNorm that are its own attributes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.bn = nn.BatchNorm2d(4)
-        self.after = conv_bn(4, 4)
-        pretend_trained(self)
-        self.forget()
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Predict."""
-        return self.after(self.bn(self.conv(images))).mean((2, 3))
 
 
 @pytest.mark.parametrize("calls_network", [False, True], ids=["by_forward", "called_directly"])
