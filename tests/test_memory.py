@@ -61,15 +61,15 @@ class TestBytesComputedByHand:
         assert measure_memory(self.net(), images(2, 3, 8, 8), mode="eval").saved_bytes == self.INPUT + self.OUTPUT
 
     @pytest.mark.parametrize("mode", ["tune", "deploy"])
-    def test_tune_keeps_the_input_alone(self, mode: Mode) -> None:
+    def test_tune_keeps_the_input_and_two_vectors(self, mode: Mode) -> None:
         kept = measure_memory(self.net(), images(2, 3, 8, 8), mode=mode).saved_bytes
-        assert kept == self.INPUT
+        assert kept == self.INPUT + 2 * 5 * FLOAT
 
-    def test_with_frozen_parameters_nothing_is_kept(self) -> None:
-        """As when an input is optimised: an adversarial example, say. The folds outlive the step."""
+    def test_with_frozen_parameters_a_vector_is_kept_at_most(self) -> None:
+        """As when an input is optimised: an adversarial example, say."""
         net = nn.Sequential(*self.net(), nn.Conv2d(5, 5, 1), nn.BatchNorm2d(5)).requires_grad_(False)
         kept = measure_memory(net, images(2, 3, 8, 8).requires_grad_(), mode="tune").saved_bytes
-        assert kept == 0
+        assert kept == 2 * 5 * FLOAT  # of two pairs
 
     @pytest.mark.parametrize("mode", ["train", "eval", "tune", "deploy"])
     def test_nothing_is_kept_where_nothing_wants_a_gradient(self, mode: Mode) -> None:
@@ -199,21 +199,21 @@ def test_tune_keeps_what_a_deployed_copy_keeps(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_of_small_images_tune_keeps_what_a_deployed_copy_keeps(name: str) -> None:
-    """Against so small activations vectors of a value per channel would weigh."""
+def test_of_small_images_tune_keeps_little_more_than_a_deployed_copy(name: str) -> None:
+    """Beside so small activations a second vector of a value per channel would count."""
     tune, plain, deployed = kept_by_tune_eval_and_copy(name, torch.zeros(1, 3, FAMILIES[name], FAMILIES[name]))
-    assert tune <= 1.01 * deployed, tune / deployed
+    narrow = name == "regnet_x_400mf"  # many pairs of few channels: there already one vector is 7 %
+    assert tune <= (1.08 if narrow else 1.05) * deployed, tune / deployed
     assert tune <= plain
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "regnet_x_400mf"])
-def test_what_tune_keeps_beyond_a_deployed_copy_is_a_value_per_channel_at_most(name: str) -> None:
-    """The scales of the BatchNorms whose backward pass is left to autograd."""
+def test_what_tune_keeps_beyond_a_deployed_copy_is_two_values_per_channel_at_most(name: str) -> None:
     channels = sum(module.num_features for module in constant_model(name).modules() if isinstance(module, BATCH_NORMS))
     (eight, plain, deployed_eight), (sixteen, _, deployed_sixteen) = (
         kept_by_tune_eval_and_copy(name, torch.zeros(batch, 3, 224, 224)) for batch in (8, 16)
     )
-    assert eight - deployed_eight <= sixteen - deployed_sixteen <= channels * FLOAT
+    assert eight - deployed_eight <= sixteen - deployed_sixteen <= 2 * channels * FLOAT
     assert eight <= 1.01 * deployed_eight
     assert eight <= plain
 

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from lightning_convbn.compat import inside_transform, version_of
 from lightning_convbn.layers.norms import affine_of, frozen_batch_norm
 from lightning_convbn.layers.swap import plain_class
-from lightning_convbn.ops.convolution import compute_dtype, conv_bn, folded_conv
+from lightning_convbn.ops.convolution import autocast, conv_bn, folded_conv
 from lightning_convbn.ops.fold import ConvSpec, fold_conv_bn, layout
 
 
@@ -88,7 +88,7 @@ class Deploy(ConvBNLayer):
         if trained or not self._owns_weight or _is_seen_through(input, sources):
             self._fold = None
             return conv_bn(input, *operands, spec)
-        fold = self._current_fold(operands, sources, compute_dtype(input, self.weight), spec)
+        fold = self._current_fold(operands, sources, autocast(input, self.weight.dtype)[1], spec)
         return folded_conv(input, fold.weight, fold.bias, spec)
 
     def _current_fold(
@@ -128,14 +128,22 @@ class ConvGeometry(ConvBNLayer):
 
     def geometry(self, input: Tensor, output_size: Sequence[int] | None) -> tuple[Tensor, ConvSpec | None]:
         """Pad where ``torch.convolution`` can't: other modes than zeros, and an uneven ``padding="same"``."""
-        conv = cast(nn.Conv2d, self)
-        sides = [(size, size) for size in conv.padding] if not isinstance(conv.padding, str) else _sides(conv)
-        zeros = conv.padding_mode == "zeros"
-        padding = tuple(min(pair) if zeros else 0 for pair in sides)  # the convolution's own, equal on both sides
-        rest = [size - own for pair, own in zip(reversed(sides), reversed(padding), strict=True) for size in pair]
-        if any(rest):
-            input = F.pad(input, rest, mode="constant" if zeros else conv.padding_mode)
-        return input, ConvSpec(conv.stride, padding, conv.dilation, False, (0,) * len(sides), conv.groups)
+        conv: Any = self
+        padding = conv.padding
+        if conv.padding_mode != "zeros" or isinstance(padding, str):
+            input, padding = _padded(input, conv)
+        return input, ConvSpec(conv.stride, padding, conv.dilation, False, conv.output_padding, conv.groups)
+
+
+def _padded(input: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, ...]]:
+    """Pad the input by what the convolution can't pad itself; return it and the padding that is left to do."""
+    sides = [(size, size) for size in conv.padding] if not isinstance(conv.padding, str) else _sides(conv)
+    zeros = conv.padding_mode == "zeros"
+    padding = tuple(min(pair) if zeros else 0 for pair in sides)  # the convolution's own, equal on both sides
+    rest = [size - own for pair, own in zip(reversed(sides), reversed(padding), strict=True) for size in pair]
+    if any(rest):
+        input = F.pad(input, rest, mode="constant" if zeros else conv.padding_mode)
+    return input, padding
 
 
 def _sides(conv: nn.Conv2d) -> list[tuple[int, int]]:

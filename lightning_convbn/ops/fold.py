@@ -85,24 +85,8 @@ def fold_conv_bn(
     Returns:
         The folded weight, shaped as ``weight``, and the folded bias ``(C_out,)``, by differentiable operations.
     """
-    steps = fold_steps(weight, bias, gamma, beta, running_mean, running_var, eps, (transposed, groups))
-    return steps.weight.to(dtype or weight.dtype), steps.shift.to(dtype or weight.dtype)
-
-
-class FoldSteps(NamedTuple):
-    """What the fold computes on its way, in the dtype of the fold.
-
-    Attributes:
-        center: ``mu - b``, ``(C_out,)``.
-        scale: ``s``, ``(C_out,)``.
-        shift: ``b'``, ``(C_out,)``.
-        weight: ``w'``, shaped as the weight.
-    """
-
-    center: Tensor
-    scale: Tensor
-    shift: Tensor
-    weight: Tensor
+    _, _, shift, folded = fold_steps(weight, bias, gamma, beta, running_mean, running_var, eps, (transposed, groups))
+    return folded.to(dtype or weight.dtype), shift.to(dtype or weight.dtype)
 
 
 def fold_steps(
@@ -114,14 +98,21 @@ def fold_steps(
     running_var: Tensor,
     eps: float,
     layout: tuple[bool, int],
-) -> FoldSteps:
-    """Compute the equations of the module's docstring. ``layout`` is the weight's, from the function `layout`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the equations of the module's docstring, in the dtype of the fold.
+
+    The arguments are those of `fold_conv_bn`, and the layout of the weight, from the function `layout`. Returned are
+    ``s``; the same, shaped for the weight; ``b'``; and ``w'``.
+
+    Autograd saves ``r`` and ``s``, and nothing else but parameters and buffers: ``b'`` is a sum of products with ``s``.
+    """
     rstd = reciprocal_std(running_var, eps, fold_dtype(weight))
-    center = center_of(running_mean, bias, rstd.dtype)
     scale = rstd if gamma is None else gamma * rstd
-    start = torch.zeros_like(rstd) if beta is None else beta.to(rstd.dtype)
-    shift = torch.addcmul(start, center, scale, value=-1)
-    return FoldSteps(center, scale, shift, weight * per_channel(scale, weight, *layout))
+    shift = torch.addcmul(torch.zeros_like(rstd) if beta is None else beta, running_mean, scale, value=-1)
+    if bias is not None:
+        shift = torch.addcmul(shift, bias, scale)
+    factor = per_channel(scale, weight, layout)
+    return scale, factor, shift, scaled(weight, factor)
 
 
 def reciprocal_std(running_var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -129,17 +120,20 @@ def reciprocal_std(running_var: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     return (running_var.to(dtype) + eps).rsqrt()
 
 
-def center_of(running_mean: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``mu - b`` of the equations, ``(C_out,)``, in ``dtype``: what the convolution without a bias is shifted by."""
-    return running_mean.to(dtype) if bias is None else running_mean.to(dtype) - bias
-
-
-def per_channel(scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
-    """Shape ``scale`` ``(C_out,)`` so that its product with ``weight`` scales each output channel."""
+def per_channel(scale: Tensor, weight: Tensor, layout: tuple[bool, int]) -> Tensor:
+    """Shape ``scale`` ``(C_out,)`` for `scaled`."""
+    transposed, groups = layout
     kernel = [1] * (weight.dim() - 2)
     if not transposed:
         return scale.view(-1, 1, *kernel)
-    if groups == 1:
-        return scale.view(1, -1, *kernel)
-    inputs_per_group = weight.shape[0] // groups
-    return scale.view(groups, 1, -1).expand(-1, inputs_per_group, -1).reshape(weight.shape[0], -1, *kernel)
+    return scale.view(1, -1, *kernel) if groups == 1 else scale.view(groups, 1, -1, *kernel)
+
+
+def scaled(weight: Tensor, factor: Tensor) -> Tensor:
+    """``w'`` of the equations: each output channel of the weight times its entry in ``factor``, from `per_channel`.
+
+    Only a transposed weight with groups has a factor of more dimensions, the first of them for the groups.
+    """
+    if weight.dim() == factor.dim():
+        return weight * factor
+    return (weight.unflatten(0, (factor.shape[0], -1)) * factor).flatten(0, 1)

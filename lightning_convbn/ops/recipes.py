@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from lightning_convbn.compat import FakeTensor, inside_transform, replace_saved, version_of
-from lightning_convbn.ops.fold import ConvSpec, center_of, fold_dtype, layout, per_channel, reciprocal_std
+from lightning_convbn.ops.fold import ConvSpec
 
 Recipe = Callable[[], Tensor]
 
@@ -41,13 +41,22 @@ class Source:
         Raises:
             RuntimeError: If it was written since the forward pass; in the words of autograd.
         """
-        if version_of(self._tensor) != self._version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"a tensor of shape {list(self._tensor.shape)} is at version {version_of(self._tensor)}; expected "
-                f"version {self._version} instead"
-            )
-        return self._tensor.detach()
+        return unwritten(self._tensor, self._version).detach()
+
+
+def unwritten(tensor: Tensor, version: int | None) -> Tensor:
+    """Return the tensor if it is still at ``version``.
+
+    Raises:
+        RuntimeError: If it was written since the forward pass; in the words of autograd.
+    """
+    if version_of(tensor) != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"a tensor of shape {list(tensor.shape)} is at version {version_of(tensor)}; expected version {version} "
+            "instead"
+        )
+    return tensor
 
 
 def shape_of(tensor: Tensor) -> Recipe:
@@ -61,9 +70,9 @@ def takes_recipes(output: Tensor) -> bool:
 
     They may not inside a transform of ``torch.func``, nor where an output carries a tangent (forward-mode AD): a
     derivative of the recipe itself would be wanted there. Nor may they for other subclasses of Tensor, whose nodes may
-    save something else.
+    save something else. ``torch.jit.trace`` would record what a recipe is made of.
     """
-    if output.grad_fn is None or type(output) not in (Tensor, FakeTensor):
+    if output.grad_fn is None or type(output) not in (Tensor, FakeTensor) or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     return not inside_transform() and unpack_dual(output).tangent is None
 
@@ -78,45 +87,3 @@ def replace_saved_by_conv(
         replace_saved(output.grad_fn, "mat2", lambda: weight_recipe().t())  # a linear layer saves it transposed
     elif weight_recipe is not None:
         replace_saved(output.grad_fn, "weight", weight_recipe)
-
-
-class FoldRecipes:
-    """The recipes of one pair. They compute from its parameters and buffers, which outlive the graph."""
-
-    def __init__(
-        self,
-        weight: Tensor,
-        gamma: Tensor | None,
-        running_var: Tensor,
-        eps: float,
-        spec: ConvSpec | None,
-        dtype: torch.dtype,
-    ) -> None:
-        self._weight, self._gamma, self._var = Source(weight), _source(gamma), Source(running_var)
-        self._eps, self._layout, self._dtype, self._fold_dtype = eps, layout(spec), dtype, fold_dtype(weight)
-
-    def rstd(self) -> Tensor:
-        """``r``, ``(C_out,)``."""
-        return reciprocal_std(self._var.value(), self._eps, self._fold_dtype)
-
-    def scale(self) -> Tensor:
-        """``s``, ``(C_out,)``."""
-        return self.rstd() if self._gamma is None else self._gamma.value() * self.rstd()
-
-    def scale_per_channel(self) -> Tensor:
-        """``s``, shaped for the weight."""
-        return per_channel(self.scale(), self._weight.value(), *self._layout)
-
-    def weight(self) -> Tensor:
-        """``w'``."""
-        return (self._weight.value() * self.scale_per_channel()).to(self._dtype)
-
-
-def recipe_of_center(running_mean: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Recipe:
-    """Return the recipe of ``mu - b``, ``(C_out,)``. Few pairs need it: without a bias it is the buffer itself."""
-    mean, shift = Source(running_mean), _source(bias)
-    return lambda: center_of(mean.value(), None if shift is None else shift.value(), dtype)
-
-
-def _source(tensor: Tensor | None) -> Source | None:
-    return None if tensor is None else Source(tensor)

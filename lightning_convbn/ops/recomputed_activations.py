@@ -100,7 +100,7 @@ def recomputed(output: Tensor, input: Tensor, function: Callable[[Tensor], Tenso
     """
     if torch.compiler.is_compiling() or type(output) not in _MARKED or isinstance(input, Recomputed):
         return output
-    if torch.jit.is_tracing() or not takes_recipes(output) or other_saved_tensor_hooks():  # type: ignore[attr-defined]
+    if not takes_recipes(output) or other_saved_tensor_hooks():
         return output
     # Of an activation in place, autograd keeps a copy of the input that it made before the write.
     kept = saved_by(output.grad_fn, "self")

@@ -47,7 +47,8 @@ class TestMeasure:
         assert list(blocks)[:2] == ["(input)", "0 + 1"]
         output = BATCH * 6 * 8 * 8 * 4
         # Eval keeps the convolution's output for BatchNorm; ReLU keeps its own, and not what it gets.
-        assert blocks["0 + 1"]["saved_bytes"] == {"eval": output, "tune": 0, "deploy-copy": 0}
+        vectors = 2 * 6 * 4  # two values for each of six channels
+        assert blocks["0 + 1"]["saved_bytes"] == {"eval": output, "tune": vectors, "deploy-copy": 0}
         assert blocks["0 + 1"]["about"] == "Conv2d and BatchNorm2d, folded"
         assert "frozen: its input comes from" in blocks["3"]["about"]
 

@@ -221,7 +221,8 @@ class TestBytes:
             measure_memory(model, batch(), mode="tune", recompute_activations=flag).saved_bytes
             for flag in (False, True)
         ]
-        assert kept == [IMAGE + 2 * ACTIVATED, IMAGE + ACTIVATED]
+        vectors = 2 * 6 * FLOAT  # of the pair
+        assert kept == [IMAGE + vectors + 2 * ACTIVATED, IMAGE + vectors + ACTIVATED]
 
     def test_several_consumers_keep_it_once(self) -> None:
         class Several(nn.Module):
@@ -265,7 +266,7 @@ class TestBytes:
             image = torch.empty(8, 3, 224, 224)
             tune = measure_memory(model, image, mode="tune")
             recomputing = measure_memory(model, image, mode="tune", recompute_activations=True)
-        assert recomputing.saved_mib == pytest.approx(mib, abs=0.5)
+        assert recomputing.saved_mib == pytest.approx(mib, abs=1)
         assert recomputing.saved_bytes <= share * tune.saved_bytes
         assert sum(recomputing.saved_by_module.values()) == recomputing.saved_bytes
 

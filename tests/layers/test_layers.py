@@ -222,7 +222,8 @@ def test_uneven_padding_keeps_what_the_plain_convolution_keeps(kernel: Any) -> N
     pair = nn.Sequential(copy.deepcopy(plain), nn.BatchNorm2d(4))
     set_mode(pair, "tune")
     batch = images(2, 3, 9, 9)
-    assert count_saved_bytes(pair, batch) <= count_saved_bytes(plain, batch)
+    vectors = 2 * 4 * 4  # of four channels, in bytes
+    assert count_saved_bytes(pair, batch) <= count_saved_bytes(plain, batch) + vectors
 
 
 def test_a_copy_of_a_compiled_layer_computes_with_its_own_weight() -> None:
