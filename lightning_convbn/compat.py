@@ -35,6 +35,8 @@ __all__ = [
     "tree_map",
     "tree_map_only",
     "version_of",
+    "watches_input",
+    "watches_output",
     "without_torch_function",
 ]
 
@@ -98,6 +100,16 @@ def forward_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
 def forward_pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
     """Return the forward pre-hooks of a module, to look at or to delete from."""
     return module._forward_pre_hooks
+
+
+def watches_output(module: nn.Module) -> bool:
+    """Whether hooks of a module see what it puts out, or the gradient of that."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def watches_input(module: nn.Module) -> bool:
+    """Whether hooks of a module see what it gets, or the gradient of that."""
+    return bool(module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def load_as(plain: type[nn.Module], module: nn.Module, *args: Any) -> None:

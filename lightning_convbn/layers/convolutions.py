@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lightning_convbn.compat import inside_transform, version_of
+from lightning_convbn.layers.marks import Call, Marked, has_watching_hooks, mark, plain_output, seen_through
 from lightning_convbn.layers.norms import affine_of, frozen_batch_norm
 from lightning_convbn.layers.swap import plain_class
-from lightning_convbn.ops.convolution import autocast, conv_bn, folded_conv
+from lightning_convbn.ops.convolution import autocast, conv_bn, folded_conv, output_numel
 from lightning_convbn.ops.fold import ConvSpec, fold_conv_bn, layout
 
 
@@ -39,18 +39,57 @@ class ConvBNLayer(nn.Module):
         raise TypeError(f"{type(self).__name__} must be a Tune or a Deploy class")
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """Return the normalised output of the pair."""
-        if input.dim() == self.dims:
-            return self.folded_forward(*self.geometry(input, output_size))
-        if self._rows and input.dim() == self.dims + 1:
-            rows = self.folded_forward(*self.geometry(input.flatten(0, 1), None))
-            return rows.unflatten(0, input.shape[:2])
+        """Return the normalised output, marked for the BatchNorm of the pair; or the plain output, unmarked."""
+        if isinstance(input, Marked):
+            input = plain_output(input)
         arguments = () if output_size is None else (output_size,)
-        return frozen_batch_norm(self._bn[0], plain_class(self).forward(self, input, *arguments))
+        pair = self.__dict__.get("_bn")
+        if pair is None:  # somebody has kept this method, and the module is plain again
+            return self._plain_output(input, arguments)
+        if seen_through():
+            return self._output_in_graph(pair[0], input, arguments)
+        if not has_watching_hooks(self, pair[0]):
+            output = self._folded_output(pair[0], input, arguments)
+            if output is not None:
+                call = Call.of(self, pair[0], input, arguments)
+                marked = mark(output, call, channels=1 if input.dim() == self.dims else 2)
+                if marked is not None:
+                    return marked
+        return self._plain_output(input, arguments)
+
+    def _plain_output(self, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+        output: Tensor = plain_class(self).forward(self, input, *arguments)
+        return output
+
+    def _folded_output(self, bn: nn.Module, input: Tensor, arguments: tuple[Any, ...]) -> Tensor | None:
+        """Run the folded pair; return None if the plain layers do it better, or if the input is not a batch."""
+        rows = self._rows and input.dim() == self.dims + 1
+        if not rows and input.dim() != self.dims:
+            return None
+        padded, spec = self.geometry(input.flatten(0, 1) if rows else input, *(arguments or (None,)))
+        if only_gamma_is_trained(self.weight, bn) and output_numel(padded, self.weight, spec) < padded.numel():
+            return None  # Eval mode keeps the output then, and the fold would keep the input
+        output = self.folded_forward(padded, spec)
+        return output.unflatten(0, input.shape[:2]) if rows else output
+
+    def _output_in_graph(self, bn: nn.Module, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+        """Go by the proof. In a graph there are no marks, and a folded BatchNorm returns what it gets."""
+        watched = has_watching_hooks(self, bn)
+        output = None if watched else self._folded_output(bn, input, arguments)
+        if output is not None:
+            return output
+        plain = self._plain_output(input, arguments)
+        return plain if watched else frozen_batch_norm(bn, plain)
 
     def operands(self) -> tuple[Any, Any, Any, Any, Any, Any, float]:
         """What is folded: weight and bias, and the affine map of the BatchNorm with its epsilon."""
         return self.weight, self.bias, *affine_of(self._bn[0])
+
+
+def only_gamma_is_trained(weight: Tensor, bn: nn.Module) -> bool:
+    """Whether a BatchNorm's weight wants a gradient, and that of its convolution does not."""
+    gamma: Any = bn.weight
+    return not weight.requires_grad and gamma is not None and gamma.requires_grad
 
 
 class Tune(ConvBNLayer):
@@ -115,9 +154,7 @@ class Deploy(ConvBNLayer):
 def _is_seen_through(input: Tensor, sources: list[Tensor]) -> bool:
     """Whether a fold must be part of the graph: compiled, traced, transformed, or on tensors without data."""
     return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or get_proxy_mode() is not None
+        seen_through()
         or inside_transform()
         or any(type(source) not in (Tensor, nn.Parameter) or source.is_meta for source in (input, *sources))
     )

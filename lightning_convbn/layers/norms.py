@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_convbn.layers.swap import class_name
+from lightning_convbn.layers.marks import Marked, has_watching_hooks, plain_output, seen_through, taken_off
+from lightning_convbn.layers.swap import class_name, swap_of
 
 EPSILON = 1e-5  # of a BatchNorm without the attribute: DETR's in transformers has it in its forward
 
@@ -56,10 +58,20 @@ class FoldedNorm(nn.Module):
     """A BatchNorm whose work is done by the convolution in front of it."""
 
     dims: frozenset[int]  # dimensions that an input may have
+    _check: Callable[[FoldedNorm, Tensor, Marked], Tensor] | None = None  # compares a folded output with Eval mode
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the input, which is normalised already."""
-        return input
+        """Return the folded output behind the mark of its convolution. Anything else is normalised."""
+        if not isinstance(input, Marked):
+            return input if seen_through() and not self._pair_is_watched() else frozen_batch_norm(self, input)
+        folded = taken_off(input, self)
+        if folded is None:
+            return frozen_batch_norm(self, plain_output(input))
+        return folded if self._check is None else self._check(self, folded, input)
+
+    def _pair_is_watched(self) -> bool:
+        swap = swap_of(self)
+        return swap is not None and swap.conv is not None and has_watching_hooks(swap.conv[0], self)
 
 
 class Rows:

@@ -17,7 +17,7 @@ from lightning_convbn.compat import forward_pre_hooks
 
 Mode = Literal["train", "eval", "tune", "deploy"]
 
-LINKS = ("_bn", "_rows", "_owns_weight", "_fold")  # attributes of a folded convolution beside its Swap
+LINKS = ("_bn", "_rows", "_owns_weight", "_fold", "_check")  # attributes of a folded pair beside its Swap
 
 
 class Swap(NamedTuple):

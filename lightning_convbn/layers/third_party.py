@@ -89,8 +89,8 @@ class FoldedNormAct(FoldedNorm):
     """A folded BatchNorm with an activation."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Drop and activate what is normalised already."""
-        return activated(self, input)
+        """Drop and activate what the folded convolution has normalised."""
+        return activated(self, super().forward(input))
 
 
 class EvalBatchNormAct2d(EvalNormAct, Images, nn.BatchNorm2d):

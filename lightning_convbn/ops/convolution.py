@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_convbn.compat import replace_saved, version_of, without_torch_function
 from lightning_convbn.ops.fold import ConvSpec, fold_conv_bn, fold_steps, layout, reciprocal_std, scaled
-from lightning_convbn.ops.recipes import Recipe, replace_saved_by_conv, shape_of, takes_recipes, unwritten
+from lightning_convbn.ops.recipes import Recipe, Source, replace_saved_by_conv, shape_of, takes_recipes, unwritten
 from lightning_convbn.ops.recomputed_activations import Recomputed, recipe_of, unmark
 
 _DISTRIBUTED = torch.distributed.is_available()
@@ -102,14 +102,23 @@ def autocast(input: Tensor, weight_dtype: torch.dtype) -> tuple[Tensor, torch.dt
 
     As in autocast, float64 stays float64. Without autocast a wrong dtype stays the caller's error.
     """
-    device = input.device.type
-    # PyTorch 2.9 can't compile the question whether a device has autocast; the devices that compile have it.
-    if not (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)):
+    lower, double = autocast_dtype(input.device.type), torch.float64
+    if lower is None:
         return input, weight_dtype
-    if not torch.is_autocast_enabled(device):
-        return input, weight_dtype
-    lower, double = torch.get_autocast_dtype(device), torch.float64
     return input if input.dtype is double else input.to(lower), weight_dtype if weight_dtype is double else lower
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of autocast on a type of device; None if it is off there."""
+    # PyTorch 2.9 can't compile the question whether a device has autocast; the devices that compile have it.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else None
+
+
+def output_numel(input: Tensor, weight: Tensor, spec: ConvSpec | None) -> int:
+    """How many values `convolve` would put out."""
+    without_data = [torch.empty(tensor.shape, device="meta") for tensor in (input, weight)]
+    return convolve(without_data[0], without_data[1], None, spec).numel()
 
 
 def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec | None) -> Tensor:
@@ -140,10 +149,17 @@ def _conv_bn(
     output = convolve(operand, folded_weight, shift.to(dtype), spec)
 
     if takes_recipes(output):
-        if scale.requires_grad and min(operand.numel(), output.numel()) < LARGE * scale.numel():
+        trained = weight.requires_grad
+        small = min(operand.numel(), output.numel()) < LARGE * scale.numel()
+        if scale.requires_grad and (small or not trained):
             replace_saved(scale.grad_fn, "other", _rstd_recipe(running_var, eps, scale.dtype))
         # Only the gradient of the input reads the values of the folded weight, and the other way round.
-        weight_recipe = _weight_recipe(weight, factor, dtype) if operand.requires_grad else shape_of(folded_weight)
+        if not operand.requires_grad:
+            weight_recipe = shape_of(folded_weight)
+        elif trained:
+            weight_recipe = _weight_recipe(weight, factor, dtype)
+        else:
+            weight_recipe = _frozen_weight_recipe(operands, eps, layout(spec), dtype)
         input_recipe = shape_of(operand) if not folded.requires_grad else recipe_of(input) if operand is input else None
         replace_saved_by_conv(output, input_recipe, weight_recipe, spec)
     return output
@@ -155,9 +171,23 @@ def _rstd_recipe(running_var: Tensor, eps: float, dtype: torch.dtype) -> Recipe:
 
 
 def _weight_recipe(weight: Tensor, factor: Tensor, dtype: torch.dtype) -> Recipe:
-    """Return the recipe of the folded weight. ``factor`` is kept for the gradient of the weight anyway."""
+    """Return the recipe of a folded weight that is trained: its gradient needs ``factor``, so this is kept anyway."""
     version = version_of(weight)
     return lambda: scaled(unwritten(weight, version), factor).to(dtype)
+
+
+def _frozen_weight_recipe(
+    operands: tuple[Any, ...], eps: float, layout: tuple[bool, int], dtype: torch.dtype
+) -> Recipe:
+    """Return the recipe of a folded weight that is not trained: of it nothing is kept."""
+    read = [None if operand is None else Source(operand) for operand in operands]
+
+    def recipe() -> Tensor:
+        values: list[Any] = [None if source is None else source.value() for source in read]
+        weight, bias, gamma, beta, mean, var = values
+        return fold_steps(weight, bias, gamma, beta, mean, var, eps, layout)[-1].to(dtype)
+
+    return recipe
 
 
 def _fold_in_graph(operands: tuple[Any, ...], spec: ConvSpec | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

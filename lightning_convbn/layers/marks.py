@@ -1,0 +1,217 @@
+"""Marks on what folded convolutions put out: a fold is right whatever the model does with it.
+
+The output of a folded convolution is normalised already. That is right for the BatchNorm of its pair, and for nobody
+else. A proof beforehand says that nobody else gets it; but a run may go another way than the proof: a branch, a hook, a
+layer that was replaced. So the convolution marks its output.
+
+- The BatchNorm of the pair takes the mark off, and returns the folded output.
+- For everybody else the marked tensor stands for the output of the plain convolution. It is computed when it is needed.
+- A BatchNorm that gets a tensor without its mark normalises it, as in Eval mode.
+
+The mark is a subclass of Tensor. It shares the storage of the folded output, so it takes no memory of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from lightning_convbn.compat import (
+    FakeTensor,
+    tree_map_only,
+    version_of,
+    watches_input,
+    watches_output,
+    without_torch_function,
+)
+from lightning_convbn.layers.swap import class_name, plain_class
+from lightning_convbn.ops.convolution import autocast_dtype
+
+Applied = tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]
+
+
+class Call(NamedTuple):
+    """A call of a folded convolution: all that its plain output can be computed from."""
+
+    conv: nn.Module
+    bn: nn.Module
+    input: Tensor
+    arguments: tuple[Any, ...]  # beside the input
+    versions: tuple[int | None, ...]  # of the input and the parameters
+    with_grad: bool
+    autocast: torch.dtype | None  # its dtype; None if it was off
+
+    @classmethod
+    def of(cls, conv: nn.Module, bn: nn.Module, input: Tensor, arguments: tuple[Any, ...]) -> Call:
+        """Describe the call that is running."""
+        versions, autocast = versions_of(conv, input), autocast_dtype(input.device.type)
+        return cls(conv, bn, input, arguments, versions, torch.is_grad_enabled(), autocast)
+
+    def plain_output(self) -> Tensor:
+        """Run the plain convolution, as it would have run in that call.
+
+        Raises:
+            RuntimeError: If its input or its parameters were written since.
+        """
+        if versions_of(self.conv, self.input) != self.versions:
+            raise RuntimeError(
+                f"{described(self.conv)} is folded with its BatchNorm. Its own output is read, but its input or its "
+                "weight was written in place since. Read the output before that, or leave this pair out: "
+                "set_mode(model, mode, pairs=...)"
+            )
+        device = self.input.device.type
+        casting: AbstractContextManager[Any] = nullcontext()
+        if autocast_dtype(device) is not self.autocast:
+            casting = torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None)
+        with torch.set_grad_enabled(self.with_grad), casting:
+            output: Tensor = plain_class(self.conv).forward(self.conv, self.input, *self.arguments)
+            return output
+
+
+def described(conv: nn.Module) -> str:
+    """Class and geometry of a convolution, to find it in ``print(model)``. It does not know its qualified name."""
+    return f"{class_name(conv)}({conv.extra_repr()})"
+
+
+def versions_of(conv: nn.Module, input: Tensor) -> tuple[int | None, ...]:
+    """How often the tensors of a call were written in place."""
+    bias: Any = conv.bias
+    return version_of(input), version_of(conv.weight), None if bias is None else version_of(bias)  # type: ignore[arg-type]
+
+
+class Marked:
+    """Mixin of the marked tensors."""
+
+    _call: Call
+    _folded: Tensor
+    _channels: int  # the dimension that holds the channels
+    _views: tuple[Applied, ...]  # what was applied to it that moves values, and computes nothing
+    _plain: Tensor | None
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a torch function on what the plain convolution puts out."""
+        kwargs = kwargs or {}
+        with without_torch_function():
+            if func in _READS_NO_VALUES:
+                return func(*args, **kwargs)
+            if func in _VIEWS and isinstance(args[0], Marked):
+                viewed = _viewed(args[0], (func, args[1:], kwargs))
+                if viewed is not None:
+                    return viewed
+            args, kwargs = tree_map_only(Marked, plain_output, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+class MarkedTensor(Marked, Tensor):
+    """The output of a folded convolution."""
+
+
+class MarkedFakeTensor(Marked, FakeTensor):
+    """The same without data, for counting."""
+
+
+_MARKED: dict[type[Tensor], type[Tensor]] = {Tensor: MarkedTensor, FakeTensor: MarkedFakeTensor}
+_READS_NO_VALUES = {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.ndimension,
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    Tensor.__len__,
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_meta")),
+}
+_VIEWS = {Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.transpose, torch.flatten, torch.reshape, torch.transpose}
+
+
+def mark(output: Tensor, call: Call, channels: int) -> Tensor | None:
+    """Mark the output of a folded convolution; return None if tensors of this class can't be marked.
+
+    Args:
+        output: The folded output.
+        call: The call that it comes from.
+        channels: The dimension that holds the channels.
+    """
+    return _marked(output, call, channels, ())
+
+
+def _marked(folded: Tensor, call: Call, channels: int, views: tuple[Applied, ...]) -> Tensor | None:
+    kind = _MARKED.get(type(folded))
+    if kind is None:
+        return None
+    marked: Any = folded.as_subclass(kind) if kind is MarkedTensor else folded.detach()
+    marked.__class__ = kind
+    marked._call, marked._folded, marked._channels, marked._views = call, folded, channels, views
+    marked._plain = None
+    return marked  # type: ignore[no-any-return]
+
+
+def _viewed(marked: Marked, applied: Applied) -> Tensor | None:
+    """Apply a view to a marked tensor. The result is marked if it has a dimension of channels still, else None."""
+    func, args, kwargs = applied
+    if marked._plain is not None or kwargs:
+        return None
+    before = marked._folded.shape
+    folded = func(marked._folded, *args)
+    channels = marked._channels
+    if func in (Tensor.transpose, torch.transpose):
+        first, second = (dim % len(before) for dim in args)
+        channels = {first: second, second: first}.get(channels, channels)
+    elif channels == len(before) - 1 and folded.shape[-1:] == before[-1:]:
+        channels = folded.dim() - 1
+    elif folded.shape[: channels + 1] != before[: channels + 1]:
+        return None
+    return _marked(folded, marked._call, channels, (*marked._views, applied))
+
+
+def plain_output(marked: Marked) -> Tensor:
+    """What the plain convolution puts out in the place of a marked tensor. It is computed once."""
+    if marked._plain is None:
+        output = marked._call.plain_output()
+        for func, args, kwargs in marked._views:
+            output = func(output, *args, **kwargs)
+        marked._plain = output
+    return marked._plain
+
+
+def taken_off(marked: Marked, bn: nn.Module) -> Tensor | None:
+    """The folded output behind a mark, if it is right for a BatchNorm; None if this must normalise the plain output.
+
+    It is right for the BatchNorm of the pair, if it gets the channels in its dimension 1 and nobody has changed them,
+    and if gradients are wanted now as they were in the call.
+
+    Raises:
+        RuntimeError: If checkpointing with ``use_reentrant=True`` has run the convolution, and not the BatchNorm.
+    """
+    call = marked._call
+    if call.bn is not bn or marked._plain is not None or marked._channels != 1:
+        return None
+    if call.with_grad == torch.is_grad_enabled():
+        return marked._folded
+    with without_torch_function():
+        if not call.with_grad and marked.requires_grad:  # type: ignore[attr-defined]
+            raise RuntimeError(
+                f"{described(call.conv)} was run under activation checkpointing with use_reentrant=True, and its "
+                "BatchNorm was not. A fold over that border can't be differentiated: use checkpoint(..., "
+                "use_reentrant=False), or checkpoint a block that holds both"
+            )
+    return None
+
+
+def has_watching_hooks(conv: nn.Module, bn: nn.Module) -> bool:
+    """Whether hooks want to see what passes from the convolution to its BatchNorm, or the gradient of that."""
+    return watches_output(conv) or watches_input(bn)
+
+
+def seen_through() -> bool:
+    """Whether a graph is being made of the model, by a compiler or by a trace. There is no mark in a graph."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None  # type: ignore[attr-defined]
