@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 __all__ = [
+    "HOOKS",
     "FakeTensor",
     "TorchDispatchMode",
     "compiled_by_lightning",
@@ -100,6 +101,10 @@ def forward_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
 def forward_pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
     """Return the forward pre-hooks of a module, to look at or to delete from."""
     return module._forward_pre_hooks
+
+
+HOOKS = frozenset(name for name in vars(nn.Module()) if "hooks" in name)
+"""The attributes in which a module has its hooks."""
 
 
 def watches_output(module: nn.Module) -> bool:

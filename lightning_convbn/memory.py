@@ -20,8 +20,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from lightning_convbn.compat import TorchDispatchMode, fake_tensor_mode, tree_leaves, tree_map_only
 from lightning_convbn.layers.swap import Mode
-from lightning_convbn.modes import conv_bn_mode
+from lightning_convbn.modes import set_mode
 from lightning_convbn.pairs.pair import ConvBNPairs
+from lightning_convbn.pairs.shadow import Shadow
 from lightning_convbn.pairs.side_effects import side_effects_undone
 
 MIB = 2**20
@@ -72,7 +73,8 @@ def measure_memory(
 
     A storage counts if the forward pass allocates it and the autograd graph alone keeps it alive. It counts once. An
     input counts if the graph keeps it. Parameters, buffers and the folds of Deploy mode do not
-    count. Random states, buffers, gradients and the mode are restored afterwards.
+    count. The model itself does not run: its shadow does, which shares the parameters, and has no hooks. So neither the
+    model nor the inputs are changed, and random states are restored.
 
     This looks at the life of storages. ``torch.autograd.graph.saved_tensors_hooks`` would miss tensors that other such
     hooks have packed, and tensors that a closure holds.
@@ -103,13 +105,15 @@ def measure_memory(
         >>> measure_memory(model, images, mode="tune").saved_bytes  # input
         12288
     """
-    switched = conv_bn_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
-    with switched, side_effects_undone(model, inputs, kwargs):
+    shadow = Shadow(model)
+    inputs, kwargs = shadow.inputs(inputs, kwargs)
+    set_mode(shadow.model, mode, pairs=pairs, recompute_activations=recompute_activations)
+    with side_effects_undone(shadow.model, inputs, kwargs):
         if mode == "deploy":
             with torch.no_grad():  # the folds that stay are not kept for a backward pass
-                model(*inputs, **kwargs)
-        saved = saved_bytes_by_module(model, *inputs, **kwargs)
-        return MemoryUse(sum(saved.values()), _peak_allocated_bytes(model, inputs, kwargs), saved)
+                shadow.model(*inputs, **kwargs)
+        saved = saved_bytes_by_module(shadow.model, *inputs, **kwargs)
+        return MemoryUse(sum(saved.values()), _peak_allocated_bytes(shadow.model, inputs, kwargs), saved)
 
 
 def measure_memory_abstractly(
@@ -138,10 +142,12 @@ def measure_memory_abstractly(
     """
     asked: dict[str, Any] = {"pairs": pairs, "recompute_activations": recompute_activations}
     try:
+        shadow = Shadow(model)
+        set_mode(shadow.model, mode, **asked)
         with fake_tensor_mode() as fake:
             args, named = tree_map_only(Tensor, fake.from_tensor, (tuple(inputs), dict(kwargs)))
-            with conv_bn_mode(model, mode, **asked), side_effects_undone(model, args, named):
-                saved = saved_bytes_by_module(model, *args, **named)
+            with side_effects_undone(shadow.model, args, named):
+                saved = saved_bytes_by_module(shadow.model, *args, **named)
                 return MemoryUse(sum(saved.values()), saved_by_module=saved)
     except Exception:  # a user's forward may raise anything if a tensor has no data
         if not allow_real_run:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -65,6 +67,24 @@ class DataFlow:
     def of(cls, model: nn.Module) -> DataFlow:
         """Return the data flow of a model of which nothing is known yet."""
         return cls({module: name for name, module in model.named_modules()})
+
+    def of_originals(self, originals: Mapping[nn.Module, nn.Module]) -> DataFlow:
+        """Return the data flow of a model, given that of its shadow.
+
+        Args:
+            originals: Module of the shadow -> the module that it is the shadow of.
+        """
+
+        def original(value: Any) -> Any:
+            if isinstance(value, list):
+                return [original(item) for item in value]
+            return originals[value] if isinstance(value, nn.Module) else value
+
+        flow = DataFlow({originals[module]: name for module, name in self.names.items()}, untraced=self.untraced)
+        for name in ("calls", "sources", "users", "norms", "unseen"):
+            getattr(flow, name).update({originals[key]: original(value) for key, value in getattr(self, name).items()})
+        flow.flattened = {originals[module] for module in self.flattened}
+        return flow
 
     def partner(self, bn: nn.Module) -> nn.Module | str | None:
         """Return the convolution in front of a BatchNorm, or why there is none; None if ``bn`` was never called."""

@@ -26,6 +26,7 @@ from lightning_convbn.pairs.data_flow import (
     DataFlow,
     is_leaf,
 )
+from lightning_convbn.pairs.shadow import Shadow
 from lightning_convbn.pairs.side_effects import leaves_in_attributes, leaves_of, side_effects_undone
 
 _READS_NO_VALUES = {
@@ -41,23 +42,26 @@ _READS_NO_VALUES = {
 
 
 def record_data_flow(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> DataFlow:
-    """Run one forward pass without gradients and record its data flow. Its side effects are undone.
+    """Run one forward pass of the model's shadow, without gradients, and record its data flow.
 
     Args:
         model: Any module, plain or converted. Only where its tensors go matters, not their values.
         inputs: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
     """
-    data_flow = DataFlow.of(model)
+    shadow = Shadow(model)
+    plain = shadow.restore()
+    inputs, kwargs = shadow.inputs(inputs, kwargs)
+    data_flow = DataFlow.of(plain)
     recorder = _Recorder(data_flow)
-    with torch.no_grad(), side_effects_undone(model, inputs, kwargs):
-        with recorder.watching(model), recorder, _OperatorRecorder(recorder):
-            output = model.forward(*inputs, **kwargs)
+    with torch.no_grad(), side_effects_undone(plain, inputs, kwargs):
+        with recorder.watching(plain), recorder, _OperatorRecorder(recorder):
+            output = plain.forward(*inputs, **kwargs)
         for leaf in leaves_of(output):
             recorder.record_use(leaf, RETURNED)
-        for name, leaf in leaves_in_attributes(model):
+        for name, leaf in leaves_in_attributes(plain):
             recorder.record_use(leaf, READER_OF_ATTRIBUTE.format(name=name))
-    return data_flow
+    return data_flow.of_originals(shadow.originals)
 
 
 class _Recorder(TorchFunctionMode):
@@ -114,7 +118,7 @@ class _Recorder(TorchFunctionMode):
         if isinstance(output, Tensor) and self._depth == 1:
             if is_norm(module):
                 if self._source(output) is not None:
-                    output = output.detach()  # a folded BatchNorm returns its input: give the output an id of its own
+                    output = output.detach()  # a class of the user's own may return its input: the output needs an id
                 self._record_maker(output, f"`{self._data_flow.names[module]}` ({class_name(module)})")
             else:
                 self._outputs[id(output)] = output, module

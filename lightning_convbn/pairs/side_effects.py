@@ -12,16 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-
-from lightning_convbn.compat import outside_fake_mode
 
 
 @contextmanager
 def side_effects_undone(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Undo the side effects of forward passes: random states, buffers and attributes of the modules are put back.
+    """Undo what a forward pass does outside of the model: random states are put back.
 
-    Two things are switched off meanwhile:
+    What it does to the model itself is no matter: a `Shadow` of it runs, or a copy. Two things are switched off:
 
     - the cache of autocast. Else a weight that it casts here, without gradients or without data, would be used again
       in the next training step.
@@ -34,8 +31,6 @@ def side_effects_undone(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping
     """
     tensors = [leaf for leaf in leaves_of((inputs, kwargs)) if isinstance(leaf, Tensor)]
     devices = {tensor.device for tensor in (*tensors, *model.parameters()) if tensor.device.type == "cuda"}
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
-    buffers = _copied_buffers(model)
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[device.index or 0 for device in devices]))
         stack.callback(random.setstate, random.getstate())
@@ -45,33 +40,7 @@ def side_effects_undone(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False)
-        try:
-            yield
-        finally:
-            for module, found in attributes:
-                vars(module).clear()
-                vars(module).update(found)
-            _restore_buffers(buffers)
-
-
-def _copied_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
-    """List the buffers of a model, with module, name and a copy. What has no values is its own copy."""
-    with outside_fake_mode():  # the buffers are real, and their copies must be real, too
-        return [
-            (module, name, buffer, buffer if buffer.is_meta or is_lazy(buffer) else buffer.clone())
-            for module in model.modules()
-            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
-        ]
-
-
-def _restore_buffers(buffers: Sequence[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
-    with torch.no_grad(), outside_fake_mode():
-        for module, name, buffer, copy in buffers:
-            if getattr(module, name, None) is not buffer:
-                setattr(module, name, buffer)
-            # Write only where values differ: autograd refuses a backward pass if a tensor it saved was written since.
-            if buffer is not copy and not torch.equal(buffer, copy):
-                buffer.copy_(copy)
+        yield
 
 
 def leaves_of(value: Any) -> Iterator[Any]:
@@ -116,12 +85,12 @@ def leaves_in_attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """
     for module in model.modules():
         for name, value in vars(module).items():
-            if name not in _OF_EVERY_MODULE and not _is_trainer(value):
+            if name not in _OF_EVERY_MODULE and not is_trainer(value):
                 for leaf in leaves_of(value):
                     yield name, leaf
 
 
-def _is_trainer(value: object) -> bool:
+def is_trainer(value: object) -> bool:
     """Whether a LightningModule holds its Trainer or its Fabric there: the search would go through all of it."""
     return any(cls.__name__ in ("Trainer", "Fabric") for cls in type(value).__mro__)
 

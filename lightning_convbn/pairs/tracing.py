@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lightning_convbn.layers.activations import RecomputedActivation
-from lightning_convbn.layers.swap import class_name, plain_class
+from lightning_convbn.layers.swap import class_name
 from lightning_convbn.layers.table import is_norm
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.data_flow import (
@@ -23,6 +22,7 @@ from lightning_convbn.pairs.data_flow import (
     is_leaf,
 )
 from lightning_convbn.pairs.fsdp import is_fsdp_unit
+from lightning_convbn.pairs.shadow import Shadow
 from lightning_convbn.pairs.side_effects import leaves_in_attributes, side_effects_undone
 from lightning_convbn.text import first_line
 
@@ -30,13 +30,15 @@ from lightning_convbn.text import first_line
 def trace_data_flow(model: nn.Module) -> DataFlow:
     """Trace a model in its present train or eval state. Where a module can't be traced, trace each of its children.
 
-    The side effects of the forward are undone, and warnings that it gives because of the proxies are not shown.
+    The shadow of the model is traced. Warnings that its forward gives because of the proxies are not shown.
     """
-    data_flow = DataFlow.of(model)
-    with warnings.catch_warnings(), side_effects_undone(model, (), {}):
+    shadow = Shadow(model)
+    plain = shadow.restore()
+    data_flow = DataFlow.of(plain)
+    with warnings.catch_warnings(), side_effects_undone(plain, (), {}):
         warnings.simplefilter("ignore")
-        _trace(model, data_flow, "")
-    return data_flow
+        _trace(plain, data_flow, "")
+    return data_flow.of_originals(shadow.originals)
 
 
 class _Tracer(fx.Tracer):
@@ -45,9 +47,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if type(m) is nn.Identity:  # it returns the very tensor that it gets, so the trace goes on through it
             return False
-        # Without its swap, a recomputed activation of torch.nn would be a leaf. It is one with it, too.
-        swapped = isinstance(m, RecomputedActivation) and plain_class(m).__module__.startswith("torch.nn")
-        return swapped or is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+        return is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -1,0 +1,146 @@
+"""A shadow of a model: what looks at the model runs the shadow, and the model notices nothing.
+
+To find pairs and to count bytes we run the user's forward on tensors of our own. It may append to a list, call hooks,
+write into its inputs, or step a counter. So it is not the model that runs, but its shadow: modules of the same classes
+that share the parameters, and have attributes, buffers and containers of their own, and no hooks.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_convbn.compat import HOOKS, outside_fake_mode
+from lightning_convbn.layers.swap import restore_class
+from lightning_convbn.pairs.side_effects import is_trainer
+
+_SHARED = (type, ModuleType, FunctionType, BuiltinFunctionType, torch.dtype, torch.device, torch.Size, torch.fx.Proxy)
+_CONTAINERS = (list, tuple, set, frozenset, dict, deque)
+
+
+class Shadow:
+    """A shadow of a model.
+
+    Args:
+        model: Any module. It is not changed.
+
+    Attributes:
+        model: The shadow itself.
+        originals: Module of the shadow -> the module that it is the shadow of.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._copies = _Copies()
+        self.model: nn.Module = self._copies.of(model)
+        self.originals = {self._copies.of(module): module for module in model.modules()}
+
+    def restore(self) -> nn.Module:
+        """Make the modules of the shadow plain ones, and return it."""
+        for module in self.model.modules():
+            restore_class(module)
+        return self.model
+
+    def inputs(self, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Copy the arguments of a forward, with their tensors: the forward may write into them."""
+        copied = _Copies(tensors=True)
+        return tuple(copied.of(value) for value in inputs), {name: copied.of(value) for name, value in kwargs.items()}
+
+
+class _Copies:
+    """Copies objects, each one once.
+
+    Args:
+        tensors: Whether tensors are copied, too. Else they are shared.
+    """
+
+    def __init__(self, *, tensors: bool = False) -> None:
+        self._tensors = tensors
+        self._made: dict[int, tuple[Any, Any]] = {}  # id -> the original, which keeps its id, and its copy
+
+    def of(self, value: Any) -> Any:
+        """Return the copy of an object: the object itself if it is shared."""
+        if id(value) in self._made:
+            return self._made[id(value)][1]
+        if isinstance(value, Tensor):
+            return self._remember(value, _copied_tensor(value) if self._tensors else value)
+        if isinstance(value, _SHARED) or value is None or is_trainer(value):
+            return value
+        if isinstance(value, nn.Module):
+            return value if isinstance(value, torch.jit.ScriptModule) or self._tensors else self._module(value)
+        if isinstance(value, _CONTAINERS):
+            return self._container(value)
+        if isinstance(value, MethodType):
+            return MethodType(value.__func__, self.of(value.__self__))
+        if isinstance(value, partial):
+            return partial(self.of(value.func), *self.of(value.args), **self.of(value.keywords))
+        return self._object(value)
+
+    def _remember(self, value: Any, copied: Any) -> Any:
+        self._made[id(value)] = value, copied
+        return copied
+
+    def _module(self, module: nn.Module) -> nn.Module:
+        made = self._remember(module, object.__new__(type(module)))
+        attributes = vars(made)
+        for name, value in vars(module).items():
+            if name in HOOKS:
+                attributes[name] = OrderedDict()
+            elif name == "_parameters":
+                attributes[name] = dict(value)
+            elif name == "_buffers":
+                attributes[name] = {key: self._buffer(buffer) for key, buffer in value.items()}
+            else:
+                attributes[name] = self.of(value)
+        return made  # type: ignore[no-any-return]
+
+    def _buffer(self, buffer: Tensor | None) -> Tensor | None:
+        if buffer is None or buffer.is_meta or is_lazy(buffer):
+            return buffer
+        with torch.no_grad(), outside_fake_mode():  # a buffer is real, and its copy must be so, too
+            return self._remember(buffer, self._made.get(id(buffer), (None, None))[1] or buffer.clone())
+
+    def _container(self, value: Any) -> Any:
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return self._remember(value, type(value)(*map(self.of, value)))
+        if type(value) in (tuple, set, frozenset):
+            return self._remember(value, type(value)(map(self.of, value)))
+        try:
+            made = self._remember(value, copy.copy(value))
+            if isinstance(value, dict):
+                for key in dict.keys(value):
+                    dict.__setitem__(made, key, self.of(dict.__getitem__(value, key)))
+            else:
+                for index in range(len(value)):
+                    made[index] = self.of(value[index])
+        except Exception:  # a class of the user's own, that can't be copied in this way
+            return self._remember(value, value)
+        return made
+
+    def _object(self, value: Any) -> Any:
+        """Copy an object of any other class with its attributes, if it can be copied; else share it."""
+        if isinstance(value, torch.Generator):
+            return self._remember(value, value.clone_state())
+        if not hasattr(value, "__dict__") and not isinstance(value, random.Random):
+            return value
+        try:
+            made = self._remember(value, copy.copy(value))
+            for name, attribute in vars(value).items():
+                vars(made)[name] = self.of(attribute)
+        except Exception:  # locks, files, process groups, ...
+            return self._remember(value, value)
+        return made
+
+
+def _copied_tensor(tensor: Tensor) -> Tensor:
+    with torch.no_grad():
+        copied = tensor.clone()
+    return copied.requires_grad_(tensor.requires_grad) if copied.is_floating_point() else copied
