@@ -182,7 +182,7 @@ class ConvBNModeCallback(Callback):
         if any(part.state_has_changed() for part in self._run.parts):
             self._enter_training(trainer)
         check = not self._run.reported and self._training_mode(trainer) == self.mode
-        verify = self.verify and (self.mode == "tune" or self.eval_mode != "eval")
+        verify = self.verify and self.mode == "tune"
         self._run.watch_batch(pl_module, check=check, verify=verify, measure=self.log_memory)
 
     @override
@@ -282,6 +282,6 @@ class ConvBNModeCallback(Callback):
         self._run.reported = True
         self._run.merge_findings(trainer.world_size)
         for part in self._run.parts:
-            warn_about(part, self.mode)
+            warn_about(part)
         print_table(trainer, self._run.parts, self.mode, self.eval_mode)
         log_kept_bytes(trainer, self._run.parts)

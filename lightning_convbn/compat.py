@@ -24,7 +24,6 @@ __all__ = [
     "TorchDispatchMode",
     "compiled_by_lightning",
     "fake_tensor_mode",
-    "forward_hooks",
     "forward_pre_hooks",
     "inside_transform",
     "load_as",
@@ -91,11 +90,6 @@ def fake_tensor_mode() -> FakeTensorMode:
 
 
 # ------------------------------------------------------------------------------------------------------------- modules
-
-
-def forward_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
-    """Return the forward hooks of a module: there is no public way to list them."""
-    return module._forward_hooks
 
 
 def forward_pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:

@@ -12,7 +12,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_convbn.layers.swap import plain_class
+from lightning_convbn.layers.swap import run_plain
 from lightning_convbn.layers.table import row_of
 from lightning_convbn.ops.recomputed_activations import recomputed
 
@@ -32,8 +32,9 @@ class RecomputedActivation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the activated input. If a later layer saves it, autograd saves a recipe instead."""
-        output: Tensor = plain_class(self).forward(self, input)
-        return recomputed(output, input, self.out_of_place()) if isinstance(output, Tensor) else output
+        output: Tensor = run_plain(self, input)
+        marks = isinstance(output, Tensor) and isinstance(self, RecomputedActivation)
+        return recomputed(output, input, self.out_of_place()) if marks else output
 
 
 class RecomputedSiLU(RecomputedActivation, nn.SiLU):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_convbn.compat import inside_transform, version_of
 from lightning_convbn.layers.marks import Call, Marked, has_watching_hooks, mark, plain_output, seen_through
 from lightning_convbn.layers.norms import affine_of, frozen_batch_norm
-from lightning_convbn.layers.swap import plain_class
+from lightning_convbn.layers.swap import run_plain
 from lightning_convbn.ops.convolution import autocast, conv_bn, folded_conv, output_numel
 from lightning_convbn.ops.fold import ConvSpec, fold_conv_bn, layout
 
@@ -44,22 +44,16 @@ class ConvBNLayer(nn.Module):
             input = plain_output(input)
         arguments = () if output_size is None else (output_size,)
         pair = self.__dict__.get("_bn")
-        if pair is None:  # somebody has kept this method, and the module is plain again
-            return self._plain_output(input, arguments)
-        if seen_through():
+        if pair is not None and seen_through():
             return self._output_in_graph(pair[0], input, arguments)
-        if not has_watching_hooks(self, pair[0]):
+        if pair is not None and not has_watching_hooks(self, pair[0]):
             output = self._folded_output(pair[0], input, arguments)
             if output is not None:
                 call = Call.of(self, pair[0], input, arguments)
                 marked = mark(output, call, channels=1 if input.dim() == self.dims else 2)
                 if marked is not None:
                     return marked
-        return self._plain_output(input, arguments)
-
-    def _plain_output(self, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
-        output: Tensor = plain_class(self).forward(self, input, *arguments)
-        return output
+        return run_plain(self, input, *arguments)  # type: ignore[no-any-return]
 
     def _folded_output(self, bn: nn.Module, input: Tensor, arguments: tuple[Any, ...]) -> Tensor | None:
         """Run the folded pair; return None if the plain layers do it better, or if the input is not a batch."""
@@ -78,7 +72,7 @@ class ConvBNLayer(nn.Module):
         output = None if watched else self._folded_output(bn, input, arguments)
         if output is not None:
             return output
-        plain = self._plain_output(input, arguments)
+        plain: Tensor = run_plain(self, input, *arguments)
         return plain if watched else frozen_batch_norm(bn, plain)
 
     def operands(self) -> tuple[Any, Any, Any, Any, Any, Any, float]:

@@ -173,8 +173,16 @@ def _viewed(marked: Marked, applied: Applied) -> Tensor | None:
     return _marked(folded, marked._call, channels, (*marked._views, applied))
 
 
-def plain_output(marked: Marked) -> Tensor:
-    """What the plain convolution puts out in the place of a marked tensor. It is computed once."""
+def plain_output(marked: Marked, *, noted: bool = True) -> Tensor:
+    """What the plain convolution puts out in the place of a marked tensor. It is computed once.
+
+    Args:
+        marked: A marked tensor.
+        noted: Whether the check of the BatchNorm, if one is going on, is to note this.
+    """
+    check = vars(marked._call.bn).get("_check")
+    if noted and check is not None:
+        check.note_plain(marked._call.bn)
     if marked._plain is None:
         output = marked._call.plain_output()
         for func, args, kwargs in marked._views:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_convbn.layers.marks import Marked, has_watching_hooks, plain_output, seen_through, taken_off
-from lightning_convbn.layers.swap import class_name, swap_of
+from lightning_convbn.layers.marks import Marked, has_watching_hooks, seen_through, taken_off
+from lightning_convbn.layers.swap import class_name, run_plain, swap_of
 
 EPSILON = 1e-5  # of a BatchNorm without the attribute: DETR's in transformers has it in its forward
 
@@ -51,27 +50,28 @@ class EvalNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise; the training flag is not read and no buffer is written."""
-        return frozen_batch_norm(self, input)
+        return frozen_batch_norm(self, input) if swap_of(self) is not None else run_plain(self, input)
 
 
 class FoldedNorm(nn.Module):
     """A BatchNorm whose work is done by the convolution in front of it."""
 
     dims: frozenset[int]  # dimensions that an input may have
-    _check: Callable[[FoldedNorm, Tensor, Marked], Tensor] | None = None  # compares a folded output with Eval mode
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the folded output behind the mark of its convolution. Anything else is normalised."""
-        if not isinstance(input, Marked):
-            return input if seen_through() and not self._pair_is_watched() else frozen_batch_norm(self, input)
-        folded = taken_off(input, self)
-        if folded is None:
-            return frozen_batch_norm(self, plain_output(input))
-        return folded if self._check is None else self._check(self, folded, input)
-
-    def _pair_is_watched(self) -> bool:
+        check = vars(self).get("_check")  # while the pair is verified
+        folded = taken_off(input, self) if isinstance(input, Marked) else None
+        if folded is not None:
+            return folded if check is None else check.compare(self, folded, input)  # type: ignore[no-any-return]
         swap = swap_of(self)
-        return swap is not None and swap.conv is not None and has_watching_hooks(swap.conv[0], self)
+        if swap is None:
+            return run_plain(self, input)  # type: ignore[no-any-return]
+        if seen_through() and swap.conv is not None and not has_watching_hooks(swap.conv[0], self):
+            return input
+        if check is not None:
+            check.note_plain(self)
+        return frozen_batch_norm(self, input)
 
 
 class Rows:

@@ -43,6 +43,15 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return type(module) if swap is None else swap.plain
 
 
+def run_plain(module: nn.Module, *args: Any) -> Any:
+    """Run the forward of a module's plain class.
+
+    A module may be plain while a forward of ours runs on it: if somebody has kept that method (``module.forward``) to
+    wrap it, and the module was restored since.
+    """
+    return plain_class(module).forward(module, *args)
+
+
 def class_name(module: nn.Module) -> str:
     """The name of the class of a module as it was found."""
     return plain_class(module).__name__
@@ -74,7 +83,7 @@ def swap_class(
     """
     found = swap_of(module) or Swap(type(module), module.training, mode)
     _drop_links(module)
-    if cls is not None:
+    if cls is not None and "forward" not in vars(module):
         _assign_class(module, cls)
     elif stay_frozen not in forward_pre_hooks(module).values():
         module.register_forward_pre_hook(stay_frozen)

@@ -87,20 +87,24 @@ class DataFlow:
         return flow
 
     def partner(self, bn: nn.Module) -> nn.Module | str | None:
-        """Return the convolution in front of a BatchNorm, or why there is none; None if ``bn`` was never called."""
+        """Return the convolution in front of a BatchNorm, or why there is none; None if ``bn`` was never called.
+
+        Both may be called often, as in a Siamese network, if every call of one goes with a call of the other.
+        """
         if not self.calls[bn]:
             return None
-        if self.calls[bn] > 1:
+        sources = set(self.sources[bn])
+        if len(sources) > 1:
             return reasons.CALLED_OFTEN.format(count=self.calls[bn])
-        source = self.sources[bn][0]
+        (source,) = sources
         if isinstance(source, str):
             return reasons.NO_CONVOLUTION.format(source=source)
         name = self.names[source]
         if not is_leaf(source) or is_norm(source):
             return reasons.NO_CONVOLUTION.format(source=f"`{name}` ({class_name(source)})")
-        if self.calls[source] > 1:
-            return reasons.SHARED_CONVOLUTION.format(conv=name, count=self.calls[source])
         others = [*self.users[source], *(f"`{self.names[norm]}`" for norm in self.norms[source] if norm is not bn)]
         if others:
             return reasons.SECOND_CONSUMER.format(conv=name, user=others[0])
+        if self.calls[source] != self.calls[bn]:
+            return reasons.OTHER_CALLS.format(count=self.calls[bn], conv=name, other=self.calls[source])
         return source

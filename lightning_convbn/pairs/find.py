@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_convbn.compat import forward_hooks, forward_pre_hooks
 from lightning_convbn.layers.norms import affine_of
 from lightning_convbn.layers.swap import class_name, plain_class, swap_of
 from lightning_convbn.layers.table import FROZEN, NORM_LAYERS, conv_layer, is_norm, norm_layer
@@ -127,16 +126,6 @@ def find_untrained(model: nn.Module) -> list[str]:
     ]
 
 
-def find_hooked(model: nn.Module, pairs: ConvBNPairs) -> list[str]:
-    """Name the modules of pairs whose hooks see other values in Tune and Deploy mode than in Eval mode.
-
-    The output of a folded convolution is normalised already, and its BatchNorm returns it as it is.
-    """
-    convs = [pair.conv for pair in pairs if forward_hooks(model.get_submodule(pair.conv))]
-    bns = {pair.bn: model.get_submodule(pair.bn) for pair in pairs}
-    return convs + [name for name, bn in bns.items() if forward_hooks(bn) or forward_pre_hooks(bn)]
-
-
 def statistics_missing(bn: nn.Module) -> str | None:
     """Return the reason why a BatchNorm can't be frozen; None if it can.
 
@@ -161,6 +150,9 @@ def mismatch(model: nn.Module, conv_name: str, bn_name: str) -> str | None:
     conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
     if fsdp_unit(model, conv_name) != fsdp_unit(model, bn_name):
         return reasons.OTHER_FSDP_UNIT.format(conv=conv_name)
+    for name, module in ((conv_name, conv), (bn_name, bn)):
+        if "forward" in vars(module):
+            return reasons.OWN_FORWARD.format(name=name)
     conv_row, norm_row = conv_layer(conv), norm_layer(bn)
     if conv_row is None:
         return reasons.UNKNOWN_CONVOLUTION.format(conv=conv_name, cls=class_name(conv))

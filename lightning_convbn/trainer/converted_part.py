@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_convbn.compat import inside_transform
 from lightning_convbn.layers.swap import Mode
 from lightning_convbn.memory import as_mib, measure_memory_abstractly
 from lightning_convbn.modes import RECOMPUTING_MODES, get_mode, set_mode
 from lightning_convbn.pairs.find import (
     find_conv_bn_pairs,
-    find_hooked,
     find_recorded_pairs,
     find_untrained,
 )
@@ -23,7 +23,7 @@ from lightning_convbn.pairs.pair import ConvBNPairs
 from lightning_convbn.pairs.reasons import UNTRAINED
 from lightning_convbn.pairs.side_effects import leaves_of
 from lightning_convbn.trainer.processes import merged_over_processes
-from lightning_convbn.trainer.verification import Verification, verify_pairs
+from lightning_convbn.trainer.verification import Verification
 
 
 class ConvertedPart:
@@ -39,7 +39,7 @@ class ConvertedPart:
 
     Attributes:
         untrained: Untrained BatchNorms, which stay in Train mode. None until they are named, at the first freeze.
-        wrong: BatchNorms that are not folded, since `check_first_batch` has found a difference from Eval mode -> why.
+        wrong: BatchNorms that are not folded any more, by what the first batch has shown -> why.
         kept_bytes: Bytes kept for the backward pass in Eval and in Tune mode; None if they were not counted.
     """
 
@@ -116,7 +116,7 @@ class ConvertedPart:
         """Call ``check`` with the arguments of the part's next forward, just before that forward."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if runs_its_forward(module):
+            if runs_its_forward(module) and not inside_transform():  # no tensor can be looked at in a transform
                 self.unwatch()
                 check(args, kwargs)
 
@@ -128,18 +128,26 @@ class ConvertedPart:
         self._remove_hook()
         self._remove_hook = _nothing
 
-    def check_first_batch(
-        self, inputs: tuple[Any, ...], kwargs: dict[str, Any], *, verify: bool, measure: bool
-    ) -> None:
-        """Check the pairs in force on real inputs, and count what Eval and Tune mode keep for the backward pass.
+    def verify(self) -> None:
+        """Compare the folded pairs with Eval mode from now on, until `stop_verification`."""
+        names = {self._module.get_submodule(pair.bn): pair.bn for pair in self._in_force}
+        self._verification = Verification(names)
+        self._verification.start()
 
-        If something could not be traced, the data flow of these inputs is recorded first. Pairs that differ from Eval
-        mode are unfolded. If the memory does not suffice, that is noted for the table, and nothing is raised.
+    def stop_verification(self) -> None:
+        """Compare no more."""
+        if self._verification is not None:
+            self._verification.stop()
+
+    def check_first_batch(self, inputs: tuple[Any, ...], kwargs: dict[str, Any], *, measure: bool) -> None:
+        """Look at the pairs in force with real inputs, and count what Eval and Tune mode keep for the backward pass.
+
+        If something could not be traced, the data flow of these inputs is recorded first. If the memory does not
+        suffice, that is noted for the table, and nothing is raised.
 
         Args:
             inputs: Positional arguments of the part's forward.
             kwargs: Keyword arguments of the part's forward.
-            verify: Whether to compare Tune mode with Eval mode.
             measure: Whether to count the kept bytes.
         """
         self._checked = True
@@ -147,22 +155,12 @@ class ConvertedPart:
             if self._in_force.untraced:
                 self._found[self._module.training] = find_recorded_pairs(self._module, inputs, kwargs)
                 self._switch(get_mode(self._module), self._pairs_to_train())
-            folded = self._in_force  # what is counted, without the pairs that are found wrong
-            if verify and len(folded):
-                folded = self._verify(inputs, kwargs)
+                if self._verification is not None:  # the pairs are others now
+                    self.verify()
             if measure:
-                self._measure(folded, inputs, kwargs)
+                self._measure(self._in_force, inputs, kwargs)
         except torch.OutOfMemoryError as error:
-            self._notes.append(f"not checked to the end: {str(error).splitlines()[0]}")
-
-    def _verify(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> ConvBNPairs:
-        recomputes = self._recompute_activations
-        verification = verify_pairs(self._module, self._in_force, inputs, kwargs, recompute_activations=recomputes)
-        self._verification = verification
-        if verification is None:
-            self._notes.append("not verified: its output holds no tensor to compare")
-            return self._in_force
-        return self._unfold(verification.wrong)
+            self._notes.append(f"not counted: {str(error).splitlines()[0]}")
 
     def _measure(self, pairs: ConvBNPairs, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(is_fsdp_unit(module) for module in self._module.modules()):
@@ -187,19 +185,14 @@ class ConvertedPart:
         Args:
             processes: How many processes the Trainer has.
         """
-        self._unfold(merged_over_processes(self.wrong, processes))
-
-    def _unfold(self, wrong: Mapping[str, str]) -> ConvBNPairs:
-        if wrong.keys() - self.wrong.keys():
+        found = self._verification
+        mine = {} if found is None else {**found.unused, **found.wrong}
+        wrong = merged_over_processes(mine, processes)
+        if wrong:
             self.wrong.update(wrong)
             self._switch(get_mode(self._module), self._in_force.unfold(self.wrong))
-        return self._in_force
 
     # ------------------------------------------------------------------------------------------------------- report
-
-    def hooked(self) -> list[str]:
-        """Name, within the LightningModule, the modules whose hooks see other values because the modules are folded."""
-        return [self.full_name(name) for name in find_hooked(self._module, self._in_force)]
 
     def describe(self, mode: Mode, eval_mode: Mode) -> list[str]:
         """Return the lines of the callback's table.
@@ -217,11 +210,13 @@ class ConvertedPart:
             tune = "Tune" if mode == "tune" else "Tune would keep"
             recomputing = " (activations recomputed)" if self._recompute_activations else ""
             body.append(f"kept for backward: Eval {as_mib(before)}, {tune} {as_mib(after)}{recomputing}, {saved}")
-        if self._verification is not None:
-            word = "differs from" if self._verification.wrong else "equals"
-            body.append(f"verified: Tune {word} Eval, relative deviation {self._verification.deviation:.1e}")
-        elif not self._checked:
-            body.append("neither verified nor counted: the first batch did not pass through its forward")
+        verified = self._verification
+        if verified is not None and verified.deviation is not None:
+            word = "differs from" if verified.wrong else "equals"
+            body.append(f"verified: Tune {word} Eval, relative deviation {verified.deviation:.1e}")
+        if not self._checked:
+            also = "" if verified is not None and verified.compared else "neither verified nor "
+            body.append(f"{also or 'not '}counted: the first batch did not pass through its forward")
         return [heading, *(f"  {line}" for line in (*body, *self._notes))]
 
 

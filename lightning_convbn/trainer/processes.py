@@ -5,17 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch.distributed
-from torch import nn
-
-from lightning_convbn.pairs.fsdp import is_fsdp_unit
-
-
-def communicates(model: nn.Module) -> bool:
-    """Whether the forward of a model communicates with other processes. Then all must run it equally often.
-
-    FSDP gathers parameters. A SyncBatchNorm gathers statistics; a frozen one does not, and it has another class.
-    """
-    return any(is_fsdp_unit(module) or type(module) is nn.SyncBatchNorm for module in model.modules())
 
 
 def merged_over_processes(notes: Mapping[str, str], processes: int) -> dict[str, str]:

@@ -28,12 +28,11 @@ def print_table(trainer: Trainer, parts: Sequence[ConvertedPart], mode: Mode, ev
         (bar.print if bar is not None else rank_zero_info)("\n".join(lines))
 
 
-def warn_about(part: ConvertedPart, mode: Mode) -> None:
-    """Warn of pairs that were found wrong, of BatchNorms in Train mode, and of hooks that see other values.
+def warn_about(part: ConvertedPart) -> None:
+    """Warn of pairs that are folded no more, and of BatchNorms in Train mode.
 
     Args:
         part: A converted part.
-        mode: The mode that training runs in.
     """
     for name, reason in part.wrong.items():
         rank_zero_warn(f"ConvBN: `{part.full_name(name)}` goes back to Eval mode: {reason}")
@@ -41,11 +40,6 @@ def warn_about(part: ConvertedPart, mode: Mode) -> None:
         rank_zero_warn(
             f"ConvBN: {len(part.untrained)} BatchNorm(s) of `{part.path or 'the module'}` stay in Train mode: "
             f"`{part.untrained[0]}` {UNTRAINED}. Load pretrained weights, or set freeze_untrained=True"
-        )
-    if mode == "tune" and (hooked := part.hooked()):
-        rank_zero_warn(
-            f"ConvBN: the hooks on `{'`, `'.join(hooked)}` see values that are normalised already: a folded "
-            "convolution returns what its BatchNorm would return, and the BatchNorm passes it on"
         )
 
 

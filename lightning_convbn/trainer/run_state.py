@@ -70,7 +70,7 @@ class Run:
         Args:
             pl_module: What is trained.
             check: Whether to check the parts on this batch.
-            verify: Whether the check compares Tune mode with Eval mode.
+            verify: Whether the check compares each folded pair with Eval mode.
             measure: Whether the check counts kept bytes.
         """
         self.checks_batch = check
@@ -83,7 +83,10 @@ class Run:
         if check:
             for part in self.parts:
                 self.watches.callback(part.unwatch)
-                part.watch(partial(part.check_first_batch, verify=verify, measure=measure))
+                part.watch(partial(part.check_first_batch, measure=measure))
+                if verify:
+                    self.watches.callback(part.stop_verification)
+                    part.verify()
 
     def merge_findings(self, processes: int) -> None:
         """Unfold what the check has found wrong in any process, also in the export. Every process must call this.

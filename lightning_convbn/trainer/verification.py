@@ -1,97 +1,75 @@
-"""Checks pairs on real inputs: does the folded model compute what Eval mode computes?"""
+"""Checks folded pairs in the one real pass: does each give what Eval mode gives, and is each of use?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from lightning_convbn.layers.swap import Mode
-from lightning_convbn.modes import conv_bn_mode
+from lightning_convbn.compat import inside_transform
+from lightning_convbn.layers.marks import Marked, has_watching_hooks, plain_output
+from lightning_convbn.layers.norms import FoldedNorm, frozen_batch_norm
+from lightning_convbn.layers.swap import swap_of
 from lightning_convbn.pairs import reasons
-from lightning_convbn.pairs.output_deviation import deviation_of, float_tensors, tolerance_of
-from lightning_convbn.pairs.pair import ConvBNPairs
-from lightning_convbn.pairs.side_effects import side_effects_undone
-from lightning_convbn.trainer.processes import communicates
+from lightning_convbn.pairs.output_deviation import deviation_of, tolerance_of
 
 
-@dataclass(frozen=True)
 class Verification:
-    """What `verify_pairs` has found.
+    """Compares each folded output with Eval mode, on the spot, while a training step runs.
 
-    Attributes:
-        deviation: The largest relative deviation of an output tensor in Tune mode, all pairs folded, from Eval mode.
-        tolerance: The relative deviation that rounding may cause in the precision of the model.
-        wrong: The BatchNorms that must not be folded: qualified name -> why.
-    """
-
-    deviation: float
-    tolerance: float
-    wrong: dict[str, str]
-
-
-def verify_pairs(
-    model: nn.Module,
-    pairs: ConvBNPairs,
-    inputs: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    *,
-    recompute_activations: bool = False,
-) -> Verification | None:
-    """Compare Tune mode with Eval mode on one input. If they differ, find the pairs that cause it.
-
-    This takes two forward passes without gradients. If their outputs differ, each pair takes one more, except where all
-    processes must run the forward equally often: there all pairs count as wrong. Afterwards the mode is as before, and
-    the side effects of the passes are undone. Set the precision, autocast for instance, around the call.
+    No forward of the user runs a second time. A comparison costs one plain convolution and one BatchNorm. Where the two
+    differ, the step goes on with Eval mode's output.
 
     Args:
-        model: Any module.
-        pairs: The pairs to verify.
-        inputs: Positional arguments of its forward.
-        kwargs: Keyword arguments of its forward.
-        recompute_activations: Whether Tune mode recomputes activations; as for `set_mode`.
+        names: The BatchNorms of the pairs -> their qualified names.
 
-    Returns:
-        What was found, or None if the output holds no floating-point tensor to compare.
+    Attributes:
+        deviation: The largest relative deviation from Eval mode; None if no pair has run yet.
+        compared: The BatchNorms that were compared.
+        wrong: The BatchNorms that must not be folded: qualified name -> why.
+        unused: The BatchNorms whose fold was of no use in the step: qualified name -> why. Their output is Eval mode's.
     """
-    expected = _outputs(model, "eval", pairs, inputs, kwargs)
-    if not expected:
-        return None
-    tolerance = tolerance_of(model, expected)
 
-    def deviation(folded: ConvBNPairs) -> float:
-        return deviation_of(_outputs(model, "tune", folded, inputs, kwargs, recompute_activations), expected)
+    def __init__(self, names: Mapping[nn.Module, str]) -> None:
+        self.deviation: float | None = None
+        self.compared: set[str] = set()
+        self.wrong: dict[str, str] = {}
+        self.unused: dict[str, str] = {}
+        self._names = names
 
-    together = deviation(pairs)
-    if together <= tolerance:
-        return Verification(together, tolerance, {})
-    wrong = {} if communicates(model) else _wrong_alone(pairs, deviation, tolerance)
-    if not wrong or not deviation(pairs.unfold(wrong)) <= tolerance:
-        wrong = dict.fromkeys((pair.bn for pair in pairs), reasons.CHANGED_TOGETHER.format(deviation=together))
-    return Verification(together, tolerance, wrong)
+    def start(self) -> None:
+        """Compare from now on."""
+        for bn in self._names:
+            if isinstance(bn, FoldedNorm):
+                bn.__dict__["_check"] = self
 
+    def stop(self) -> None:
+        """Compare no more."""
+        for bn in self._names:
+            bn.__dict__.pop("_check", None)
 
-def _wrong_alone(pairs: ConvBNPairs, deviation: Callable[[ConvBNPairs], float], tolerance: float) -> dict[str, str]:
-    """Fold one pair at a time, and return the BatchNorms of those that change the output -> why."""
-    wrong = {}
-    for pair in pairs:
-        alone = deviation(pairs.unfold({other.bn: "" for other in pairs if other is not pair}))
-        if not alone <= tolerance:  # written like this, NaN counts as a change
-            wrong[pair.bn] = reasons.CHANGED_OUTPUT.format(deviation=alone)
-    return wrong
+    def compare(self, bn: nn.Module, folded: Tensor, marked: Marked) -> Tensor:
+        """Return a folded output if it equals Eval mode's, else Eval mode's.
 
+        Args:
+            bn: The BatchNorm that returns it.
+            folded: The folded output.
+            marked: The same, marked: the plain output can be computed from it.
+        """
+        if inside_transform():  # no number can be read there
+            return folded
+        expected = frozen_batch_norm(bn, plain_output(marked, noted=False))
+        deviation = deviation_of([folded.detach()], [expected.detach()])
+        name = self._names[bn]
+        self.compared.add(name)
+        self.deviation = deviation if self.deviation is None else max(self.deviation, deviation)
+        if deviation <= tolerance_of(bn, [folded]):
+            return folded
+        self.wrong[name] = reasons.CHANGED_OUTPUT.format(deviation=deviation)
+        return expected
 
-def _outputs(
-    model: nn.Module,
-    mode: Mode,
-    pairs: ConvBNPairs,
-    inputs: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    recompute_activations: bool = False,
-) -> list[Tensor]:
-    switched = conv_bn_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
-    with switched, side_effects_undone(model, inputs, kwargs), torch.no_grad():
-        return float_tensors(model.forward(*inputs, **kwargs))
+    def note_plain(self, bn: nn.Module) -> None:
+        """Note that a BatchNorm has not got the output of its convolution, or that others have got it, too."""
+        swap = swap_of(bn)
+        hooked = swap is not None and swap.conv is not None and has_watching_hooks(swap.conv[0], bn)
+        self.unused[self._names[bn]] = reasons.HOOKED if hooked else reasons.OTHER_AT_RUN_TIME
