@@ -62,6 +62,8 @@ def find_recorded_pairs(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping
         inputs: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
     """
+    if any(is_lazy(parameter) for parameter in model.parameters()):  # a pass would give the parameters their shapes
+        return _proven(model, trace_data_flow(model), None)
     return _proven(model, trace_data_flow(model), record_data_flow(model, inputs, kwargs))
 
 
@@ -106,8 +108,8 @@ def _partner(model: nn.Module, bn: nn.Module, traced: DataFlow, recorded: DataFl
         return by_record or never
     if recorded is None or isinstance(by_trace, str) or by_trace is by_record:
         return by_trace
-    seen = by_record if isinstance(by_record, str) else "is never called" if by_record is None else "is another pair"
-    return reasons.DISAGREEMENT.format(seen=seen)
+    otherwise = "it is never called" if by_record is None else "it is in another pair"
+    return reasons.DISAGREEMENT.format(seen=by_record if isinstance(by_record, str) else otherwise)
 
 
 def find_untrained(model: nn.Module) -> list[str]:

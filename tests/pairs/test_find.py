@@ -76,11 +76,14 @@ def output_given_to_a_method(net: Net, x: Tensor) -> Tensor:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "shared convolution": (
         lambda: Net(shared_conv, conv=conv(), bn=nn.BatchNorm2d(3), second=nn.BatchNorm2d(3)),
-        dict.fromkeys(("bn", "second"), "its convolution `conv` is called 2 times"),
+        {
+            "bn": "the output of its convolution `conv` is also used by `second`",
+            "second": "the output of its convolution `conv` is also used by `bn`",
+        },
     ),
     "BatchNorm used twice": (
         lambda: Net(norm_used_twice, conv=conv(), bn=nn.BatchNorm2d(3), second=conv()),
-        {"bn": "is called 2 times"},
+        {"bn": "is called 2 times, with inputs from different layers"},
     ),
     "output also added": (
         lambda: Net(output_added, conv=conv(), bn=nn.BatchNorm2d(3)),

@@ -20,7 +20,6 @@ from lightning_convbn import (
     set_mode,
 )
 from lightning_convbn.memory import measure_memory_abstractly
-from lightning_convbn.trainer.verification import verify_pairs
 
 IMAGE = images(2, 3, 6, 6)
 
@@ -82,15 +81,6 @@ def _doubled(x: Tensor) -> Tensor:
     return x * 2
 
 
-def test_an_output_without_tensors_is_not_called_equal() -> None:
-    class Silent(Net):
-        def forward(self, input: Tensor) -> str:
-            return str(super().forward(input).shape)
-
-    model = Silent()
-    assert verify_pairs(model, find_conv_bn_pairs(model, example_inputs=(IMAGE,)), (IMAGE,), {}) is None
-
-
 def test_a_sequential_whose_parent_reads_between_its_layers_is_caught_by_the_recording() -> None:
     class Iterating(nn.Module):
         def __init__(self) -> None:
@@ -131,11 +121,9 @@ def test_extra_passes_leave_random_numbers_and_attributes_alone() -> None:
 
     model = Counting()
     state = random.getstate()
-    with conv_bn_mode(model, "eval") as pairs:
-        verification = verify_pairs(model, pairs, (IMAGE,), {})
-        measure_memory(model, IMAGE, mode="tune")
-        measure_memory_abstractly(model, (IMAGE,), {}, mode="tune")
-    assert verification is None or not verification.wrong
+    find_conv_bn_pairs(model, example_inputs=(IMAGE,))
+    measure_memory(model, IMAGE, mode="tune")
+    measure_memory_abstractly(model, (IMAGE,), {}, mode="tune")
     assert random.getstate() == state
     assert (model.calls, model.cache) == (0, None)
 

@@ -159,8 +159,8 @@ class Uncalled(Net):
 USED = "the output of its convolution `conv` is also used by "
 NO_CONV = "its input comes from {}, not from a convolution"
 REASONS = [
-    (SharedConv, "its convolution `conv` is called 2 times"),
-    (NormTwice, "is called 2 times"),
+    (SharedConv, f"{USED}`add`"),
+    (NormTwice, "is called 2 times, with inputs from different layers"),
     (Residual, f"{USED}`add`"),
     (ReadBefore, f"{USED}`mean`"),
     (InPlaceAfter, f"{USED}`add_`"),
@@ -227,10 +227,10 @@ class Disagreeing(nn.Module):
 def test_disagreement_leaves_the_pair_unfolded() -> None:
     pairs = find_conv_bn_pairs(Disagreeing().eval(), example_inputs=(IMAGE,))
     assert [*pairs] == [ConvBNPair("proven.0", "proven.1")]
-    seen = "the trace and the recorded pass disagree: by the trace a pair, but in the pass it "
+    seen = "the trace and the recorded pass disagree: by the trace a pair, but in the pass "
     assert pairs.unpaired == {
-        "reached.1": f"{seen}its convolution `reached.0` is called 2 times",
-        "skipped.1": f"{seen}is never called",
+        "reached.1": f"{seen}the output of its convolution `reached.0` is also used by `add`",
+        "skipped.1": f"{seen}it is never called",
     }
 
 

@@ -1,4 +1,4 @@
-"""Side effects of a forward pass are undone, and tensors are found wherever a forward may put them."""
+"""Tensors are found wherever a forward may put them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_convbn.pairs.side_effects import leaves_in_attributes, leaves_of, side_effects_undone
+from lightning_convbn.pairs.side_effects import leaves_in_attributes, leaves_of
 
 ONE, TWO = torch.ones(1), torch.zeros(2)
 
@@ -97,26 +97,3 @@ def test_attributes_are_searched_but_not_what_every_module_has() -> None:
     module[0].seen = {"features": [ONE]}
     found = [(name, leaf) for name, leaf in leaves_in_attributes(module) if isinstance(leaf, Tensor)]
     assert found == [("seen", ONE)]
-
-
-def test_a_buffer_is_put_back_whether_it_was_written_or_replaced() -> None:
-    module = nn.Module()
-    for name in ("written", "replaced", "again"):
-        module.register_buffer(name, torch.zeros(2))
-    module.twice = module.again  # type: ignore[assignment]
-    buffers = dict(module.named_buffers())
-    with side_effects_undone(module, (), {}):
-        module.written.add_(1)  # type: ignore[operator]
-        module.replaced = torch.ones(3)
-        module.again = torch.ones(2)
-    assert all(module.get_buffer(name) is buffer for name, buffer in buffers.items())
-    assert all(not buffer.any() for buffer in buffers.values())
-
-
-def test_a_buffer_that_keeps_its_values_is_not_written() -> None:
-    """A write would make autograd refuse a backward pass that is still to come."""
-    module = nn.BatchNorm2d(2)
-    version = module.running_mean._version  # type: ignore[union-attr]
-    with side_effects_undone(module, (), {}):
-        pass
-    assert module.running_mean._version == version  # type: ignore[union-attr]

@@ -1,0 +1,157 @@
+"""What looks at a model runs its shadow: the model, its hooks and its inputs notice nothing."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers.networks import images
+from torch import Tensor, nn
+
+from lightning_convbn import measure_memory, set_mode
+from lightning_convbn.memory import measure_memory_abstractly
+from lightning_convbn.pairs.find import find_conv_bn_pairs, find_recorded_pairs
+from lightning_convbn.pairs.shadow import Shadow
+
+IMAGE = images(2, 3, 8, 8)
+LOOKS: dict[str, Callable[[nn.Module, Any], object]] = {
+    "trace": lambda model, inputs: find_conv_bn_pairs(model),
+    "record": lambda model, inputs: find_recorded_pairs(model, inputs, {}),
+    "count": lambda model, inputs: measure_memory(model, *inputs, mode="tune"),
+    "count without data": lambda model, inputs: measure_memory_abstractly(model, inputs, {}, mode="eval"),
+}
+
+
+class State:
+    def __init__(self) -> None:
+        self.steps = 0
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+class Busy(nn.Module):
+    """Its forward leaves traces wherever it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.register_buffer("count", torch.zeros(1))
+        self.calls, self.bank, self.by_name = 0, [], defaultdict(list)
+        self.state, self.random, self.pair = State(), random.Random(0), Pair([], {})
+        self.generator = torch.Generator().manual_seed(0)
+        self.lock = threading.Lock()
+        self.head = self.normalise
+        self.last: Tensor | None = None
+
+    def normalise(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.bn(x)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.sub_(1).div_(2)
+        self.count += 1  # type: ignore[misc]
+        self.state.steps += 1
+        self.pair.first.append(1)
+        self.pair.second["a"] = 1
+        self.random.random()
+        random.random()
+        noise = torch.rand(1, generator=self.generator) + torch.rand(1)
+        self.last = self.head(self.conv(x))
+        self.bank.append(self.last)
+        self.by_name["a"].append(self.last)
+        return torch.stack(self.bank).mean(0) + 0 * noise
+
+
+def traces(model: Busy) -> list[Any]:
+    return [
+        model.calls,
+        model.count.clone(),
+        len(model.bank),
+        dict(model.by_name),
+        model.state.steps,
+        model.pair,
+        model.random.getstate(),
+        model.generator.get_state(),
+        model.last,
+        random.getstate(),
+        torch.get_rng_state(),
+        [buffer.clone() for buffer in model.buffers()],
+        [hash(tuple(vars(module))) for module in model.modules()],
+    ]
+
+
+@pytest.mark.parametrize("mode", ["train", "tune"])
+@pytest.mark.parametrize("look", LOOKS)
+def test_nobody_can_tell_that_somebody_has_looked(look: str, mode: Any) -> None:
+    model, seen = Busy(), []
+    model.conv.register_forward_hook(lambda module, args, output: seen.append(type(output)))
+    model.register_forward_pre_hook(lambda module, args: seen.append(args))
+    set_mode(model, mode)
+    image, before, modules = IMAGE.clone(), traces(model), dict(model.named_modules())
+    LOOKS[look](model, (image,))
+    assert not seen
+    assert torch.equal(image, IMAGE)
+    torch.testing.assert_close(traces(model), before, rtol=0, atol=0)
+    assert dict(model.named_modules()) == modules
+
+
+def test_a_list_of_the_callers_is_left_alone() -> None:
+    """Video networks of two paths write into it."""
+
+    class TwoPaths(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)) for _ in range(2))
+
+        def forward(self, paths: list[Tensor]) -> Tensor:
+            for index, block in enumerate(self.blocks):
+                paths[index] = block(paths[index])
+            return paths[0] + paths[1]
+
+    model, paths = TwoPaths().eval(), [IMAGE, IMAGE + 1]
+    given = list(paths)
+    assert len(find_conv_bn_pairs(model, example_inputs=(paths,))) == 2
+    measure_memory(model, paths, mode="tune")
+    measure_memory_abstractly(model, (paths,), {}, mode="tune")
+    assert all(one is other for one, other in zip(paths, given, strict=True))
+
+
+def test_a_shadow_shares_parameters_and_has_buffers_of_its_own() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    shadow = Shadow(model).model
+    assert [*shadow.parameters()] == [*model.parameters()]
+    shadow(IMAGE)
+    assert not model[1].running_mean.any()
+    assert shadow[1].running_mean.any()  # type: ignore[index]
+
+
+def test_a_shadow_of_a_converted_model_is_converted_and_its_pairs_are_its_own() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    set_mode(model, "tune")
+    shadow: Any = Shadow(model).model
+    assert type(shadow[0]) is type(model[0])
+    assert shadow[0]._bn == (shadow[1],)
+    set_mode(shadow, "train")
+    assert type(model[0]) is not nn.Conv2d
+
+
+def test_a_module_that_is_used_twice_has_one_shadow() -> None:
+    conv = nn.Conv2d(3, 3, 3)
+    shadow: Any = Shadow(nn.ModuleDict({"a": conv, "b": nn.Sequential(conv)})).model
+    assert shadow["a"] is shadow["b"][0]
+
+
+def test_lazy_modules_stay_lazy() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
+    pairs = find_conv_bn_pairs(model, example_inputs=(IMAGE,))
+    assert "lazy" in pairs.unpaired["1"]
+    model(IMAGE)
+    assert model[0].in_channels == 3
