@@ -35,7 +35,6 @@ class Interpreter(nn.Module):
                 self.shapes = [tuple(value.shape) for value in frame.values]
                 run_step(frame, step)
         self.shapes = [tuple(value.shape) for value in frame.values]
-        self.kept, self.history = {}, []
         for hook in network.hooks:
             install(hook, self)
 
@@ -84,8 +83,12 @@ class TwoInputs(Interpreter):
 
 
 def build(network: Network) -> Interpreter:
-    """Build the module of a network."""
-    return (TwoInputs if network.takes == "two" else Interpreter)(network)
+    """Build the module of a network, with nothing kept of the pass that has built it."""
+    model = (TwoInputs if network.takes == "two" else Interpreter)(network)
+    for module in model.modules():
+        if isinstance(module, Interpreter):
+            module.kept, module.history = {}, []
+    return model
 
 
 class HookFunction:

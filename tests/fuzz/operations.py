@@ -78,7 +78,10 @@ def rows(frame: Frame, step: Step, x: Any) -> Any:
 
 def parameter(frame: Frame, step: Step, x: Any) -> Any:
     """Use a layer's weight outside of the layer."""
-    return x * frame.model.layer(step.layer, x).weight.mean()
+    weight = frame.model.layer(step.layer, x).weight
+    if weight is None:
+        raise ValueError(f"a layer without weight: {step!r}")
+    return x * weight.mean()
 
 
 def keep(frame: Frame, step: Step, x: Any) -> Any:
@@ -168,8 +171,8 @@ def run_step(frame: Frame, step: Step) -> None:
         return
     with torch.set_grad_enabled(torch.is_grad_enabled() and not step.no_grad):
         result = OPERATIONS[step.op](frame, step, *xs)
-    if frame.building and step.guard and result.shape != xs[0].shape:
-        raise ValueError(f"a step that may be skipped must keep the shape: {step!r}")
+    if frame.building and (result.numel() == 0 or (step.guard and result.shape != xs[0].shape)):
+        raise ValueError(f"a step must compute something, and keep the shape if it may be skipped: {step!r}")
     frame.values.append(result)
 
 

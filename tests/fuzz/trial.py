@@ -53,6 +53,8 @@ class Report:
 
 def try_scenario(scenario: Scenario) -> Report:
     """Run a scenario to its end, or to the first difference."""
+    torch.manual_seed(scenario.seed)  # a trace that draws decides by these numbers which branch it sees
+    random.seed(scenario.seed)
     trial = Trial(scenario)
     for action in scenario.actions:
         trial.report.action = action
