@@ -1,0 +1,181 @@
+"""What the steps of a network do: each operation is a function of a frame, a step and the values that it reads."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fuzz.network import Network, Step
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class Frame:
+    """One forward pass of an interpreter: the interpreter, its arguments, and the values so far."""
+
+    model: Any
+    given: Any
+    values: list[Any]
+    domain: Any
+    building: bool = False
+
+
+def holds(guard: str, frame: Frame, x: Any) -> Any:
+    """Decide a branch."""
+    if frame.building or not guard:
+        return True
+    match guard:
+        case "shape":
+            return x.shape[0] > 2
+        case "argument":
+            return frame.domain % 2 == 1
+        case "attribute":
+            return frame.model.domain % 2 == 1
+        case "random":
+            return random.random() < 0.5
+        case "torch_random":
+            return torch.rand(()) < 0.5
+        case "value":
+            return x.sum() > 0
+        case "training":
+            return frame.model.training
+        case "grad":
+            return torch.is_grad_enabled()
+    raise ValueError(f"no such guard: {guard!r}")
+
+
+GUARDS = ("shape", "argument", "attribute", "random", "torch_random", "value", "training", "grad")
+
+
+def call(frame: Frame, step: Step, x: Any) -> Any:
+    module = frame.model.layer(step.layer, x)
+    return module(x, frame.domain) if isinstance(getattr(module, "network", None), Network) else module(x)
+
+
+def pick(frame: Frame, step: Step, x: Any) -> Any:
+    modules = [frame.model.layer(name, x) for name in step.layers]
+    number = frame.domain if step.name == "argument" else frame.model.domain
+    return modules[number % len(modules)](x)
+
+
+def checkpointed(frame: Frame, step: Step, x: Any) -> Any:
+    return checkpoint(frame.model.layer(step.layer, x), x, use_reentrant=False)
+
+
+def rows(frame: Frame, step: Step, x: Any) -> Any:
+    """Linear layer and BatchNorm on the pixels, as LeViT has them: the rows are flattened in between."""
+    pixels = x.flatten(2).transpose(1, 2)
+    linear = frame.model.layer(step.layers[0], x.flatten(2)[:, :, 0] if frame.building else x)
+    y = linear(pixels)
+    norm = frame.model.layer(step.layers[1], y.flatten(0, 1) if frame.building else y)
+    return norm(y.flatten(0, 1)).reshape_as(y).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def parameter(frame: Frame, step: Step, x: Any) -> Any:
+    """Use a layer's weight outside of the layer."""
+    weight = frame.model.layer(step.layer, x).weight
+    if weight is None:
+        raise ValueError(f"a layer without weight: {step!r}")
+    return x * weight.mean()
+
+
+def keep(frame: Frame, step: Step, x: Any) -> Any:
+    frame.model.kept[step.name] = x
+    return x
+
+
+def log(frame: Frame, step: Step, x: Any) -> Any:
+    frame.model.history.append(x.detach().mean())
+    return x
+
+
+def put(frame: Frame, step: Step, x: Any) -> Any:
+    """Write into the list or dict that the caller has given."""
+    frame.given["put" if isinstance(frame.given, dict) else 0] = x
+    return x
+
+
+def append(frame: Frame, step: Step, x: Any) -> Any:
+    frame.given.append(x)
+    return x
+
+
+def gate(frame: Frame, step: Step, x: Any, y: Any) -> Any:
+    return x * torch.sigmoid(y.mean(dim=tuple(range(2, len(frame.model.shape_of(step.x[1])))), keepdim=True))
+
+
+def pool(frame: Frame, step: Step, x: Any) -> Any:
+    """Pool to one value per channel, as a classifier's head does."""
+    return x.flatten(2).mean(2)
+
+
+FUNCTIONS: dict[str, Callable[[Any], Any]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "hardswish": F.hardswish,
+    "abs": abs,
+    "relu_": torch.relu_,
+    "silu_": lambda x: F.silu(x, inplace=True),
+    "leaky_relu_": lambda x: F.leaky_relu(x, 0.3, inplace=True),
+    "scale": lambda x: x * 0.7 + 0.1,
+    "mul_": lambda x: x.mul_(0.7),
+    "detach": lambda x: x.detach(),
+    "clone": lambda x: x.clone(),
+    "alias": lambda x: x.view_as(x),
+    "float": lambda x: x * float(x.detach().mean()),
+    "flip": lambda x: x.flip(1),
+}
+WRITERS = ("relu_", "silu_", "leaky_relu_", "mul_")
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "call": call,
+    "pick": pick,
+    "checkpoint": checkpointed,
+    "rows": rows,
+    "parameter": parameter,
+    "keep": keep,
+    "recall": lambda frame, step, x: frame.model.kept[step.name],
+    "log": log,
+    "put": put,
+    "append": append,
+    "gate": gate,
+    "pool": pool,
+    "function": lambda frame, step, x: FUNCTIONS[step.name](x),
+    "add": lambda frame, step, x, y: x + y,
+    "add_": lambda frame, step, x, y: x.add_(y),
+    "mul": lambda frame, step, x, y: x * y,
+    "sub": lambda frame, step, x, y: torch.sub(x, y),
+    "cat": lambda frame, step, x, y: torch.cat([x, y], dim=1),
+    "stack": lambda frame, step, x, y: torch.stack([x, y]).mean(0),
+    "zeros": lambda frame, step, x, y: x + torch.zeros_like(y),
+    "expand": lambda frame, step, x, y: x + torch.ones((), dtype=x.dtype).expand_as(y),
+    "split": lambda frame, step, x: x.chunk(2, 1)[0],
+    "slice": lambda frame, step, x: x[:, 1:],
+    "standardize": lambda frame, step, x: x.sub_(0.3).div_(1.7),
+}
+
+
+def run_step(frame: Frame, step: Step) -> None:
+    """Do one step and add its result to the values."""
+    xs = [frame.values[number] for number in step.x]
+    if not holds(step.guard, frame, xs[0]):
+        frame.values.append(xs[0])
+        return
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not step.no_grad):
+        result = OPERATIONS[step.op](frame, step, *xs)
+    if frame.building and (result.numel() == 0 or (step.guard and result.shape != xs[0].shape)):
+        raise ValueError(f"a step must compute something, and keep the shape if it may be skipped: {step!r}")
+    frame.values.append(result)
+
+
+def sample(shape: tuple[int, ...], batch: int = 2) -> Tensor:
+    """An input to build a network with."""
+    return torch.ones(batch, *shape)

@@ -1,0 +1,154 @@
+"""What one pass of a model leaves behind, and how the passes of two models are compared."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from fuzz.interpreter import KEYS
+from fuzz.network import Action, Scenario
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+Outcome = dict[str, Any]  # what it is, "output.0" say -> a tensor, or a value that must be equal
+
+# Relative bounds of outputs and of gradients. In float64 they are far above the rounding errors of ten layers, and far
+# below any mistake. A half-precision gradient is not compared: a ReLU whose input is rounded over 0 changes it.
+BOUNDS = {"float64": (1e-9, 1e-9), "float32": (1e-3, 5e-2), "autocast": (0.3, None)}
+FLOOR = 1e-4  # of the largest tensor of its kind: a tensor far smaller may be the difference of two large ones
+
+
+class Wrong(Exception):
+    """The converted model differs from its twin."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(f"{kind}: {detail}")
+        self.kind = kind
+        self.detail = detail
+
+
+def draw_inputs(scenario: Scenario, action: Action) -> tuple[list[Tensor], Any]:
+    """Draw the inputs of a pass: the leaves of the graph, and what is given to the forward."""
+    dtype = torch.float64 if scenario.precision == "float64" else torch.float32
+    generator = torch.Generator().manual_seed(scenario.seed)
+    shapes = [(action.batch, *shape) for shape in scenario.network.inputs]
+    leaves = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+    given = [leaf.requires_grad_().clone() if scenario.input_grad else leaf for leaf in leaves]
+    if scenario.network.takes == "dict":
+        return leaves, dict(zip(KEYS, given, strict=False))
+    return leaves, given[0] if scenario.network.takes == "tensor" else given
+
+
+def arguments_of(scenario: Scenario, given: Any) -> tuple[Any, ...]:
+    """Turn what is given into positional arguments."""
+    return tuple(given) if scenario.network.takes == "two" else (given,)
+
+
+def run(model: nn.Module, scenario: Scenario, action: Action) -> Outcome:
+    """Run a model forward, and backward where a gradient is wanted; take down all that can be seen of it.
+
+    What hooks and steps have kept counts too, and what became of the lists and dicts that were given.
+    """
+    torch.manual_seed(scenario.seed)
+    random.seed(scenario.seed)
+    leaves, given = draw_inputs(scenario, action)
+    inference = torch.inference_mode(action.grad == "inference")
+    with inference, torch.set_grad_enabled(action.grad == "grad"), autocast(scenario):
+        output = model(*arguments_of(scenario, given), action.domain)
+    outcome: Outcome = {"random state": (torch.get_rng_state().tolist(), random.getstate())}
+    note(outcome, "output", output)
+    note(outcome, "given", given)
+    note(outcome, "kept", [module.kept for module in model.modules() if hasattr(module, "kept")])
+    note(outcome, "history", [module.history for module in model.modules() if hasattr(module, "history")])
+    if action.grad == "grad":
+        differentiate(output)
+    for name, parameter in model.named_parameters():
+        outcome[f"gradient.{name}"] = taken_gradient(parameter)
+    for number, leaf in enumerate(leaves):
+        outcome[f"input gradient.{number}"] = taken_gradient(leaf)
+    note(outcome, "buffer", dict(model.named_buffers()))
+    return outcome
+
+
+def autocast(scenario: Scenario) -> torch.autocast:
+    """Autocast, on or off."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=scenario.precision == "autocast")
+
+
+def note(outcome: Outcome, kind: str, value: Any) -> None:
+    """Write down the leaves of a value, and its structure."""
+    leaves, structure = tree_flatten(value)
+    outcome[f"{kind} structure"] = str(structure)
+    for number, leaf in enumerate(leaves):
+        outcome[f"{kind}.{number}"] = leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+        outcome[f"{kind} wants a gradient.{number}"] = isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def differentiate(output: Any) -> None:
+    """Run backward from a random projection of all outputs."""
+    tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
+    generator = torch.Generator().manual_seed(3)
+    probes = [torch.randn(tensor.shape, generator=generator).to(tensor.dtype) for tensor in tensors]
+    if tensors:
+        sum((tensor * probe).sum() for tensor, probe in zip(tensors, probes, strict=True)).backward()
+
+
+def taken_gradient(tensor: Tensor) -> Tensor | None:
+    """Take the gradient away from a leaf."""
+    gradient, tensor.grad = tensor.grad, None
+    return gradient
+
+
+def compare(outcome: Outcome, expected: Outcome, precision: str = "float64") -> None:
+    """Raise `Wrong` for the first thing that differs."""
+    if outcome.keys() != expected.keys():
+        raise Wrong("structure", f"{sorted(outcome.keys() ^ expected.keys())}")
+    scales = largest_norms(expected)
+    for name, wanted in expected.items():
+        compare_one(name, outcome[name], wanted, scales[kind_of(name)], precision)
+
+
+def compare_one(name: str, value: Any, wanted: Any, scale: float, precision: str) -> None:
+    """Raise `Wrong` if one thing differs: tensors within the bounds, all else exactly."""
+    kind = kind_of(name)
+    if not isinstance(wanted, Tensor) or not isinstance(value, Tensor):
+        if value is not wanted and (isinstance(value, Tensor) or isinstance(wanted, Tensor) or value != wanted):
+            raise Wrong(kind, f"{name} is {shortened(value)}, not {shortened(wanted)}")
+        return
+    if (value.shape, value.dtype) != (wanted.shape, wanted.dtype):
+        raise Wrong(kind, f"{name} is {shortened(value)}, not {shortened(wanted)}")
+    bound = BOUNDS[precision][kind.endswith("gradient")]
+    error = norm(value.double() - wanted.double()) / max(norm(wanted), FLOOR * scale, 1e-30)
+    if bound is not None and not error <= bound:
+        raise Wrong(kind, f"{name} differs by {error:.1e}")
+
+
+def kind_of(name: str) -> str:
+    """The part of a name before its number."""
+    return name.partition(".")[0]
+
+
+def norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor.double()))
+
+
+def largest_norms(outcome: Mapping[str, Any]) -> dict[str, float]:
+    """The largest norm of the tensors of each kind."""
+    scales: dict[str, float] = defaultdict(float)
+    for name, value in outcome.items():
+        if isinstance(value, Tensor):
+            scales[kind_of(name)] = max(scales[kind_of(name)], norm(value))
+    return scales
+
+
+def finite(outcome: Mapping[str, Any]) -> bool:
+    """Whether all tensors can be compared."""
+    tensors: Sequence[Tensor] = [value for value in outcome.values() if isinstance(value, Tensor)]
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def shortened(value: Any) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)[:60]
