@@ -96,7 +96,7 @@ def forward_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
 
 
 def forward_pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
-    """Return the forward pre-hooks of a module, to look at or to delete from."""
+    """Return the forward pre-hooks of a module, as `forward_hooks` does."""
     return module._forward_pre_hooks
 
 

@@ -584,16 +584,6 @@ class TestSwitching:
                 assert Snapshot.of(model) != found
             assert Snapshot.of(model) == found
 
-    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-    def test_copies_recompute_and_restore(self, copied: Callable[[nn.Module], nn.Module]) -> None:
-        model = self.model()
-        plain = str(model)
-        set_mode(model, "tune", recompute_activations=True)
-        other = copied(model)
-        assert isinstance(other[:3](batch()), Recomputed)
-        set_mode(other, "train")
-        assert str(other) == plain
-
     def test_pairs_and_reasons_are_found_as_in_the_plain_model(self) -> None:
         model = net(nn.SiLU(), nn.BatchNorm2d(6), nn.Mish(), nn.BatchNorm2d(6))
         expected = find_conv_bn_pairs(model)
