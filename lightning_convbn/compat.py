@@ -93,7 +93,7 @@ def fake_tensor_mode() -> FakeTensorMode:
 
 
 def forward_pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
-    """Return the forward pre-hooks of a module, to look at or to delete from."""
+    """Return the forward pre-hooks of a module, as `forward_hooks` does."""
     return module._forward_pre_hooks
 
 

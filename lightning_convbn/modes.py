@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import get_args
 
-import torch
 from torch import nn
 
 from lightning_convbn.layers.activations import activation_layer, recomputes_activations
-from lightning_convbn.layers.swap import Mode, plain_class, restore_class, swap_class, swap_of
-from lightning_convbn.layers.table import conv_layer, is_norm, norm_layer
+from lightning_convbn.layers.norms import unknown_norm
+from lightning_convbn.layers.swap import Mode, partners_of, plain_class, restore_class, swap_class, swap_of
+from lightning_convbn.layers.table import conv_layer, is_norm, is_scripted_norm, norm_layer
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.find import find_conv_bn_pairs, mismatch, pairs_in_force, statistics_missing
 from lightning_convbn.pairs.pair import ConvBNPairs
@@ -25,7 +25,8 @@ def set_mode(
 ) -> ConvBNPairs:
     """Switch a model to a mode, in place, from whatever mode it is in.
 
-    - ``"train"``: the modules exactly as they were found, with the classes and training flags they had.
+    - ``"train"``: the modules exactly as they were found. This always succeeds, also for a part of a converted model,
+      and after modules were replaced. A BatchNorm outside of the part is no longer folded if its convolution is plain.
     - ``"eval"``: every BatchNorm with running statistics is frozen at them, whoever calls ``.train()``.
     - ``"tune"``: as Eval, but paired BatchNorms are folded into their convolution at every forward. Gradients reach
       every parameter and equal Eval's. The convolution's own output is not kept for the backward pass. Nothing is
@@ -34,11 +35,12 @@ def set_mode(
       a parameter. Where one is needed it runs as Tune does. The fold is made again after a write that PyTorch counts;
       a write through ``.data`` is noticed at the next switch.
 
-    Parameters, buffers, ``state_dict`` keys, hooks and optimizers are not touched. A BatchNorm without running
-    statistics stays unfrozen: it keeps running as it was found.
+    Parameters, buffers, training flags, ``state_dict`` keys, hooks and optimizers are not touched. A BatchNorm without
+    running statistics stays unfrozen: it keeps running as it was found. A copy or a pickle of a converted model is
+    plain. Its frozen BatchNorms have ``training=False``, until you call ``.train()`` on the copy.
 
     Args:
-        model: Any module. Wrappers such as DDP are fine; ``DataParallel`` and TorchScript are not.
+        model: Any module. Wrappers such as DDP are fine; ``DataParallel`` and a BatchNorm in TorchScript are not.
         mode: ``"train"``, ``"eval"``, ``"tune"`` or ``"deploy"``.
         pairs: What to fold; None for the pairs in force, or, in a plain model, for what `find_conv_bn_pairs` finds.
         recompute_activations: In Eval or Tune mode, recompute the outputs of activations (``ACTIVATION_LAYERS``). SiLU,
@@ -66,19 +68,44 @@ def set_mode(
         )
     """
     check_mode("mode", mode, MODES)
-    _check_model(model)
-    _check_whole_pairs(model)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     check_recompute(mode, recompute_activations)
     if mode == "train":
-        found = _chosen(model, pairs)
-        for module in model.modules():
-            restore_class(module)
-        return found
+        found = pairs_in_force(model) if pairs is None else pairs
+        restore_modules(model.modules())
+        return find_conv_bn_pairs(model) if found is None else found
+    _check_model(model)
+    _check_whole_pairs(model)
     if not any(is_norm(module) for module in model.modules()):
         raise ValueError(f"model: {type(model).__name__} has no BatchNorm, so there is nothing to put in {mode!r} mode")
     pairs = _chosen(model, pairs)
     _convert(model, mode, pairs, recompute_activations)
     return pairs
+
+
+def restore_modules(modules: Iterable[nn.Module]) -> None:
+    """Give back plain modules, wherever they are now. Does nothing to a plain module.
+
+    The partner of a module that lies outside of them must compute the right thing on its own. So a convolution becomes
+    plain, too, and a folded BatchNorm is frozen.
+    """
+    chosen = set(modules)
+    for module in chosen:
+        outside = [partner for partner in partners_of(module) if partner not in chosen]
+        for partner in outside:
+            if module in partners_of(partner):  # else it has another partner by now
+                _leave_pair(partner)
+        restore_class(module)
+
+
+def _leave_pair(module: nn.Module) -> None:
+    """Let a convolution or a BatchNorm of a pair run alone, in the mode that it is in."""
+    swap = swap_of(module)
+    if swap is not None and is_norm(module):
+        swap_class(module, _frozen_class(module), swap.mode, reason=reasons.TORN)
+    else:
+        restore_class(module)
 
 
 def get_mode(model: nn.Module) -> Mode:
@@ -125,6 +152,7 @@ def conv_bn_mode(
     finally:
         if _state(model) != before:
             mode, pairs, recompute_activations = before
+            pairs = None if pairs is None else _fitting(model, pairs)
             set_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
 
 
@@ -150,15 +178,28 @@ def _state(model: nn.Module) -> tuple[Mode, ConvBNPairs | None, bool]:
 
 
 def _chosen(model: nn.Module, pairs: ConvBNPairs | None) -> ConvBNPairs:
-    """What was asked for, else what is in force, else what can be found."""
-    if pairs is None:
-        pairs = pairs_in_force(model)
-    return find_conv_bn_pairs(model) if pairs is None else pairs
+    """What was asked for, else what is in force and fits still, else what can be found."""
+    if pairs is not None:
+        return pairs
+    pairs = pairs_in_force(model)
+    return find_conv_bn_pairs(model) if pairs is None else _fitting(model, pairs)
+
+
+def _fitting(model: nn.Module, pairs: ConvBNPairs) -> ConvBNPairs:
+    """Return pairs that were in force, without those whose modules were replaced, removed or parametrized since."""
+    names = {name for name, _ in model.named_modules()}
+    reason_of = {bn: _unfit(model, conv, bn) if {conv, bn} <= names else reasons.TORN for conv, bn in pairs}
+    return pairs.unfold({bn: reason for bn, reason in reason_of.items() if reason is not None})
+
+
+def _unfit(model: nn.Module, conv_name: str, bn_name: str) -> str | None:
+    """Return the reason why two modules of a model can't be folded; None if they can."""
+    bn = model.get_submodule(bn_name)
+    reason = f"`{bn_name}` is no BatchNorm" if not is_norm(bn) else statistics_missing(bn)
+    return reason or mismatch(model, conv_name, bn_name)
 
 
 def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     for name, module in model.named_modules():
         where = f"model: `{name or type(module).__name__}`"
         if isinstance(module, nn.DataParallel):
@@ -166,20 +207,22 @@ def _check_model(model: nn.Module) -> None:
                 f"{where} is wrapped in DataParallel, whose replicas would keep using the BatchNorms of the original; "
                 "use DistributedDataParallel"
             )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(f"{where} is TorchScript, whose code can't be changed; convert the model before scripting")
+        if is_scripted_norm(module):
+            raise ValueError(
+                f"{where} is a BatchNorm in TorchScript, whose code can't be changed; convert the model before "
+                "scripting"
+            )
 
 
 def _check_whole_pairs(model: nn.Module) -> None:
     """A part of a converted model can't be switched alone if a pair would be torn apart."""
     inside = set(model.modules())
     for name, module in model.named_modules():
-        swap = swap_of(module)
-        partners = (*module.__dict__.get("_bn", ()), *((swap and swap.conv) or ()))
-        if any(partner not in inside for partner in partners):
+        if any(partner not in inside for partner in partners_of(module)):
             raise ValueError(
                 f"model: the partner of `{name or type(module).__name__}` in its pair lies outside of "
-                f"{type(model).__name__}; switch the whole model that was converted"
+                f"{type(model).__name__}. Either switch the whole model that was converted, by set_mode or by "
+                'ConvBNModeCallback; or, if you have replaced or removed modules, call set_mode(model, "train") first'
             )
 
 
@@ -205,16 +248,23 @@ def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute_activat
 
 def _convert_norm(name: str, bn: nn.Module, mode: Mode, pairs: ConvBNPairs, conv: nn.Module | None) -> None:
     """Freeze or fold a BatchNorm, or restore one that stays unfrozen."""
-    row = norm_layer(bn)
-    frozen = None if row is None else row.eval or plain_class(bn)
     if name in pairs.unfrozen or statistics_missing(bn) is not None:
         restore_class(bn)
     elif conv is None:
-        swap_class(bn, frozen, mode, reason=pairs.unpaired.get(name, reasons.NOT_GIVEN))
+        swap_class(bn, _frozen_class(bn), mode, reason=pairs.unpaired.get(name, reasons.NOT_GIVEN))
     else:
+        row = norm_layer(bn)
         assert row is not None
-        cls = frozen if mode == "eval" else row.folded
+        cls = _frozen_class(bn) if mode == "eval" else row.folded
         swap_class(bn, cls, mode, conv=conv, flattened=name in pairs.flattened)
+
+
+def _frozen_class(bn: nn.Module) -> type[nn.Module]:
+    """Return what freezes a BatchNorm without folding it."""
+    row = norm_layer(bn)
+    if row is None or row.eval is None or "forward" in vars(bn):  # the forward may be one that was set on the module
+        return unknown_norm(plain_class(bn))  # type: ignore[arg-type]
+    return row.eval
 
 
 def _checked_partners(model: nn.Module, pairs: ConvBNPairs) -> dict[nn.Module, nn.Module]:
@@ -229,12 +279,10 @@ def _checked_partners(model: nn.Module, pairs: ConvBNPairs) -> dict[nn.Module, n
         for name in (conv_name, bn_name):
             if name not in modules:
                 raise ValueError(f"pairs: {type(model).__name__} has no module `{name}`")
-        bn = modules[bn_name]
-        reason = f"`{bn_name}` is no BatchNorm" if not is_norm(bn) else statistics_missing(bn)
-        reason = reason or mismatch(model, conv_name, bn_name)
+        reason = _unfit(model, conv_name, bn_name)
         if reason is not None:
             raise ValueError(f"pairs: `{conv_name}` and `{bn_name}` can't be folded: {reason}")
-        conv_of[bn] = modules[conv_name]
+        conv_of[modules[bn_name]] = modules[conv_name]
     if len(set(conv_of.values())) < len(pairs):
         raise ValueError("pairs: a convolution or a BatchNorm is in more than one pair")
     return conv_of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from threading import Thread
 from typing import Any, get_args
@@ -19,6 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_convbn import ConvBNPairs, Mode, conv_bn_mode, find_conv_bn_pairs, fuse_for_deploy, get_mode, set_mode
+from lightning_convbn.modes import restore_modules
+from lightning_convbn.pairs import reasons
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 FROZEN: tuple[Mode, ...] = ("eval", "tune", "deploy")
@@ -81,14 +82,28 @@ def test_a_switch_there_and_back_is_exact(first: Mode, second: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", FROZEN)
-def test_the_training_flags_come_back_even_if_changed_meanwhile(mode: Mode) -> None:
-    model = Patchwork()
-    flags = {name: module.training for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)}
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: None,
+        lambda model: model.train(),
+        lambda model: model.eval(),
+        lambda model: model.body.eval(),
+        lambda model: (model.eval(), model.hooked.train()),
+        lambda model: [setattr(module, "training", True) for module in model.modules()],
+    ],
+)
+def test_training_flags_are_those_that_the_plain_model_would_have(change: Callable[[Any], Any], mode: Mode) -> None:
+    """Whoever sets a flag before the switch, or after it, finds it as it was set."""
+    model, plain = Patchwork(), Patchwork()
+    for each in (model, plain):
+        each.body[1].eval()
     set_mode(model, mode)
-    model.train()
+    for each in (model, plain):
+        change(each)
+    output(model)
     set_mode(model, "train")
-    del flags["left"]  # never converted
-    assert {name: model.get_submodule(name).training for name in flags} == flags
+    assert [module.training for module in model.modules()] == [module.training for module in plain.modules()]
 
 
 def test_the_mode_is_visible_in_print() -> None:
@@ -158,28 +173,6 @@ class TestContextManager:
 
 
 class TestCopies:
-    @pytest.mark.parametrize("mode", FROZEN)
-    @pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
-    def test_a_copy_is_independent(self, how: str, mode: Mode) -> None:
-        net = small_net().double()
-        set_mode(net, mode)
-        expected = output(net)
-        if how == "deepcopy":
-            copied = copy.deepcopy(net)
-        else:
-            file = io.BytesIO()
-            torch.save(net, file)
-            file.seek(0)
-            copied = torch.load(file, weights_only=False)
-        with torch.no_grad():
-            for tensor in net.state_dict().values():
-                tensor.mul_(2)
-        assert torch.equal(output(copied), expected)
-        assert get_mode(copied) == mode
-        set_mode(copied, "train")
-        set_mode(net, "train")
-        assert [type(module) for module in copied] == [type(module) for module in net] == [type(m) for m in small_net()]
-
     def test_functional_call_uses_the_tensors_given_and_leaves_the_model_alone(self) -> None:
         net = small_net().double()
         other = {name: tensor * 1.5 for name, tensor in net.state_dict().items()}
@@ -541,6 +534,80 @@ def test_hooks_fire_once_each_and_survive(mode: Mode) -> None:
     assert calls == [net[0], net[0], net[1], net[1]] * 2
 
 
+class TestAfterSurgery:
+    """Coming back always works, and what is left of a pair computes the right thing."""
+
+    @pytest.mark.parametrize("mode", FROZEN)
+    @pytest.mark.parametrize("replaced", ["0", "1", "7", "8"])
+    def test_a_model_is_restored_after_a_module_was_replaced(self, replaced: str, mode: Mode) -> None:
+        model = small_net().double()
+        set_mode(model, mode)
+        old, new = model.get_submodule(replaced), small_net(seed=1).double().get_submodule(replaced)
+        setattr(model, replaced, new)
+        if replaced in ("0", "7") or mode != "eval":  # a convolution in Eval mode is plain and has no partner
+            with pytest.raises(ValueError, match=r"lies outside of Sequential\..*call set_mode\(model, .train.\)"):
+                set_mode(model, "tune" if mode == "deploy" else "deploy")
+        pairs = set_mode(model, "train")
+        assert reasons.TORN in pairs.unpaired.values() or replaced in ("1", "8")
+        assert [type(module) for module in model] == [type(module) for module in small_net()]
+        restore_modules([old])
+        assert type(old) is type(new)
+        set_mode(model, mode)
+        assert_close([output(model)], [eval_output(model)], 1e-12)
+
+    @pytest.mark.parametrize("mode", FROZEN)
+    @pytest.mark.parametrize("part", [slice(0, 1), slice(1, 2), slice(1, 5), slice(5, 9)])
+    def test_a_part_is_restored_and_the_rest_computes_as_before(self, part: slice, mode: Mode) -> None:
+        model = small_net().double().eval()
+        expected = eval_output(model)
+        set_mode(model, mode)
+        set_mode(model[part], "train")
+        assert [type(module) for module in model[part]] == [type(module) for module in small_net()[part]]
+        assert_close([output(model)], [expected], 1e-12)
+        set_mode(model, mode)
+        assert_close([output(model)], [expected], 1e-12)
+        set_mode(model, "train")
+        assert [type(module) for module in model] == [type(module) for module in small_net()]
+
+    def test_a_part_alone_is_refused_in_other_modes(self) -> None:
+        model = small_net()
+        set_mode(model, "tune")
+        found = Snapshot.of(model)
+        with pytest.raises(ValueError, match="the partner of `0` in its pair lies outside of Sequential"):
+            set_mode(model[:1], "eval")
+        assert Snapshot.of(model) == found
+
+    def test_a_wrapper_that_is_refused_can_be_restored(self) -> None:
+        model = small_net()
+        set_mode(model, "tune")
+        set_mode(nn.DataParallel(model), "train")
+        assert get_mode(model) == "train"
+
+    def test_the_context_manager_comes_back_though_a_pair_is_gone(self) -> None:
+        model = small_net().double()
+        set_mode(model, "tune")
+        expected = eval_output(model)
+        with conv_bn_mode(model, "eval"):
+            weight_norm(model[0])
+        assert get_mode(model) == "tune"
+        assert "ParametrizedConv2d, which is not in the table" in set_mode(model, "tune").unpaired["1"]
+        assert_close([output(model)], [expected], 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize("mode", FROZEN)
+def test_a_scripted_activation_does_not_matter(mode: Mode) -> None:
+    model = small_net().double()
+    expected = eval_output(model)
+    model[2], model[6] = torch.jit.script(model[2]), torch.jit.trace(model[6], batch())
+    pairs = set_mode(model, mode)
+    assert len(pairs) == 3
+    assert_close([output(model)], [expected], 1e-12)
+    assert_close([fuse_for_deploy(model)(batch())], [expected], 1e-12)
+    set_mode(model, "train")
+    assert isinstance(model[1], nn.BatchNorm2d)
+
+
 class TestBadInput:
     """A ValueError that names the argument, and an untouched model."""
 
@@ -616,10 +683,12 @@ class TestBadInput:
         assert Snapshot.of(model) == found
 
     @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
-    def test_torchscript(self) -> None:
-        model = nn.Sequential(torch.jit.trace(small_net().eval(), batch(torch.float32)))
-        with pytest.raises(ValueError, match="model: `0` is TorchScript, .* convert the model before scripting"):
-            set_mode(model, "tune")
+    def test_a_scripted_norm_is_named(self) -> None:
+        model = nn.Sequential(torch.jit.trace(small_net().eval(), batch(torch.float32)), small_net())
+        for switch in (lambda: set_mode(model, "tune"), lambda: fuse_for_deploy(model)):
+            with pytest.raises(ValueError, match="model: `0.1` is a BatchNorm in TorchScript, .* before scripting"):
+                switch()
+        set_mode(model, "train")
 
     @pytest.mark.parametrize("mode", FROZEN)
     def test_a_model_without_norms(self, mode: Mode) -> None:

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from lightning_convbn.compat import compiled_by_lightning
-from lightning_convbn.modes import set_mode
+from lightning_convbn.layers.table import is_scripted_norm
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.find import find_conv_bn_pairs, pairs_in_force
 from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
@@ -59,7 +58,7 @@ def plain_copy(model: nn.Module) -> PlainCopy:
     """Copy a model, in any mode and with any wrapper, to its plain modules in eval state.
 
     Raises:
-        ValueError: If the model is no module, or if it is TorchScript or sharded.
+        ValueError: If the model is no module, or if a BatchNorm is TorchScript, or if it is sharded.
     """
     check_copyable(model)
     # deepcopy takes from `copies` what it would otherwise copy itself. It can't copy a tensor with a graph, which a
@@ -82,18 +81,19 @@ def plain_copy(model: nn.Module) -> PlainCopy:
         if id(copies.get(id(module))) in in_copy
     }
     in_force = pairs_in_force(model)
-    set_mode(copied, "train", pairs=ConvBNPairs([]))
     return PlainCopy(copied.eval(), names, None if in_force is None else _renamed(in_force, names))
 
 
 def check_copyable(model: nn.Module) -> None:
-    """Raise a ValueError if a model is no module, or if it is TorchScript or sharded."""
+    """Raise a ValueError if a model is no module, or if a BatchNorm is TorchScript, or if it is sharded."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     for name, module in model.named_modules():
         where = f"model: `{name or type(module).__name__}`"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(f"{where} is TorchScript, whose code can't be changed; give the model before scripting")
+        if is_scripted_norm(module):
+            raise ValueError(
+                f"{where} is a BatchNorm in TorchScript, whose code can't be changed; give the model before scripting"
+            )
         tensors = {type(parameter).__name__ for parameter in module.parameters(recurse=False)}
         if type(module).__name__ == "FullyShardedDataParallel" or tensors & {"DTensor", "FlatParameter"}:
             raise ValueError(

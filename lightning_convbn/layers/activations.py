@@ -12,14 +12,14 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_convbn.layers.swap import run_plain
+from lightning_convbn.layers.swap import Converted, run_plain
 from lightning_convbn.layers.table import row_of
 from lightning_convbn.ops.recomputed_activations import recomputed
 
 EXACT = 256  # bfloat16, the coarsest dtype, has every whole number up to this one
 
 
-class RecomputedActivation(nn.Module):
+class RecomputedActivation(Converted):
     """Base of the swapped activations: runs the activation as it was found, and marks its output."""
 
     def out_of_place(self) -> Callable[[Tensor], Tensor] | None:

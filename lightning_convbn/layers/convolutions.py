@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from lightning_convbn.compat import inside_transform, version_of
 from lightning_convbn.layers.marks import Call, Marked, has_watching_hooks, mark, plain_output, seen_through
 from lightning_convbn.layers.norms import affine_of, frozen_batch_norm
-from lightning_convbn.layers.swap import run_plain
+from lightning_convbn.layers.swap import Converted, run_plain
 from lightning_convbn.ops.convolution import autocast, conv_bn, folded_conv, output_numel
 from lightning_convbn.ops.fold import ConvSpec, fold_conv_bn, layout
 
 
-class ConvBNLayer(nn.Module):
+class ConvBNLayer(Converted):
     """Base of the convolutions that apply the BatchNorm behind them, too.
 
     A subclass is made of `Tune` or `Deploy`, a geometry, and the plain layer, in this order.
@@ -139,10 +139,6 @@ class Deploy(ConvBNLayer):
             fold = Fold(*folded, key, [source.detach() for source in sources])
             self._fold = fold if type(fold.weight) is Tensor else None  # a FakeTensorMode may be active
         return fold
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the fold out of copies and files."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_fold"}
 
 
 def _is_seen_through(input: Tensor, sources: list[Tensor]) -> bool:

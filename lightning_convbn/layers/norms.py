@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_convbn.layers.marks import Marked, has_watching_hooks, seen_through, taken_off
-from lightning_convbn.layers.swap import class_name, run_plain, swap_of
+from lightning_convbn.layers.swap import Converted, class_name, run_plain, swap_of
 
 EPSILON = 1e-5  # of a BatchNorm without the attribute: DETR's in transformers has it in its forward
 
@@ -43,7 +44,27 @@ def frozen_batch_norm(bn: nn.Module, input: Tensor) -> Tensor:
     return F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
 
 
-class EvalNorm(nn.Module):
+class FrozenNorm(Converted):
+    """Base of the classes of a frozen BatchNorm: its running statistics are used, and they stay what they are."""
+
+    frozen = True
+
+    def reset_running_stats(self) -> None:
+        """Refuse: no forward pass would fill the statistics again.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        swap = swap_of(self)
+        mode = "eval" if swap is None else swap.mode
+        raise RuntimeError(
+            f"reset_running_stats: this {class_name(self)} is frozen, because set_mode or ConvBNModeCallback has put "
+            f"its model in {mode!r} mode. No forward pass would fill its statistics again, as update_bn of "
+            'torch.optim.swa_utils expects. Call set_mode(model, "train") first, or use a copy.deepcopy: it is plain'
+        )
+
+
+class EvalNorm(FrozenNorm):
     """A BatchNorm frozen at its running statistics for good."""
 
     dims: frozenset[int]  # dimensions that an input may have
@@ -53,7 +74,25 @@ class EvalNorm(nn.Module):
         return frozen_batch_norm(self, input) if swap_of(self) is not None else run_plain(self, input)
 
 
-class FoldedNorm(nn.Module):
+class UnknownNorm(FrozenNorm):
+    """A BatchNorm of a class that is not in the table, frozen: it runs as in its own eval state."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run with the training flag at False. Afterwards the flag is as it was, for whoever set it."""
+        training, self.training = self.training, False
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.training = training
+
+
+@cache
+def unknown_norm(plain: type[Any]) -> type[FrozenNorm]:
+    """Return the class that freezes a BatchNorm of a class that is not in the table, or that is always frozen."""
+    return type(f"Eval{plain.__name__}", (UnknownNorm, plain), {"__module__": __name__, "__doc__": UnknownNorm.__doc__})
+
+
+class FoldedNorm(FrozenNorm):
     """A BatchNorm whose work is done by the convolution in front of it."""
 
     dims: frozenset[int]  # dimensions that an input may have

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from lightning_convbn.layers import convolutions, norms, third_party
@@ -118,3 +119,12 @@ def norm_layer(module: nn.Module) -> NormLayer | None:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a BatchNorm, supported or not."""
     return isinstance(module, BatchNorm) or norm_layer(module) is not None
+
+
+def is_scripted_norm(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm in TorchScript, except one that is always frozen. It has lost its own class."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return False
+    name = str(getattr(module, "original_name", ""))
+    buffers = {name for name, _ in module.named_buffers(recurse=False)}
+    return buffers >= {"running_mean", "running_var"} and "InstanceNorm" not in name and "Frozen" not in name

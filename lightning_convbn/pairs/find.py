@@ -204,7 +204,7 @@ def pairs_in_force(model: nn.Module) -> ConvBNPairs | None:
             unpaired[name] = statistics_missing(module) or reasons.UNFROZEN
             unfrozen.append(name)
         elif swap.conv is None or swap.conv[0] not in names:
-            unpaired[name] = swap.reason
+            unpaired[name] = swap.reason or reasons.TORN
         else:
             pairs.append(ConvBNPair(names[swap.conv[0]], name))
             if swap.flattened:

@@ -7,6 +7,7 @@ NO_STATISTICS = "has no running statistics, so it always normalises with the bat
 LAZY = "is lazy and not initialised yet: run one batch through the model first"
 UNTRAINED = "was never trained (mean 0, variance 1)"
 UNFROZEN = "was not frozen when the model was converted"
+TORN = "its convolution was replaced, or switched without it"
 NOT_GIVEN = "is in none of the pairs given"
 UNTRACED = "`{name}` ({cls}) can't be traced: {error}"
 NEVER_CALLED = "is never called by the model's forward in its {state} state"

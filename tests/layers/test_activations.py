@@ -36,7 +36,7 @@ from lightning_convbn import (
 )
 from lightning_convbn.layers.activations import ACTIVATION_LAYERS, RecomputedActivation, RecomputedSiLU
 from lightning_convbn.memory import as_mib, count_saved_bytes
-from lightning_convbn.ops.recomputed_activations import Recomputed, RecomputedTensor
+from lightning_convbn.ops.recomputed_activations import RecomputedTensor
 
 PLAIN_ACTIVATIONS = [key for key in ACTIVATION_LAYERS if not isinstance(key, str)]
 IN_PLACE = [cls for cls in PLAIN_ACTIVATIONS if cls is not nn.GELU]
@@ -583,16 +583,6 @@ class TestSwitching:
             with conv_bn_mode(model, mode, recompute_activations=flag):
                 assert Snapshot.of(model) != found
             assert Snapshot.of(model) == found
-
-    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-    def test_copies_recompute_and_restore(self, copied: Callable[[nn.Module], nn.Module]) -> None:
-        model = self.model()
-        plain = str(model)
-        set_mode(model, "tune", recompute_activations=True)
-        other = copied(model)
-        assert isinstance(other[:3](batch()), Recomputed)
-        set_mode(other, "train")
-        assert str(other) == plain
 
     def test_pairs_and_reasons_are_found_as_in_the_plain_model(self) -> None:
         model = net(nn.SiLU(), nn.BatchNorm2d(6), nn.Mish(), nn.BatchNorm2d(6))

@@ -265,7 +265,6 @@ def test_restored_exactly(name: str) -> None:
         set_mode(model, mode)
         model(images(1, 16, 8, 8))
         assert list(model.state_dict()) == list(before[-1])
-        model.eval().train()
     set_mode(model, "train")
     assert snapshot(model) == before
 
@@ -273,7 +272,7 @@ def test_restored_exactly(name: str) -> None:
 @pytest.mark.parametrize("mode", ["eval", "tune", "deploy"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_copies_and_files(name: str, mode: Mode) -> None:
-    """A copy is converted as its original, and restores to what the original was, on its own."""
+    """A copy is plain, and computes what the converted original computes."""
     model, image = network(name).eval(), images(1, 16, 8, 8)
     before = snapshot(model)
     classes = before[1]
@@ -285,8 +284,7 @@ def test_copies_and_files(name: str, mode: Mode) -> None:
     loaded = torch.load(file, weights_only=False)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
         with torch.no_grad():
-            assert_close([twin(image)], expected, 0.0)
-        set_mode(twin, "train")
+            assert_close([twin(image)], expected, 1e-5)
         assert [type(module) for module in twin.modules()] == classes
     assert swap_of(model[1]) is not None
     set_mode(model, "train")
@@ -331,8 +329,8 @@ def test_an_unknown_batch_norm_is_frozen_and_says_why(norm: nn.Module) -> None:
     model, image = randomized(nn.Sequential(conv(), norm)).eval(), images(2, 16, 8, 8)
     with torch.no_grad():
         expected = model(image)
-    pairs = set_mode(model, "tune")
     reason = f"is a {type(norm).__name__}, which is not in the table of supported layers"
+    pairs = set_mode(model, "tune")
     assert pairs.frozen["1"] == reason
     before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
     with torch.no_grad():
