@@ -199,6 +199,6 @@ def _load(best: str, trainer: Trainer) -> dict[str, Any]:
             return cast(dict[str, Any], load_only_weights(file, best))
         except ValueError as error:
             raise ValueError(
-                f"{error}. This run was resumed from {trainer.ckpt_path}, which names that file. If the file is your own, "
-                "load it and export it"
+                f"{error}. This run was resumed from {trainer.ckpt_path}, which names that file. If the file is your "
+                "own, load it and export it"
             ) from error
