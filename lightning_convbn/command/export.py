@@ -41,7 +41,7 @@ def export_model(options: Namespace) -> None:
     example = torch.randn(options.batch_size, *sample_shape(options.size))
     with errors_in_one_line():
         check_path("PATH", options.path)
-    model = load_model(options.model, options.checkpoint_class)
+    model = load_model(options.model, options.checkpoint_class, options.trust_checkpoint)
     check_has_batchnorm(model)
     check_takes(model, example)
     if has_random_weights(options.model):

@@ -43,7 +43,7 @@ def inspect_model(options: Namespace) -> None:
     """Print a row for each BatchNorm, or JSON."""
     example = None if options.size is None else torch.randn(2, *sample_shape(options.size))
     check_output_files(options)
-    model = load_model(options.model, options.checkpoint_class)
+    model = load_model(options.model, options.checkpoint_class, options.trust_checkpoint)
     check_has_batchnorm(model)
     if example is not None:
         check_takes(model, example)

@@ -82,7 +82,7 @@ def measure_model(options: Namespace) -> None:
     if options.plot is not None:
         check_plottable(options.plot)
     check_output_files(options)
-    model = load_model(options.model, options.checkpoint_class)
+    model = load_model(options.model, options.checkpoint_class, options.trust_checkpoint)
     steps = count_progress_steps(options.variants, rounds=options.rounds, budget=budget)
     with errors_in_one_line(), progress_bar(steps) as progress:
         measurer = ModelMeasurer(model, shape, DTYPES[options.dtype], device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import io
 import os
 import sys
 import warnings
@@ -17,15 +18,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_convbn.command.errors import CommandError
+from lightning_convbn.exporting.checkpoint_file import load_only_weights
 from lightning_convbn.text import first_line
 
 FORMS = "torchvision:NAME, timm:NAME, package.module:factory, or a Lightning checkpoint (*.ckpt)"
+_HYPERPARAMETERS = ("hyper_parameters", "hparams", "module_arguments")  # where a checkpoint has them, old ones too
 
 
-def load_model(spec: str, checkpoint_class: str | None = None) -> nn.Module:
+def load_model(spec: str, checkpoint_class: str | None = None, trust_checkpoint: bool = False) -> nn.Module:
     """Build the model that ``spec`` names, on the CPU and in its eval state. No weights are downloaded.
 
     Args:
@@ -33,6 +37,7 @@ def load_model(spec: str, checkpoint_class: str | None = None) -> nn.Module:
             module or a callable without required arguments, or the path of a checkpoint. The current directory is
             importable.
         checkpoint_class: The class of a checkpoint, as ``package.module:LightningModuleClass``.
+        trust_checkpoint: Whether a checkpoint may hold more than weights and plain values. Then it can run any code.
 
     Raises:
         CommandError: If there is no such model, or it can't be built.
@@ -44,9 +49,11 @@ def load_model(spec: str, checkpoint_class: str | None = None) -> nn.Module:
     is_checkpoint = spec.endswith(".ckpt")
     if checkpoint_class is not None and not is_checkpoint:
         raise CommandError(f"--class is for a Lightning checkpoint (*.ckpt); MODEL is {spec!r}")
+    if trust_checkpoint and not is_checkpoint:
+        raise CommandError(f"--trust-checkpoint is for a Lightning checkpoint (*.ckpt); MODEL is {spec!r}")
     source, _, name = spec.partition(":")
     if is_checkpoint:
-        model = _from_checkpoint(spec, checkpoint_class)
+        model = _from_checkpoint(spec, checkpoint_class, trust=trust_checkpoint)
     elif not source or not name:
         raise CommandError(f"unknown model {spec!r}; MODEL is {FORMS}")
     elif source == "torchvision":
@@ -90,7 +97,7 @@ def _from_factory(spec: str, found: object) -> nn.Module:
     return _built(spec, found)
 
 
-def _from_checkpoint(path: str, checkpoint_class: str | None) -> nn.Module:
+def _from_checkpoint(path: str, checkpoint_class: str | None, *, trust: bool) -> nn.Module:
     if checkpoint_class is None:
         raise CommandError(
             f"{path} is a Lightning checkpoint, which does not say how its model is built; "
@@ -101,7 +108,38 @@ def _from_checkpoint(path: str, checkpoint_class: str | None) -> nn.Module:
     found = _attribute(checkpoint_class)
     if not hasattr(found, "load_from_checkpoint"):
         raise CommandError(f"--class {checkpoint_class} is not a LightningModule class: it has no load_from_checkpoint")
-    return _built(path, lambda: found.load_from_checkpoint(path, map_location="cpu"))
+    file = path if trust else _only_weights(path)
+    # Before 2.6 Lightning has no such argument, and it unpickles everything.
+    options = {"weights_only": not trust} if _takes_weights_only(found.load_from_checkpoint) else {}
+    return _built(path, lambda: found.load_from_checkpoint(file, map_location="cpu", **options))
+
+
+def _only_weights(path: str) -> io.BytesIO:
+    """Return the checkpoint as a file that this process has written, so that Lightning may unpickle all of it."""
+    own = "if the file is your own, add --trust-checkpoint"
+    try:
+        checkpoint = load_only_weights(path, path)
+    except ValueError as error:
+        raise CommandError(f"{error}; {own}") from error
+    except Exception as error:  # a damaged file may raise anything
+        raise CommandError(f"{path} can't be read: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise CommandError(f"{path} is no Lightning checkpoint: it has no state_dict")
+    for key in _HYPERPARAMETERS:
+        hyperparameters = checkpoint.get(key)
+        if isinstance(hyperparameters, dict) and "_instantiator" in hyperparameters:
+            raise CommandError(
+                f"{path} names a function that builds its model, `{hyperparameters['_instantiator']}`, as those of "
+                f"LightningCLI do; only weights and plain values are loaded, because it could be any function; {own}"
+            )
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    file.seek(0)
+    return file
+
+
+def _takes_weights_only(load: Any) -> bool:
+    return "weights_only" in inspect.signature(load).parameters
 
 
 def _built(spec: str, build: Any) -> nn.Module:

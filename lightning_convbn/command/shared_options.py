@@ -11,7 +11,8 @@ MODEL is one of
   timm:efficientnet_b0      its name in timm; random weights
   package.module:factory    a callable without required arguments that returns a model, a model class, or a model;
                             the current directory is importable
-  path/to/last.ckpt         a Lightning checkpoint, with --class package.module:LightningModuleClass
+  path/to/last.ckpt         a Lightning checkpoint, with --class package.module:LightningModuleClass;
+                            only weights and plain values are loaded from it
 No weights are downloaded. The model is used in its eval state: dropout is off, and auxiliary heads do not run.
 """
 
@@ -29,6 +30,12 @@ def add_command(commands: Any, name: str, purpose: str, epilog: str) -> argparse
     parser.add_argument("model", metavar="MODEL", help="the model, see above")
     parser.add_argument(
         "--class", dest="checkpoint_class", metavar="MODULE:CLASS", help="the LightningModule class of a checkpoint"
+    )
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="unpickle all that the checkpoint holds, not only weights; only for a file of your own: it can run any "
+        "code",
     )
     return parser
 

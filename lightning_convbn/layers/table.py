@@ -54,6 +54,7 @@ class NormLayer:
 
 # Keys are exact classes, or their qualified names where importing a package just to name its class would be too much.
 _CONV3D = ConvLayer(convolutions.TuneConv3d, convolutions.DeployConv3d)
+_SAME = ConvLayer(third_party.TuneConv2dSame, third_party.DeployConv2dSame)
 _STATIC_SAME = ConvLayer(third_party.TuneConv2dStaticSame, third_party.DeployConv2dStaticSame)
 CONV_LAYERS: dict[type[nn.Module] | str, ConvLayer] = {
     nn.Conv1d: ConvLayer(convolutions.TuneConv1d, convolutions.DeployConv1d),
@@ -66,8 +67,12 @@ CONV_LAYERS: dict[type[nn.Module] | str, ConvLayer] = {
     # These two choose the arguments of Conv3d and change nothing else.
     "torchvision.models.video.resnet.Conv3DSimple": _CONV3D,
     "torchvision.models.video.resnet.Conv3DNoTemporal": _CONV3D,
-    "timm.layers.conv2d_same.Conv2dSame": ConvLayer(third_party.TuneConv2dSame, third_party.DeployConv2dSame),
+    "timm.layers.conv2d_same.Conv2dSame": _SAME,
+    "efficientnet_pytorch.utils.Conv2dDynamicSamePadding": _SAME,
+    "efficientnet_pytorch.utils.Conv2dStaticSamePadding": _STATIC_SAME,
+    "efficientnet_lite_pytorch.utils.Conv2dDynamicSamePadding": _SAME,
     "efficientnet_lite_pytorch.utils.Conv2dStaticSamePadding": _STATIC_SAME,
+    "segmentation_models_pytorch.encoders._efficientnet.Conv2dDynamicSamePadding": _SAME,
     "segmentation_models_pytorch.encoders._efficientnet.Conv2dStaticSamePadding": _STATIC_SAME,
 }
 

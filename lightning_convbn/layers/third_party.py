@@ -16,7 +16,7 @@ from lightning_convbn.ops.fold import ConvSpec
 
 
 class SameGeometry(ConvGeometry):
-    """TensorFlow's SAME padding, which depends on the input's size: timm's ``Conv2dSame``."""
+    """TensorFlow's SAME padding, by the size of the input: ``Conv2dSame``, ``Conv2dDynamicSamePadding``."""
 
     def geometry(self, input: Tensor, output_size: Sequence[int] | None) -> tuple[Tensor, ConvSpec | None]:
         """Pad so that an output has ``ceil(size / stride)`` elements; what is uneven goes to the end."""
@@ -33,7 +33,7 @@ class SameGeometry(ConvGeometry):
 
 
 class StaticSameGeometry(ConvGeometry):
-    """SAME padding for a size known beforehand, by a module: ``efficientnet_lite_pytorch``'s convolution."""
+    """SAME padding for a size known beforehand, by a module: ``Conv2dStaticSamePadding``."""
 
     def geometry(self, input: Tensor, output_size: Sequence[int] | None) -> tuple[Tensor, ConvSpec | None]:
         """Pad by ``static_padding``, then as an ordinary convolution does."""

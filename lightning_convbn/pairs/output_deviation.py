@@ -37,7 +37,7 @@ def tolerance_of(model: nn.Module, outputs: Sequence[Tensor]) -> float:
         if torch.is_autocast_enabled(device)
     }
     tolerance = max(TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]) for dtype in dtypes)
-    if torch.backends.cudnn.allow_tf32 and any(tensor.is_cuda for tensor in tensors):
+    if any(tensor.is_cuda for tensor in tensors) and torch.backends.cudnn.allow_tf32:
         tolerance = max(tolerance, 10 * TOLERANCES[torch.float32])  # TF32 rounds a convolution's inputs to 10 bits
     return tolerance
 

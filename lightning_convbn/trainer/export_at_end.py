@@ -19,6 +19,7 @@ from lightning_convbn.exporting.argument_checks import (
     check_suffix,
     checked_inputs,
 )
+from lightning_convbn.exporting.checkpoint_file import load_only_weights
 from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
 from lightning_convbn.exporting.plain_copy import plain_copy
 from lightning_convbn.exporting.write_and_compare import write_and_compare
@@ -137,8 +138,7 @@ class FitExport:
         copied = plain_copy(pl_module)
         best = _best_checkpoint(trainer)
         if best:
-            with fsspec.open(best, "rb") as file:  # written by this Trainer's own run, so trusted
-                checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+            checkpoint = _load(best, trainer)
             cast(Any, copied.model).on_load_checkpoint(checkpoint)
             copied.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
         model = copied.model.cpu().get_submodule(copied.names[self._module])
@@ -183,3 +183,22 @@ def _best_checkpoint(trainer: Trainer) -> str:
         if getattr(callback, "monitor", None) and getattr(callback, "best_model_path", ""):
             return str(callback.best_model_path)  # type: ignore[attr-defined]
     return ""
+
+
+def _load(best: str, trainer: Trainer) -> dict[str, Any]:
+    """Load the best checkpoint.
+
+    It may hold more than weights: a module's hyperparameters can be objects of any class. A run that began here has
+    written the file itself, so all of it is unpickled. A resumed run was told the path by the checkpoint that it was
+    resumed from, so the file may be anybody's, and only weights are unpickled.
+    """
+    with fsspec.open(best, "rb") as file:
+        if trainer.ckpt_path is None:
+            return cast(dict[str, Any], torch.load(file, map_location="cpu", weights_only=False))
+        try:
+            return cast(dict[str, Any], load_only_weights(file, best))
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. This run was resumed from {trainer.ckpt_path}, which names that file. If the file is your "
+                "own, load it and export it"
+            ) from error

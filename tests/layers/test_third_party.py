@@ -9,15 +9,17 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import efficientnet_lite_pytorch.utils
+import efficientnet_pytorch.utils
 import pytest
 import torch
 import torch.nn.functional as F
-from efficientnet_lite_pytorch.utils import Conv2dStaticSamePadding
 from helpers.comparing import assert_close, outputs
 from helpers.model_checks import norms, randomized
 from helpers.networks import images
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from segmentation_models_pytorch.encoders import _efficientnet as smp_efficientnet
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SplitBatchNorm2d
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import SyncBatchNormAct
@@ -28,6 +30,12 @@ from lightning_convbn import ConvBNPair, Mode, find_conv_bn_pairs, fuse_for_depl
 from lightning_convbn.layers.swap import swap_of
 from lightning_convbn.memory import measure_memory_abstractly
 
+# Libraries whose EfficientNets pad as TensorFlow does.
+PADDED = [
+    efficientnet_pytorch.utils,
+    efficientnet_lite_pytorch.utils,
+    smp_efficientnet,
+]
 FOLDED_MODES: tuple[Mode, ...] = ("tune", "deploy")
 FORWARD, BACKWARD = 1e-12, 1e-10  # relative errors in float64
 
@@ -91,7 +99,7 @@ PAIRS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
     "frozen, transformers": lambda: (conv(), TransformersFrozenBatchNorm2d(16)),
     "same": lambda: (Conv2dSame(16, 16, 3, bias=False), nn.BatchNorm2d(16)),
     "same, bn_act": lambda: (Conv2dSame(16, 16, 4, groups=4, bias=True), BatchNormAct2d(16)),
-    "static same": lambda: (Conv2dStaticSamePadding(16, 16, 3, image_size=128), nn.BatchNorm2d(16)),
+    "static same": lambda: (PADDED[0].Conv2dStaticSamePadding(16, 16, 3, image_size=128), nn.BatchNorm2d(16)),
 }
 FROZEN = [name for name in PAIRS if "frozen" in name]
 
@@ -202,13 +210,24 @@ def test_same_padding(drawn: tuple[nn.Module, tuple[int, int]]) -> None:
     assert output.shape[2:] == tuple(math.ceil(n / stride) for n, stride in zip(size, layer.stride, strict=True))
 
 
+@pytest.mark.parametrize("library", PADDED)
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(kernel=st.integers(1, 5), stride=st.integers(1, 3), size=st.integers(4, 11), bias=st.booleans())
-def test_static_same_padding(kernel: int, stride: int, size: int, bias: bool) -> None:
+def test_static_same_padding(library: Any, kernel: int, stride: int, size: int, bias: bool) -> None:
     torch.manual_seed(0)
-    layer = Conv2dStaticSamePadding(4, 6, kernel, image_size=size, stride=stride, bias=bias, groups=2)
+    layer = library.Conv2dStaticSamePadding(4, 6, kernel, image_size=size, stride=stride, bias=bias, groups=2)
     model = randomized(nn.Sequential(layer, nn.BatchNorm2d(6)).double())
     assert_equals_eval(model, images(2, 4, size, size, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("library", PADDED)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(kernel=st.integers(1, 5), stride=st.integers(1, 3), size=st.integers(4, 11), dilation=st.integers(1, 2))
+def test_dynamic_same_padding(library: Any, kernel: int, stride: int, size: int, dilation: int) -> None:
+    torch.manual_seed(0)
+    layer = library.Conv2dDynamicSamePadding(4, 6, kernel, stride=stride, dilation=dilation, groups=2)
+    model = randomized(nn.Sequential(layer, nn.BatchNorm2d(6)).double())
+    assert_equals_eval(model, images(2, 4, size, size + 1, dtype=torch.float64))
 
 
 def kept(model: nn.Module, mode: Mode) -> int:

@@ -1,4 +1,4 @@
-"""Other libraries: transformers, segmentation-models-pytorch, mmcv and efficientnet_lite_pytorch."""
+"""Other libraries: transformers, segmentation-models-pytorch, mmcv, efficientnet_pytorch and its lite twin."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import efficientnet_lite_pytorch
+import efficientnet_pytorch
 import pytest
 import segmentation_models_pytorch as smp
 import torch
@@ -176,6 +177,22 @@ def test_mmcv_module_told_not_to_normalize() -> None:
 
     pairs = assert_provers_agree(Unnormalized().eval(), images(1, 3, 8, 8))
     assert pairs.unpaired == {"block.bn": "is never called by the model's forward in its eval state"}
+
+
+@pytest.mark.parametrize(
+    ("options", "convolution"),
+    [({}, "Conv2dStaticSamePadding"), ({"image_size": None}, "Conv2dDynamicSamePadding")],
+    ids=["static", "dynamic"],
+)
+@pytest.mark.parametrize("size", [64, 75])
+def test_efficientnet_pytorch(options: dict[str, Any], convolution: str, size: int) -> None:
+    torch.manual_seed(0)
+    model = randomized(efficientnet_pytorch.EfficientNet.from_name("efficientnet-b0", **options).eval())
+    image = images(1, 3, size, size)
+    pairs = assert_provers_agree(model, image)
+    assert Counts.of(pairs) == Counts(49, 0)
+    assert {class_name(model.get_submodule(pair.conv)) for pair in pairs} == {convolution}
+    assert_folded_equals_eval(model, image)
 
 
 def test_efficientnet_lite_pytorch() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,58 @@ def test_the_best_checkpoint_is_exported_if_there_is_one(tmp_path: Path, caplog:
     assert_holds(path, best)
     with pytest.raises(AssertionError):
         assert_holds(path, module)
+
+
+class WithAFolder(WorseEveryEpoch):
+    """Whose hyperparameters are no plain values."""
+
+    def __init__(self, folder: Path = Path()) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_a_best_checkpoint_of_this_run_may_hold_any_object(tmp_path: Path) -> None:
+    module, path = WithAFolder(tmp_path), tmp_path / "model.pt"
+    saving = ModelCheckpoint(tmp_path, monitor="loss")
+    fit(module, path, saving, enable_checkpointing=True)
+    assert_holds(path, WithAFolder.load_from_checkpoint(saving.best_model_path, **TRUSTED))
+
+
+class Command:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.file}",)
+
+
+@pytest.mark.filterwarnings("ignore:.*(dirpath has changed|when using `ckpt_path`)")
+def test_a_command_in_the_best_checkpoint_that_a_resumed_run_is_told_of_is_not_run(tmp_path: Path) -> None:
+    """A checkpoint names the best one. Whoever gives you the first may have written both."""
+    saving = ModelCheckpoint(tmp_path, filename="first", monitor="loss")
+    make_trainer(saving, enable_checkpointing=True).fit(WorseEveryEpoch())
+    stranger = torch.load(tmp_path / "first.ckpt", weights_only=True)
+    torch.save({**stranger, "more": Command(tmp_path / "written")}, tmp_path / "best.ckpt")
+    for state in stranger["callbacks"].values():
+        state["best_model_path"] = str(tmp_path / "best.ckpt")
+    torch.save(stranger, tmp_path / "stranger.ckpt")
+    trainer = make_trainer(quick(export_path=tmp_path / "model.pt"), saving, enable_checkpointing=True, max_epochs=2)
+    message = r"best.ckpt holds a `posix.system`; only weights .* This run was resumed from .*stranger\.ckpt"
+    with pytest.warns(UserWarning, match=rf"nothing was exported.*{message}"):
+        trainer.fit(WorseEveryEpoch(), ckpt_path=tmp_path / "stranger.ckpt")
+    assert not (tmp_path / "written").exists()
+    assert not (tmp_path / "model.pt").exists()
+
+
+def test_the_best_checkpoint_of_a_resumed_run_is_exported(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, monitor="loss")
+    make_trainer(saving, enable_checkpointing=True).fit(WorseEveryEpoch())
+    path, module = tmp_path / "model.pt", WorseEveryEpoch()
+    trainer = make_trainer(quick(export_path=path), saving, enable_checkpointing=True, max_epochs=2)
+    trainer.fit(module, ckpt_path=saving.best_model_path)
+    assert_holds(path, WorseEveryEpoch.load_from_checkpoint(saving.best_model_path))
 
 
 def test_an_onnx_file_computes_what_forward_computes(tmp_path: Path) -> None:
