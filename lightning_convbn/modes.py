@@ -262,7 +262,9 @@ def _convert_norm(name: str, bn: nn.Module, mode: Mode, pairs: ConvBNPairs, conv
 def _frozen_class(bn: nn.Module) -> type[nn.Module]:
     """Return what freezes a BatchNorm without folding it."""
     row = norm_layer(bn)
-    return row.eval if row is not None and row.eval is not None else unknown_norm(plain_class(bn))
+    if row is not None and row.eval is not None:
+        return row.eval
+    return unknown_norm(plain_class(bn))  # type: ignore[arg-type]  # mypy takes Module's __hash__ for that of its class
 
 
 def _checked_partners(model: nn.Module, pairs: ConvBNPairs) -> dict[nn.Module, nn.Module]:

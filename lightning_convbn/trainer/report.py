@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -11,6 +12,8 @@ from lightning_convbn.memory import MIB
 from lightning_convbn.pairs.reasons import UNTRAINED
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import Trainer, rank_zero_info, rank_zero_warn
+
+_NUMBER_OR_NAME = re.compile(r"`[^`]+`|\d[\d.e+-]*")
 
 
 def print_table(trainer: Trainer, parts: Sequence[ConvertedPart], mode: Mode, eval_mode: Mode) -> None:
@@ -28,15 +31,25 @@ def print_table(trainer: Trainer, parts: Sequence[ConvertedPart], mode: Mode, ev
         (bar.print if bar is not None else rank_zero_info)("\n".join(lines))
 
 
-def warn_about(part: ConvertedPart, mode: Mode) -> None:
-    """Warn of pairs that were found wrong, of BatchNorms in Train mode, and of hooks that see other values.
+def warn_about(part: ConvertedPart, mode: Mode, *, verify: bool) -> None:
+    """Warn of pairs found wrong or not verified, of BatchNorms in Train mode, and of hooks that see other values.
+
+    There is one warning for one cause, however many pairs it concerns.
 
     Args:
         part: A converted part.
         mode: The mode that training runs in.
+        verify: Whether the pairs were to be verified.
     """
-    for name, reason in part.wrong.items():
-        rank_zero_warn(f"ConvBN: `{part.full_name(name)}` goes back to Eval mode: {reason}")
+    for names, reason in _causes(part.wrong):
+        others = f" and {len(names) - 1} more BatchNorms go" if len(names) > 1 else " goes"
+        rank_zero_warn(f"ConvBN: `{part.full_name(names[0])}`{others} back to Eval mode: {reason}")
+    if verify and part.unchecked:
+        rank_zero_warn(
+            f"ConvBN: the folded pairs of `{part.path or 'the module'}` are neither verified nor counted: the first "
+            "batch did not pass through its forward. Set target=... to the module that training_step calls, or "
+            "verify=False if you have compared Tune mode with Eval mode yourself"
+        )
     if part.untrained:
         rank_zero_warn(
             f"ConvBN: {len(part.untrained)} BatchNorm(s) of `{part.path or 'the module'}` stay in Train mode: "
@@ -47,6 +60,14 @@ def warn_about(part: ConvertedPart, mode: Mode) -> None:
             f"ConvBN: the hooks on `{'`, `'.join(hooked)}` see values that are normalised already: a folded "
             "convolution returns what its BatchNorm would return, and the BatchNorm passes it on"
         )
+
+
+def _causes(wrong: Mapping[str, str]) -> list[tuple[list[str], str]]:
+    """Group names by reason: the names, and the first one's reason. Reasons that differ in a number are one cause."""
+    causes: dict[str, tuple[list[str], str]] = {}
+    for name, reason in wrong.items():
+        causes.setdefault(_NUMBER_OR_NAME.sub("", reason), ([], reason))[0].append(name)
+    return list(causes.values())
 
 
 def log_kept_bytes(trainer: Trainer, parts: Sequence[ConvertedPart]) -> None:

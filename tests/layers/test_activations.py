@@ -36,7 +36,7 @@ from lightning_convbn import (
 )
 from lightning_convbn.layers.activations import ACTIVATION_LAYERS, RecomputedActivation, RecomputedSiLU
 from lightning_convbn.memory import as_mib, count_saved_bytes
-from lightning_convbn.ops.recomputed_activations import Recomputed, RecomputedTensor
+from lightning_convbn.ops.recomputed_activations import RecomputedTensor
 
 PLAIN_ACTIVATIONS = [key for key in ACTIVATION_LAYERS if not isinstance(key, str)]
 IN_PLACE = [cls for cls in PLAIN_ACTIVATIONS if cls is not nn.GELU]
