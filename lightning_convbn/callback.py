@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +14,16 @@ from typing_extensions import override
 from lightning_convbn.exporting.argument_checks import check_suffix
 from lightning_convbn.layers.swap import Mode
 from lightning_convbn.modes import check_mode, check_recompute
+from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.export_at_end import FitExport
 from lightning_convbn.trainer.find_converted_parts import checked_paths, find_parts
 from lightning_convbn.trainer.lightning_api import Callback, LightningModule, Trainer
-from lightning_convbn.trainer.other_callbacks import check_no_weight_averaging, check_only_one, put_first
+from lightning_convbn.trainer.other_callbacks import (
+    check_no_weight_averaging,
+    check_only_one,
+    has_finder,
+    put_behind_others,
+)
 from lightning_convbn.trainer.report import log_kept_bytes, log_peaks, print_table, warn_about
 from lightning_convbn.trainer.run_state import Run
 
@@ -112,8 +119,8 @@ class ConvBNModeCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called at the start of a stage, before checkpoints are loaded: begin a new run, with plain modules.
 
-        An earlier run may have ended without a call of our hooks. We come first among the callbacks, so that the
-        finders of batch size and learning rate try what training runs in.
+        An earlier run may have ended without a call of our hooks. We move behind the other callbacks, which may change
+        the model, and the finders of batch size and learning rate behind us.
         """
         self._run.restore()
         self._run = Run(
@@ -121,18 +128,18 @@ class ConvBNModeCallback(Callback):
             found_flags={module: module.training for module in pl_module.modules()},
         )
         check_only_one(trainer, ConvBNModeCallback)
-        put_first(trainer, self)
+        put_behind_others(trainer, self)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Called if a stage fails, also by Ctrl-C: give back plain modules, and their training flags."""
-        self._run.restore()
+        self._run.restore_or_warn()
         self._run.restore_flags()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called at the end of a stage: give back plain modules, and keep no reference to them."""
-        self._run.restore()
+        self._run.restore_or_warn()
         self._run.found_flags = {}
 
     @override
@@ -154,36 +161,35 @@ class ConvBNModeCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when the strategy has set up the module: convert the parts, after the checks that need the Trainer."""
+        """Called when the strategy has set up the module: find the parts, after the checks that need the Trainer.
+
+        They are converted at the first batch, because others may change the model until then. Only for a finder, which
+        runs its trials now, they are converted now.
+        """
         check_no_weight_averaging(trainer)
-        self._find_parts(pl_module)
+        self._run.parts = self._find_parts(pl_module)
         if self._run.export is not None:
             self._run.export.prepare(trainer, pl_module, [part.path for part in self._run.parts])
-        self._enter_training(trainer)
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called before the first epoch: switch again. Only now a resumed run knows its epoch."""
-        self._enter_training(trainer)
+        if has_finder(trainer):
+            self._enter_training(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called at the start of each epoch: switch if it is ``start_epoch``, and count the peak memory anew."""
-        self._enter_training(trainer)
+        """Called at the start of each epoch: count the peak memory anew. A finder may run its trials at this time."""
+        if has_finder(trainer):
+            self._enter_training(trainer, pl_module)
         if self.log_memory and pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Called before each training step: watch the first batch in ``mode``.
+        """Called before each training step: switch to the mode of this epoch, and watch the first batch in ``mode``.
 
-        If the user has switched a part between train and eval state, its pairs are found anew for that state.
+        If the user has changed modules, or has switched a part between train and eval state, pairs are found anew.
         """
-        if any(part.state_has_changed() for part in self._run.parts):
-            self._enter_training(trainer)
+        self._enter_training(trainer, pl_module)
         check = not self._run.reported and self._training_mode(trainer) == self.mode
-        verify = self.verify and self.mode == "tune"
-        self._run.watch_batch(pl_module, check=check, verify=verify, measure=self.log_memory)
+        self._run.watch_batch(pl_module, check=check, verify=self._verifies(), measure=self.log_memory)
 
     @override
     def on_train_batch_end(
@@ -205,9 +211,10 @@ class ConvBNModeCallback(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called at the end of each epoch: log the peak memory."""
+        """Called at the end of each epoch: log the peak memory, and give back plain modules until the next batch."""
         if self.log_memory and pl_module.device.type == "cuda":
             log_peaks(trainer, pl_module.device)
+        self._run.give_back()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -233,11 +240,11 @@ class ConvBNModeCallback(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called after each validation: go back to training within a fit, else give back plain modules."""
-        if trainer.state.fn != "fit":
+        """Called after each validation: give back plain modules, within a fit until the next batch."""
+        if trainer.state.fn == "fit":
+            self._run.give_back()
+        else:
             self._run.restore()
-        for part in self._run.parts:
-            part.back_to_training(self._training_mode(trainer))
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -264,24 +271,30 @@ class ConvBNModeCallback(Callback):
     def _training_mode(self, trainer: Trainer) -> Mode:
         return self.mode if trainer.current_epoch >= self.start_epoch else "train"
 
-    def _find_parts(self, pl_module: LightningModule) -> None:
-        self._run.parts = find_parts(
-            pl_module, self.target, self._run.untrained, recompute_activations=self.recompute_activations
-        )
+    def _verifies(self) -> bool:
+        return self.verify and self.mode == "tune"
 
-    def _enter_training(self, trainer: Trainer) -> None:
+    def _find_parts(self, pl_module: LightningModule) -> list[ConvertedPart]:
+        return find_parts(pl_module, self.target, self._run.untrained, recompute_activations=self.recompute_activations)
+
+    def _follow_changes(self, pl_module: LightningModule) -> None:
+        find = partial(self._find_parts, pl_module)
+        self._run.follow_changes(pl_module, find, freeze_untrained=self.freeze_untrained)
+
+    def _enter_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._follow_changes(pl_module)
         self._run.train_in(self._training_mode(trainer), freeze_untrained=self.freeze_untrained)
 
     def _enter_evaluation(self, pl_module: LightningModule) -> None:
         if not self._run.parts:
-            self._find_parts(pl_module)
-        for part in self._run.parts:
-            part.evaluate_in(self.eval_mode)
+            self._run.parts = self._find_parts(pl_module)
+        self._follow_changes(pl_module)
+        self._run.evaluate_in(self.eval_mode)
 
     def _report(self, trainer: Trainer) -> None:
         self._run.reported = True
         self._run.merge_findings(trainer.world_size)
         for part in self._run.parts:
-            warn_about(part)
+            warn_about(part, verify=self._verifies())
         print_table(trainer, self._run.parts, self.mode, self.eval_mode)
         log_kept_bytes(trainer, self._run.parts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing_extensions import override
 
 from lightning_convbn.callback import ConvBNModeCallback
+from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import Callback, LightningModule, Trainer, rank_zero_info, rank_zero_warn
 from lightning_convbn.trainer.other_callbacks import callbacks_of, set_callbacks
 
@@ -60,13 +61,14 @@ class _OptionalCallback(ConvBNModeCallback):
             super().setup(trainer, pl_module, stage)
 
     @override
-    def _find_parts(self, pl_module: LightningModule) -> None:
+    def _find_parts(self, pl_module: LightningModule) -> list[ConvertedPart]:
         """Warn if there is no BatchNorm, instead of an error: the variable was set for a script, not for this model."""
         try:
-            super()._find_parts(pl_module)
+            return super()._find_parts(pl_module)
         except ValueError as error:
             rank_zero_warn(f"ConvBN: {self._origin} has no effect: {error}")
             self._leave(pl_module.trainer)
+            return []
 
     def _leave(self, trainer: Trainer) -> None:
         set_callbacks(trainer, [other for other in callbacks_of(trainer) if other is not self])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from typing import get_args
 
@@ -76,7 +76,6 @@ def set_mode(
         restore_modules(model.modules())
         return find_conv_bn_pairs(model) if found is None else found
     _check_model(model)
-    _check_whole_pairs(model)
     if not any(is_norm(module) for module in model.modules()):
         raise ValueError(f"model: {type(model).__name__} has no BatchNorm, so there is nothing to put in {mode!r} mode")
     pairs = _chosen(model, pairs)
@@ -85,18 +84,23 @@ def set_mode(
 
 
 def restore_modules(modules: Iterable[nn.Module]) -> None:
-    """Give back plain modules, wherever they are now. Does nothing to a plain module.
-
-    The partner of a module that lies outside of them must compute the right thing on its own. So a convolution becomes
-    plain, too, and a folded BatchNorm is frozen.
-    """
+    """Give back plain modules, wherever they are now. Does nothing to a plain module."""
     chosen = set(modules)
+    _part_from_others(chosen)
     for module in chosen:
-        outside = [partner for partner in partners_of(module) if partner not in chosen]
-        for partner in outside:
-            if module in partners_of(partner):  # else it has another partner by now
-                _leave_pair(partner)
         restore_class(module)
+
+
+def _part_from_others(chosen: Set[nn.Module]) -> None:
+    """Let the partners of modules that lie outside of them compute the right thing on their own.
+
+    Such a convolution becomes plain, and such a BatchNorm is frozen. There are some if a part of a converted model is
+    switched, or if modules were replaced.
+    """
+    for module in chosen:
+        for partner in partners_of(module):
+            if partner not in chosen and module in partners_of(partner):  # else it has another partner by now
+                _leave_pair(partner)
 
 
 def _leave_pair(module: nn.Module) -> None:
@@ -214,21 +218,10 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _check_whole_pairs(model: nn.Module) -> None:
-    """A part of a converted model can't be switched alone if a pair would be torn apart."""
-    inside = set(model.modules())
-    for name, module in model.named_modules():
-        if any(partner not in inside for partner in partners_of(module)):
-            raise ValueError(
-                f"model: the partner of `{name or type(module).__name__}` in its pair lies outside of "
-                f"{type(model).__name__}. Either switch the whole model that was converted, by set_mode or by "
-                'ConvBNModeCallback; or, if you have replaced or removed modules, call set_mode(model, "train") first'
-            )
-
-
 def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute_activations: bool) -> None:
     """Check everything first, then swap: bad input never leaves a model half converted."""
     conv_of = _checked_partners(model, pairs)
+    _part_from_others(set(model.modules()))
     folded_convs = set() if mode == "eval" else set(conv_of.values())
     modules = dict(model.named_modules())
     for name, module in modules.items():

@@ -25,7 +25,7 @@ def fuse_for_deploy(model: nn.Module, *, pairs: ConvBNPairs | None = None) -> nn
     are not copied. The original is not changed. It may be in any mode.
 
     Args:
-        model: Any module, plain or converted by `set_mode`. TorchScript and sharded modules are refused.
+        model: Any module, plain or converted by `set_mode`. BatchNorms in TorchScript and sharded modules are refused.
         pairs: The pairs to fold. None takes the pairs that `find_conv_bn_pairs` finds in the eval state. If the model
             is converted, it takes only those that the model was converted with.
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from lightning_convbn.compat import compiled_by_lightning
+from lightning_convbn.compat import compiled_by_lightning, watches_input, watches_output
 from lightning_convbn.layers.table import is_scripted_norm
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.find import find_conv_bn_pairs, pairs_in_force
@@ -47,11 +48,24 @@ class PlainCopy:
         self.model.load_state_dict(renamed, strict=strict)
 
     def find_pairs(self, example_inputs: Sequence[Any] | None = None) -> ConvBNPairs:
-        """Find the pairs of the copy in its eval state. If the original was converted, only those in force there."""
-        pairs = find_conv_bn_pairs(self.model, example_inputs=example_inputs)
-        if self.in_force is None:
-            return pairs
-        return pairs.unfold({pair.bn: reasons.NOT_GIVEN for pair in pairs if pair not in self.in_force})
+        """Find the pairs of the copy in its eval state. If the original was converted, only those in force there.
+
+        In a copy a fold is for good: no mark makes it right at run time. So a pair must be proven with gradients and
+        without, because a forward may ask for them, and no hook may see what it computes.
+        """
+        with torch.enable_grad():
+            pairs = find_conv_bn_pairs(self.model, example_inputs=example_inputs)
+        with torch.no_grad():
+            without = find_conv_bn_pairs(self.model, example_inputs=example_inputs)
+        left = {pair.bn: reasons.HOOKED for pair in pairs if self._is_hooked(pair)}
+        left |= {bn: reason for bn, reason in without.unpaired.items() if bn not in pairs.unpaired}
+        if self.in_force is not None:
+            left |= {pair.bn: reasons.NOT_GIVEN for pair in pairs if pair not in self.in_force}
+        return pairs.unfold(left)
+
+    def _is_hooked(self, pair: ConvBNPair) -> bool:
+        modules = [self.model.get_submodule(pair.conv), *self.model.get_submodule(pair.bn).modules()]
+        return any(watches_input(module) or watches_output(module) for module in modules)
 
 
 def plain_copy(model: nn.Module) -> PlainCopy:

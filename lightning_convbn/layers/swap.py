@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,21 @@ from torch.nn.utils import parametrize
 Mode = Literal["train", "eval", "tune", "deploy"]
 
 LINKS = ("_bn", "_rows", "_owns_weight", "_fold", "_check")  # attributes of a folded pair beside its Swap
+
+
+class UncopiedHook:
+    """A hook of ours that copies and pickles of its module don't have. In them it is a method that does nothing."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the hook."""
+        return self._hook(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy as the end of a ``nullcontext``, which takes any three arguments."""
+        return getattr, (nullcontext(), "__exit__")
 
 
 class Swap(NamedTuple):

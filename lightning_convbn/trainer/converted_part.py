@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from lightning_convbn.compat import inside_transform
-from lightning_convbn.layers.swap import Mode
+from lightning_convbn.layers.swap import Mode, UncopiedHook, swap_of
 from lightning_convbn.memory import as_mib, measure_memory_abstractly
-from lightning_convbn.modes import RECOMPUTING_MODES, get_mode, set_mode
+from lightning_convbn.modes import RECOMPUTING_MODES, get_mode, restore_modules, set_mode
 from lightning_convbn.pairs.find import (
     find_conv_bn_pairs,
     find_recorded_pairs,
@@ -63,6 +64,8 @@ class ConvertedPart:
         self._found: dict[bool, ConvBNPairs] = {}  # whether in train state -> the pairs found in that state
         self._in_force = ConvBNPairs([])
         self._training_state = self._module.training
+        self._tree = [*self._module.named_modules()]
+        self._converted: WeakSet[nn.Module] = WeakSet()  # also those that were moved elsewhere since
         self._notes: list[str] = []
         self._remove_hook: Callable[[], None] = _nothing
 
@@ -72,29 +75,47 @@ class ConvertedPart:
 
     # -------------------------------------------------------------------------------------------------------- modes
 
+    def take_over(self, former: ConvertedPart, *, freeze_untrained: bool) -> None:
+        """Name as untrained what the former part of this path has named, and what is new here and untrained.
+
+        Args:
+            former: The part before modules were changed.
+            freeze_untrained: Whether untrained BatchNorms are frozen, and so not named.
+        """
+        if former.untrained is None or freeze_untrained:
+            return
+        known = {module for _, module in former._tree}
+        new = [name for name in find_untrained(self._module) if self._module.get_submodule(name) not in known]
+        names = {name for name, _ in self._tree}
+        self.untrained = list(dict.fromkeys([*(name for name in former.untrained if name in names), *new]))
+
     def train_in(self, mode: Mode, *, freeze_untrained: bool) -> None:
         """Switch to the mode that training runs in. The first time it freezes, name the untrained BatchNorms."""
         if mode != "train" and self.untrained is None:
             self.untrained = [] if freeze_untrained else find_untrained(self._module)
         self._training_state = self._module.training
-        self.back_to_training(mode)
-
-    def back_to_training(self, mode: Mode) -> None:
-        """Switch to the mode that training runs in, while the module is still in the eval state of a validation."""
         self._switch(mode, self._pairs_to_train())
 
     def state_has_changed(self) -> bool:
         """Whether the module is in another state, train or eval, than when training was prepared."""
         return self._module.training != self._training_state
 
+    def has_changed(self, pl_module: nn.Module) -> bool:
+        """Whether modules were replaced, added or removed since the part was found."""
+        try:
+            found = pl_module.get_submodule(self.path)
+        except AttributeError:
+            return True
+        return found is not self._called or [*self._module.named_modules()] != self._tree
+
     def evaluate_in(self, mode: Mode) -> None:
         """Switch to the mode that evaluation runs in. There every BatchNorm uses its running statistics."""
         self._switch(mode, self._pairs_in(self._module.training))
 
     def restore(self) -> None:
-        """Give back the plain module."""
+        """Give back plain modules, wherever they are now. What is known about the part is kept."""
         self.unwatch()
-        set_mode(self._module, "train", pairs=self._in_force)
+        restore_modules([*self._module.modules(), *self._converted])
 
     def _pairs_in(self, state: bool) -> ConvBNPairs:
         """Return the pairs for the train state (True) or the eval state (False), without those found wrong."""
@@ -108,6 +129,7 @@ class ConvertedPart:
     def _switch(self, mode: Mode, pairs: ConvBNPairs) -> None:
         recomputes = self._recompute_activations and mode in RECOMPUTING_MODES
         set_mode(self._module, mode, pairs=pairs, recompute_activations=recomputes)
+        self._converted.update(module for module in self._module.modules() if swap_of(module) is not None)
         self._in_force = pairs
 
     # -------------------------------------------------------------------------------------------------- first batch
@@ -121,7 +143,7 @@ class ConvertedPart:
                 check(args, kwargs)
 
         self.unwatch()
-        self._remove_hook = self._called.register_forward_pre_hook(before, with_kwargs=True).remove
+        self._remove_hook = self._called.register_forward_pre_hook(UncopiedHook(before), with_kwargs=True).remove
 
     def unwatch(self) -> None:
         """Take back what `watch` does."""
@@ -193,6 +215,12 @@ class ConvertedPart:
             self._switch(get_mode(self._module), self._in_force.unfold(self.wrong))
 
     # ------------------------------------------------------------------------------------------------------- report
+
+    @property
+    def unverified(self) -> bool:
+        """Whether pairs are folded, and not one of them was compared with Eval mode."""
+        compared = self._verification is not None and self._verification.compared
+        return not compared and len(self._in_force) > 0
 
     def describe(self, mode: Mode, eval_mode: Mode) -> list[str]:
         """Return the lines of the callback's table.

@@ -23,6 +23,7 @@ from lightning_convbn.exporting.checkpoint_file import load_only_weights
 from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
 from lightning_convbn.exporting.plain_copy import plain_copy
 from lightning_convbn.exporting.write_and_compare import write_and_compare
+from lightning_convbn.layers.swap import UncopiedHook
 from lightning_convbn.pairs.find import find_conv_bn_pairs
 from lightning_convbn.pairs.side_effects import leaves_of
 from lightning_convbn.trainer.converted_part import runs_its_forward
@@ -97,7 +98,7 @@ class FitExport:
 
         self.unwatch()
         module = pl_module.get_submodule(self._module)
-        self._remove_hook = module.register_forward_pre_hook(before, with_kwargs=True).remove
+        self._remove_hook = module.register_forward_pre_hook(UncopiedHook(before), with_kwargs=True).remove
 
     def unwatch(self) -> None:
         """Take back what `watch` does."""

@@ -33,7 +33,7 @@ def find_parts(
     *,
     recompute_activations: bool,
 ) -> list[ConvertedPart]:
-    """Find the parts that ``target`` names, without changing them.
+    """Find the parts that ``target`` names, without changing them. What has two names, or lies within another, is one.
 
     Args:
         pl_module: The LightningModule.
@@ -45,14 +45,19 @@ def find_parts(
         ValueError: If there is no such part, if it has no BatchNorm, or if it lies within another part.
     """
     paths = target or _default_paths(pl_module)
-    parts = [
-        ConvertedPart(path, _part(pl_module, path), untrained.get(path), recompute_activations=recompute_activations)
-        for path in paths
+    modules = {path: _part(pl_module, path) for path in paths}
+    path_of = {module: path for path, module in reversed(modules.items())}  # a module of two names is one part
+    inside = {
+        inner: outer for outer, inner in permutations(path_of, 2) if any(inner is module for module in outer.modules())
+    }
+    nested = [(path_of[inner], path_of[outer]) for inner, outer in inside.items()]
+    for within, around in [*nested, *((path, path) for path in modules if paths.count(path) > 1)] if target else ():
+        raise ValueError(f"target={target!r}: {within!r} lies within {around!r}; name one of them")
+    return [
+        ConvertedPart(path, module, untrained.get(path), recompute_activations=recompute_activations)
+        for path, module in modules.items()
+        if path_of[module] == path and module not in inside
     ]
-    for outer, inner in permutations(paths, 2):
-        if f"{inner}.".startswith(f"{outer}."):
-            raise ValueError(f"target={target!r}: {inner!r} lies within {outer!r}; name one of them")
-    return parts
 
 
 def _part(pl_module: LightningModule, path: str) -> nn.Module:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from lightning_convbn.trainer.lightning_api import Callback, Trainer
 
+FINDERS = ("BatchSizeFinder", "LearningRateFinder")
+
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """Return the callbacks of a Trainer."""
@@ -25,16 +27,34 @@ def check_only_one(trainer: Trainer, kind: type[Callback]) -> None:
         )
 
 
-def put_first(trainer: Trainer, callback: Callback) -> None:
-    """Move a callback to the front of the Trainer's list."""
-    set_callbacks(trainer, [callback, *(other for other in callbacks_of(trainer) if other is not callback)])
+def put_behind_others(trainer: Trainer, callback: Callback) -> None:
+    """Move a callback behind those that may change the model, and the finders behind it.
+
+    So a finder, which runs in ``on_fit_start``, tries a model that is changed and converted. Lightning's checkpoint
+    callbacks stay last. All others keep the order that the user gave them.
+    """
+    others = [other for other in callbacks_of(trainer) if other is not callback]
+    finders = [other for other in others if _is_a(other, *FINDERS)]
+    checkpoints = [other for other in others if _is_a(other, "Checkpoint")]
+    rest = [other for other in others if other not in (*finders, *checkpoints)]
+    set_callbacks(trainer, [*rest, callback, *finders, *checkpoints])
+
+
+def has_finder(trainer: Trainer) -> bool:
+    """Whether a Trainer has a callback that finds a batch size or a learning rate by trials."""
+    return any(_is_a(callback, *FINDERS) for callback in callbacks_of(trainer))
 
 
 def check_no_weight_averaging(trainer: Trainer) -> None:
     """Raise a ValueError if a Trainer has Lightning's StochasticWeightAveraging, or a callback derived from it."""
     for callback in callbacks_of(trainer):
-        if any(cls.__name__ == "StochasticWeightAveraging" for cls in type(callback).__mro__):
+        if _is_a(callback, "StochasticWeightAveraging"):
             raise ValueError(
                 "callbacks: StochasticWeightAveraging resets the BatchNorm statistics that ConvBNModeCallback freezes; "
                 "use WeightAveraging, or leave one of the two out"
             )
+
+
+def _is_a(callback: Callback, *names: str) -> bool:
+    """Whether a callback is of a class of one of these names, or derived from it, in either package of Lightning."""
+    return any(cls.__name__ in names for cls in type(callback).__mro__)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -11,6 +12,8 @@ from lightning_convbn.memory import MIB
 from lightning_convbn.pairs.reasons import UNTRAINED
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import Trainer, rank_zero_info, rank_zero_warn
+
+_NUMBER_OR_NAME = re.compile(r"`[^`]+`|\d[\d.e+-]*")
 
 
 def print_table(trainer: Trainer, parts: Sequence[ConvertedPart], mode: Mode, eval_mode: Mode) -> None:
@@ -28,19 +31,36 @@ def print_table(trainer: Trainer, parts: Sequence[ConvertedPart], mode: Mode, ev
         (bar.print if bar is not None else rank_zero_info)("\n".join(lines))
 
 
-def warn_about(part: ConvertedPart) -> None:
-    """Warn of pairs that are folded no more, and of BatchNorms in Train mode.
+def warn_about(part: ConvertedPart, *, verify: bool) -> None:
+    """Warn of pairs that are folded no more or not verified, and of BatchNorms in Train mode.
+
+    There is one warning for one cause, however many pairs it concerns.
 
     Args:
         part: A converted part.
+        verify: Whether the pairs were to be verified.
     """
-    for name, reason in part.wrong.items():
-        rank_zero_warn(f"ConvBN: `{part.full_name(name)}` goes back to Eval mode: {reason}")
+    for names, reason in _causes(part.wrong):
+        others = f" and {len(names) - 1} more BatchNorms go" if len(names) > 1 else " goes"
+        rank_zero_warn(f"ConvBN: `{part.full_name(names[0])}`{others} back to Eval mode: {reason}")
+    if verify and part.unverified:
+        rank_zero_warn(
+            f"ConvBN: the folded pairs of `{part.path or 'the module'}` are not verified: none of them ran in the "
+            "first batch. Set target=... to the modules that training_step calls, or verify=False"
+        )
     if part.untrained:
         rank_zero_warn(
             f"ConvBN: {len(part.untrained)} BatchNorm(s) of `{part.path or 'the module'}` stay in Train mode: "
             f"`{part.untrained[0]}` {UNTRAINED}. Load pretrained weights, or set freeze_untrained=True"
         )
+
+
+def _causes(wrong: Mapping[str, str]) -> list[tuple[list[str], str]]:
+    """Group names by reason: the names, and the first one's reason. Reasons that differ in a number are one cause."""
+    causes: dict[str, tuple[list[str], str]] = {}
+    for name, reason in wrong.items():
+        causes.setdefault(_NUMBER_OR_NAME.sub("", reason), ([], reason))[0].append(name)
+    return list(causes.values())
 
 
 def log_kept_bytes(trainer: Trainer, parts: Sequence[ConvertedPart]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +13,7 @@ from torch import nn
 from lightning_convbn.layers.swap import Mode
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.export_at_end import FitExport
-from lightning_convbn.trainer.lightning_api import LightningModule
+from lightning_convbn.trainer.lightning_api import LightningModule, rank_zero_warn
 
 
 @dataclass
@@ -24,7 +25,8 @@ class Run:
     Attributes:
         export: The export at the end of the fit; None without ``export_path``.
         found_flags: Module -> its ``training`` flag at ``setup``. Empty after the run.
-        parts: The converted parts. Empty while all modules are plain.
+        parts: The parts that are converted while batches run. Empty outside of a run.
+        training_mode: The mode that the parts train in at this moment. None while they are plain, or in an evaluation.
         untrained: Path of a part -> its untrained BatchNorms, which stay in Train mode. It outlives the run: a
             checkpoint may be saved later.
         checks_batch: Whether the current training batch is the one that is checked.
@@ -35,26 +37,74 @@ class Run:
     export: FitExport | None = None
     found_flags: dict[nn.Module, bool] = field(default_factory=dict)
     parts: list[ConvertedPart] = field(default_factory=list)
+    training_mode: Mode | None = None
     untrained: dict[str, list[str]] = field(default_factory=dict)
     checks_batch: bool = False
     reported: bool = False
     watches: ExitStack = field(default_factory=ExitStack)
 
     def train_in(self, mode: Mode, *, freeze_untrained: bool) -> None:
-        """Switch all parts to the mode that training runs in, and remember their untrained BatchNorms."""
+        """Switch all parts to the mode that training runs in, and remember their untrained BatchNorms.
+
+        Nothing is done if they are in it, unless the user has switched a part between train and eval state.
+        """
+        if self.training_mode == mode and not any(part.state_has_changed() for part in self.parts):
+            return
         for part in self.parts:
             part.train_in(mode, freeze_untrained=freeze_untrained)
             if part.untrained is not None:
                 self.untrained[part.path] = part.untrained
+        self.training_mode = mode
+
+    def evaluate_in(self, mode: Mode) -> None:
+        """Switch all parts to the mode that evaluation runs in."""
+        self.training_mode = None
+        for part in self.parts:
+            part.evaluate_in(mode)
+
+    def follow_changes(
+        self, pl_module: LightningModule, find: Callable[[], list[ConvertedPart]], *, freeze_untrained: bool
+    ) -> None:
+        """If modules were replaced, added or removed, find parts and pairs anew. The next batch is checked anew, too.
+
+        Args:
+            pl_module: The LightningModule.
+            find: Finds its parts.
+            freeze_untrained: Whether untrained BatchNorms are frozen.
+        """
+        if any(part.has_changed(pl_module) for part in self.parts):
+            self.give_back()
+            former = {part.path: part for part in self.parts}
+            self.parts = find()
+            self.reported = False
+            for part in self.parts:
+                if part.path in former:
+                    part.take_over(former[part.path], freeze_untrained=freeze_untrained)
+
+    def give_back(self) -> None:
+        """Give back plain modules until the next batch. What is known about the parts is kept."""
+        self.training_mode = None
+        with ExitStack() as stack:  # calls all, also if one raises
+            stack.callback(self.watches.close)
+            for part in self.parts:
+                stack.callback(part.restore)
 
     def restore(self) -> None:
-        """Give back plain modules. Training flags are put back as far as the conversion has changed them."""
-        self.watches.close()
-        for part in self.parts:
-            part.restore()
+        """Give back plain modules at the end of a run."""
+        self.give_back()
         self.parts = []
         if self.export is not None:
             self.export.unwatch()
+
+    def restore_or_warn(self) -> None:
+        """Give back plain modules. If that fails, warn: an error would hide the one that has ended the run."""
+        try:
+            self.restore()
+        except Exception as error:
+            rank_zero_warn(
+                "ConvBN: a module could not be made plain again; build the model anew and load its weights. "
+                f"{type(error).__name__}: {error}"
+            )
 
     def restore_flags(self) -> None:
         """Give every module the ``training`` flag that it had at ``setup``."""

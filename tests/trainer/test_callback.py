@@ -354,7 +354,8 @@ def test_a_target_that_training_does_not_use_is_reported_so() -> None:
     module, lines = Parts(), PrintedLines()
     module.spare = conv_bn(3, 3)
     pretend_trained(module)
-    make_trainer(quick(target=["network", "spare"]), lines).fit(module)
+    with pytest.warns(UserWarning, match="folded pairs of `spare` are neither verified nor counted: .* Set target="):
+        make_trainer(quick(target=["network", "spare"]), lines).fit(module)
     used, spare = lines.text.split("ConvBN: `spare`")
     assert "verified: Tune equals Eval" in used
     assert "neither verified nor counted: the first batch did not pass through its forward" in spare
