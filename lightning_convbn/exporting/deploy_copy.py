@@ -50,7 +50,7 @@ def fuse_for_deploy(model: nn.Module, *, pairs: ConvBNPairs | None = None) -> nn
         with torch.no_grad():
             set_mode(fused, "eval", pairs=pairs)  # checks the pairs
             set_mode(fused, "train", pairs=pairs)
-            for pair in pairs:
+            for pair in copied.without_hooked(pairs):
                 _fold_for_good(fused, pair)
     return fused
 

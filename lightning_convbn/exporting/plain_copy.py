@@ -51,21 +51,25 @@ class PlainCopy:
         """Find the pairs of the copy in its eval state. If the original was converted, only those in force there.
 
         In a copy a fold is for good: no mark makes it right at run time. So a pair must be proven with gradients and
-        without, because a forward may ask for them, and no hook may see what it computes.
+        without, because a forward may ask whether they are wanted.
         """
         with torch.enable_grad():
             pairs = find_conv_bn_pairs(self.model, example_inputs=example_inputs)
         with torch.no_grad():
             without = find_conv_bn_pairs(self.model, example_inputs=example_inputs)
-        left = {pair.bn: reasons.HOOKED for pair in pairs if self._is_hooked(pair)}
-        left |= {bn: reason for bn, reason in without.unpaired.items() if bn not in pairs.unpaired}
+        left = {bn: reason for bn, reason in without.unpaired.items() if bn not in pairs.unpaired}
         if self.in_force is not None:
             left |= {pair.bn: reasons.NOT_GIVEN for pair in pairs if pair not in self.in_force}
         return pairs.unfold(left)
 
-    def _is_hooked(self, pair: ConvBNPair) -> bool:
-        modules = [self.model.get_submodule(pair.conv), *self.model.get_submodule(pair.bn).modules()]
-        return any(watches_input(module) or watches_output(module) for module in modules)
+    def without_hooked(self, pairs: ConvBNPairs) -> ConvBNPairs:
+        """Return pairs without those whose hooks would see other values in the copy, or would be lost."""
+
+        def is_hooked(pair: ConvBNPair) -> bool:
+            modules = [self.model.get_submodule(pair.conv), *self.model.get_submodule(pair.bn).modules()]
+            return any(watches_input(module) or watches_output(module) for module in modules)
+
+        return pairs.unfold({pair.bn: reasons.HOOKED for pair in pairs if is_hooked(pair)})
 
 
 def plain_copy(model: nn.Module) -> PlainCopy:

@@ -128,16 +128,6 @@ def test_extra_passes_leave_random_numbers_and_attributes_alone() -> None:
     assert (model.calls, model.cache) == (0, None)
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_a_part_can_not_be_switched_if_that_tears_a_pair_apart(mode: Any) -> None:
-    model = randomized(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Sequential(nn.BatchNorm2d(4))))
-    set_mode(model, "tune")
-    expected = model(IMAGE)
-    with pytest.raises(ValueError, match="lies outside of Sequential; switch the whole model"):
-        set_mode(model[1], mode)
-    assert torch.equal(model(IMAGE), expected)
-
-
 def test_a_deploy_copy_folds_only_what_is_proven_in_its_eval_state() -> None:
     class Residual(Net):
         def forward(self, input: Tensor) -> Tensor:
