@@ -40,6 +40,7 @@ class Shadow:
 
     def __init__(self, model: nn.Module) -> None:
         self._copies = _Copies()
+        self._copies.copy_buffers(model)
         self.model: nn.Module = self._copies.of(model)
         self.originals = {self._copies.of(module): module for module in model.modules()}
 
@@ -84,6 +85,13 @@ class _Copies:
             return partial(self.of(value.func), *self.of(value.args), **self.of(value.keywords))
         return self._object(value)
 
+    def copy_buffers(self, model: nn.Module) -> None:
+        """Copy all buffers of a model first: an attribute or a container may hold one of them, too."""
+        with torch.no_grad(), outside_fake_mode():  # a buffer is real, and its copy must be so, too
+            for buffer in model.buffers():
+                if not (buffer.is_meta or is_lazy(buffer)):
+                    self._remember(buffer, buffer.clone())
+
     def _remember(self, value: Any, copied: Any) -> Any:
         self._made[id(value)] = value, copied
         return copied
@@ -94,19 +102,9 @@ class _Copies:
         for name, value in vars(module).items():
             if name in HOOKS:
                 attributes[name] = OrderedDict()
-            elif name == "_parameters":
-                attributes[name] = dict(value)
-            elif name == "_buffers":
-                attributes[name] = {key: self._buffer(buffer) for key, buffer in value.items()}
             else:
                 attributes[name] = self.of(value)
         return made  # type: ignore[no-any-return]
-
-    def _buffer(self, buffer: Tensor | None) -> Tensor | None:
-        if buffer is None or buffer.is_meta or is_lazy(buffer):
-            return buffer
-        with torch.no_grad(), outside_fake_mode():  # a buffer is real, and its copy must be so, too
-            return self._remember(buffer, self._made.get(id(buffer), (None, None))[1] or buffer.clone())
 
     def _container(self, value: Any) -> Any:
         if isinstance(value, tuple) and hasattr(value, "_fields"):
