@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -14,16 +13,11 @@ from typing_extensions import override
 from lightning_convbn.exporting.argument_checks import check_suffix
 from lightning_convbn.layers.swap import Mode
 from lightning_convbn.modes import check_mode, check_recompute
+from lightning_convbn.trainer import other_callbacks
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.export_at_end import FitExport
 from lightning_convbn.trainer.find_converted_parts import checked_paths, find_parts
 from lightning_convbn.trainer.lightning_api import Callback, LightningModule, Trainer
-from lightning_convbn.trainer.other_callbacks import (
-    check_no_weight_averaging,
-    check_only_one,
-    has_finder,
-    put_behind_others,
-)
 from lightning_convbn.trainer.report import log_kept_bytes, log_peaks, print_table, warn_about
 from lightning_convbn.trainer.run_state import Run
 
@@ -127,8 +121,8 @@ class ConvBNModeCallback(Callback):
             export=None if self.export_path is None else FitExport(self.export_path),
             found_flags={module: module.training for module in pl_module.modules()},
         )
-        check_only_one(trainer, ConvBNModeCallback)
-        put_behind_others(trainer, self)
+        other_callbacks.check_only_one(trainer, ConvBNModeCallback)
+        other_callbacks.put_behind_others(trainer, self)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -166,17 +160,22 @@ class ConvBNModeCallback(Callback):
         They are converted at the first batch, because others may change the model until then. Only for a finder, which
         runs its trials now, they are converted now.
         """
-        check_no_weight_averaging(trainer)
+        other_callbacks.check_no_weight_averaging(trainer)
         self._run.parts = self._find_parts(pl_module)
         if self._run.export is not None:
             self._run.export.prepare(trainer, pl_module, [part.path for part in self._run.parts])
-        if has_finder(trainer):
+        if other_callbacks.has_finder(trainer, "on_fit_start"):
             self._enter_training(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called before the first epoch: give back plain modules until the first batch, if a finder has run trials."""
+        self._run.give_back()
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called at the start of each epoch: count the peak memory anew. A finder may run its trials at this time."""
-        if has_finder(trainer):
+        if other_callbacks.has_finder(trainer, "on_train_epoch_start"):
             self._enter_training(trainer, pl_module)
         if self.log_memory and pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
@@ -278,8 +277,7 @@ class ConvBNModeCallback(Callback):
         return find_parts(pl_module, self.target, self._run.untrained, recompute_activations=self.recompute_activations)
 
     def _follow_changes(self, pl_module: LightningModule) -> None:
-        find = partial(self._find_parts, pl_module)
-        self._run.follow_changes(pl_module, find, freeze_untrained=self.freeze_untrained)
+        self._run.follow_changes(pl_module, self._find_parts, freeze_untrained=self.freeze_untrained)
 
     def _enter_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._follow_changes(pl_module)

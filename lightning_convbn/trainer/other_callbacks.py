@@ -40,9 +40,10 @@ def put_behind_others(trainer: Trainer, callback: Callback) -> None:
     set_callbacks(trainer, [*rest, callback, *finders, *checkpoints])
 
 
-def has_finder(trainer: Trainer) -> bool:
-    """Whether a Trainer has a callback that finds a batch size or a learning rate by trials."""
-    return any(_is_a(callback, *FINDERS) for callback in callbacks_of(trainer))
+def has_finder(trainer: Trainer, hook: str) -> bool:
+    """Whether a Trainer has a callback that finds a batch size or a learning rate by trials, and does so in a hook."""
+    finders = [callback for callback in callbacks_of(trainer) if _is_a(callback, *FINDERS)]
+    return any(hook in vars(cls) for finder in finders for cls in type(finder).__mro__ if cls.__name__ != "Callback")
 
 
 def check_no_weight_averaging(trainer: Trainer) -> None:

@@ -63,7 +63,11 @@ class Run:
             part.evaluate_in(mode)
 
     def follow_changes(
-        self, pl_module: LightningModule, find: Callable[[], list[ConvertedPart]], *, freeze_untrained: bool
+        self,
+        pl_module: LightningModule,
+        find: Callable[[LightningModule], list[ConvertedPart]],
+        *,
+        freeze_untrained: bool,
     ) -> None:
         """If modules were replaced, added or removed, find parts and pairs anew. The next batch is checked anew, too.
 
@@ -75,7 +79,7 @@ class Run:
         if any(part.has_changed(pl_module) for part in self.parts):
             self.give_back()
             former = {part.path: part for part in self.parts}
-            self.parts = find()
+            self.parts = find(pl_module)
             self.reported = False
             for part in self.parts:
                 if part.path in former:

@@ -60,12 +60,14 @@ class InHook(Callback):
         setattr(self, hook, called)
 
 
-def in_own_hook(module: BoringModule, hook: str, act: Callable[[Any], Any]) -> None:
+def in_own_hook(
+    module: BoringModule, hook: str, act: Callable[[Any], Any], when: Callable[[], bool] = lambda: True
+) -> None:
     """Let a LightningModule do something to itself, once, in one hook."""
     acted = []
 
     def called(*args: Any, **kwargs: Any) -> None:
-        if not acted:
+        if not acted and when():
             acted.append(hook)
             act(module)
 
@@ -126,6 +128,21 @@ def test_a_finder_tries_the_quantised_model(tmp_path: Path, ours_first: bool) ->
     make_trainer(*callbacks[:: 1 if ours_first else -1], finder, default_root_dir=tmp_path).fit(module)
     assert len(seen) > len(module.train_dataloader())
     assert set(seen) == {(3, "tune")}
+
+
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start"])
+def test_after_a_finder_the_module_itself_can_quantise(tmp_path: Path, hook: str) -> None:
+    """The finder's trials have these hooks, too, so the module waits until they are over."""
+    module = FindsBatchSize()
+
+    def quantise(module: Any) -> None:
+        assert get_mode(module) == "train"
+        prepare_qat(module)
+
+    in_own_hook(module, hook, quantise, when=lambda: bool(module.trainer.callbacks))
+    finder = BatchSizeFinder(max_trials=2, steps_per_trial=2)
+    make_trainer(finder, quick(), default_root_dir=tmp_path).fit(module)
+    assert quantised(module) == 3
 
 
 def test_the_order_of_callbacks() -> None:
