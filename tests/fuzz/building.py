@@ -157,7 +157,9 @@ def randomize(model: nn.Module, seed: int, prefix: str = "") -> None:
         for name, module in model.named_modules():
             tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
             for key, tensor in tensors.items():
-                if tensor.is_floating_point():
+                if not tensor.is_floating_point():
+                    tensor.zero_()  # the batches that a BatchNorm has counted
+                else:
                     key_seed = crc32(f"{prefix}{name}.{key}".encode())
                     fill(tensor, key, is_norm(module), torch.Generator().manual_seed(seed * 10007 + key_seed))
 

@@ -257,6 +257,6 @@ def draw_ends(draft: Draft) -> dict[str, Any]:
 
 def draw_hook(draft: Draft) -> Hook:
     """Draw a hook of any layer, of a part of a Sequential too."""
-    names = [name for name, _ in draft.model.named_modules() if name]
+    names = [name for name, _ in draft.model.named_modules() if name and "parametrizations" not in name]
     does = draft.random.choice(["read", "read", "store", "scale", "scale_"])
     return Hook(draft.random.choice(names), draft.chance(0.5), does)

@@ -144,6 +144,11 @@ def largest_norms(outcome: Mapping[str, Any]) -> dict[str, float]:
     return scales
 
 
+def without_parameters(outcome: Outcome) -> Outcome:
+    """Leave out what a Deploy copy has in another form."""
+    return {name: value for name, value in outcome.items() if not name.startswith(("gradient", "buffer"))}
+
+
 def finite(outcome: Mapping[str, Any]) -> bool:
     """Whether all tensors can be compared."""
     tensors: Sequence[Tensor] = [value for value in outcome.values() if isinstance(value, Tensor)]

@@ -100,6 +100,7 @@ def simpler_networks(network: Network) -> Iterator[Network]:
     if network.outputs == (len(network.inputs) + len(network.steps) - 1,):
         yield replace(network, outputs=(-1,))
     yield from (with_default(network, "gives"), with_default(network, "takes"), *without_second_input(network))
+    yield with_used_layers(network)
     for number, step in enumerate(network.steps):
         for other in simpler_steps(step):
             yield replace(network, steps=(*network.steps[:number], other, *network.steps[number + 1 :]))

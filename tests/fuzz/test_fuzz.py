@@ -9,8 +9,11 @@ from collections.abc import Iterable
 import pytest
 from fuzz.drawing_scenarios import draw_scenario
 from fuzz.features import EXPECTED, features_of
+from fuzz.models import build_model
 from fuzz.shrinking import shrunk
 from fuzz.trial import try_scenario
+
+from lightning_convbn import find_conv_bn_pairs
 
 SEEDS = 150
 CHUNK = 10
@@ -18,18 +21,18 @@ SHRUNK = 2  # failures that are made smaller; the others only tell their seeds
 
 
 def assert_never_wrong(seeds: Iterable[int]) -> None:
-    """Try the scenarios of some seeds. What they do must equal the twin's, and a third or more must fold."""
-    failures, folded, tried = [], 0, 0
+    """Try the scenarios of some seeds. What they do must equal the twin's, and not too few may fold."""
+    failures, compared, tried = [], 0, 0
     for seed in seeds:
         scenario = draw_scenario(seed)
         report = try_scenario(scenario)
-        folded += report.folded > 0
+        compared += report.runs > 0
         tried += 1
         if report.wrong is not None:
             smallest = f"\n  {shrunk(scenario)!r}" if len(failures) < SHRUNK else ""
             failures.append(f"seed {seed}: {report.wrong}{smallest}")
     assert not failures, "\n".join(failures)
-    assert folded >= tried / 3, f"only {folded} of {tried} scenarios have folded a pair"
+    assert compared >= tried / 5, f"only {compared} of {tried} scenarios have run a folded pair"
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
@@ -53,3 +56,10 @@ def test_every_feature_is_drawn() -> None:
     for seed in range(SEEDS):
         drawn += features_of(draw_scenario(seed))
     assert not EXPECTED - drawn.keys(), drawn
+
+
+def test_most_random_networks_hold_pairs() -> None:
+    scenarios = [draw_scenario(seed) for seed in range(SEEDS)]
+    pairs = [len(find_conv_bn_pairs(build_model(scenario))) for scenario in scenarios]
+    assert sum(count > 0 for count in pairs) >= SEEDS / 2
+    assert sum(pairs) >= SEEDS
