@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch import _assert as assert_in_graph
 from torch._C import DisableTorchFunctionSubclass as without_torch_function
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import peek_interpreter_stack
@@ -22,6 +23,7 @@ __all__ = [
     "HOOKS",
     "FakeTensor",
     "TorchDispatchMode",
+    "assert_in_graph",
     "compiled_by_lightning",
     "fake_tensor_mode",
     "forward_pre_hooks",

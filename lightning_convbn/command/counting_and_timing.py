@@ -14,10 +14,11 @@ from lightning_convbn.command.model_checks import check_has_batchnorm, check_tak
 from lightning_convbn.command.results import TITLES, VARIANTS, Measurement, Variant, VariantResult
 from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
 from lightning_convbn.layers.swap import Mode
+from lightning_convbn.layers.table import takes_other_dimensions
 from lightning_convbn.memory import forward_and_backward, measure_memory, measure_memory_abstractly
 from lightning_convbn.modes import set_mode
 from lightning_convbn.pairs.find import find_conv_bn_pairs
-from lightning_convbn.pairs.pair import ConvBNPairs
+from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
 from lightning_convbn.text import first_line
 
 
@@ -47,6 +48,8 @@ class ModelMeasurer:
         self.pairs = find_conv_bn_pairs(model)
         if self.pairs.untraced:
             self.pairs = find_conv_bn_pairs(model, example_inputs=(self._input(self.batch),))
+        elif any(takes_other_dimensions(*self._modules_of(pair)) for pair in self.pairs):
+            self.pairs = find_conv_bn_pairs(model, example_inputs=(self._input(min(self.batch, 2)),))
         self.deploy_copy = fuse_for_deploy(model, pairs=self.pairs)
 
     def measure(
@@ -73,6 +76,9 @@ class ModelMeasurer:
         self._time(found, rounds, progress)
         set_mode(self.model, "train")
         return found
+
+    def _modules_of(self, pair: ConvBNPair) -> tuple[nn.Module, nn.Module]:
+        return self.model.get_submodule(pair.conv), self.model.get_submodule(pair.bn)
 
     def _variant(self, variant: Variant) -> tuple[nn.Module, Mode, ConvBNPairs]:
         """Return the module to run, its mode and its pairs."""

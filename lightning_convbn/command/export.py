@@ -11,7 +11,7 @@ import torch
 from lightning_convbn.command.errors import errors_in_one_line
 from lightning_convbn.command.model_argument import has_random_weights, load_model
 from lightning_convbn.command.model_checks import check_has_batchnorm, check_takes
-from lightning_convbn.command.option_values import sample_shape
+from lightning_convbn.command.option_values import input_shape
 from lightning_convbn.command.shared_options import add_command, add_input
 from lightning_convbn.command.terminal import print_status
 from lightning_convbn.exporting.argument_checks import check_path
@@ -32,13 +32,13 @@ def add_parser(commands: Any) -> None:
         "path", type=Path, metavar="PATH", help=".onnx, .pt2 (torch.export), .pt or .safetensors (only weights)"
     )
     add_input(parser, batch=2)
-    parser.add_argument("--static-batch", action="store_true", help="fix the batch size to --batch-size")
+    parser.add_argument("--static-batch", action="store_true", help="fix the batch size to that of the example")
     parser.set_defaults(run=export_model)
 
 
 def export_model(options: Namespace) -> None:
     """Write the Deploy copy, and compare the file with the model in Eval mode."""
-    example = torch.randn(options.batch_size, *sample_shape(options.size))
+    example = torch.randn(input_shape(options))
     with errors_in_one_line():
         check_path("PATH", options.path)
     model = load_model(options.model, options.checkpoint_class, options.trust_checkpoint)

@@ -10,10 +10,10 @@ import torch
 from lightning_convbn.command.model_argument import load_model
 from lightning_convbn.command.model_checks import check_has_batchnorm, check_takes
 from lightning_convbn.command.notes_below_tables import folded_count, notes_on_model
-from lightning_convbn.command.option_values import sample_shape
+from lightning_convbn.command.option_values import input_shape
 from lightning_convbn.command.output_files import STDOUT, check_output_files, write_json
 from lightning_convbn.command.results import count_batchnorms
-from lightning_convbn.command.shared_options import add_command, add_json
+from lightning_convbn.command.shared_options import add_command, add_json, add_shape
 from lightning_convbn.command.terminal import print_notes, print_table
 from lightning_convbn.pairs.find import find_conv_bn_pairs
 from lightning_convbn.pairs.pair import ConvBNPairs
@@ -22,7 +22,9 @@ EXAMPLES = """\
 examples:
   lightning-convbn inspect torchvision:resnet50
   lightning-convbn inspect timm:efficientnet_b0 --json pairs.json
-  lightning-convbn inspect my_project.models:build --size 224"""
+  lightning-convbn inspect my_project.models:build --size 224
+  lightning-convbn inspect my_project.models:mlp --input-shape 8x3
+With --size or --input-shape it also runs a forward pass, which proves pairs that can't be traced."""
 
 
 def add_parser(commands: Any) -> None:
@@ -30,18 +32,16 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands, "inspect", "list which BatchNorms are folded, frozen and unfrozen, and why", EXAMPLES
     )
-    parser.add_argument(
-        "--size",
-        help="also run a forward pass on an input of this size; this proves pairs that can't be traced; "
-        "224 is 3 × 224 × 224, other shapes are written out, as 1x28x28",
-    )
+    add_shape(parser, batch=2, size=None)
     add_json(parser)
-    parser.set_defaults(run=inspect_model)
+    parser.set_defaults(run=inspect_model, batch_size=None)
 
 
 def inspect_model(options: Namespace) -> None:
     """Print a row for each BatchNorm, or JSON."""
-    example = None if options.size is None else torch.randn(2, *sample_shape(options.size))
+    example = None
+    if options.size is not None or options.input_shape is not None:
+        example = torch.randn(input_shape(options))
     check_output_files(options)
     model = load_model(options.model, options.checkpoint_class, options.trust_checkpoint)
     check_has_batchnorm(model)

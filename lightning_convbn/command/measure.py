@@ -21,7 +21,7 @@ from lightning_convbn.command.notes_below_tables import (
     notes_on,
     notes_on_model,
 )
-from lightning_convbn.command.option_values import DTYPES, budget_bytes, chosen_device, sample_shape
+from lightning_convbn.command.option_values import DTYPES, budget_bytes, chosen_device, input_shape
 from lightning_convbn.command.output_files import STDOUT, check_output_files, output_file, write_json
 from lightning_convbn.command.plot import check_plottable, write_plot
 from lightning_convbn.command.results import TITLES, VARIANTS, Measurement, Variant
@@ -76,7 +76,7 @@ def add_parser(commands: Any) -> None:
 
 def measure_model(options: Namespace) -> None:
     """Measure memory and time. Print a table or JSON, and write the files that were asked for."""
-    shape = (options.batch_size, *sample_shape(options.size))
+    shape = input_shape(options)
     budget = None if options.budget is None else budget_bytes(options.budget)
     device = chosen_device(options.device)
     if options.plot is not None:

@@ -40,5 +40,6 @@ def check_takes(model: nn.Module, batch: Tensor) -> None:
         shape = " × ".join(map(str, batch.shape))
         raise CommandError(
             f"{type(model).__name__} can't take an input of {shape}, {dtype_name(batch.dtype)}: "
-            f"{type(error).__name__}: {first_line(error)}; see --size, --batch-size and --dtype"
+            f"{type(error).__name__}: {first_line(error)}; --input-shape gives any other, as 8x3 "
+            "(--size N is an image, 3 × N × N)"
         ) from error

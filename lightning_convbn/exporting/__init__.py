@@ -4,6 +4,7 @@ The folder is not called ``export``, because `lightning_convbn.export` is a publ
 
 - `plain_copy.py`: copies a model without conversion and wrappers.
 - `deploy_copy.py`: `fuse_for_deploy` folds the BatchNorms of such a copy for good.
+- `dimension_check.py`: what stands in such a copy where a fold is right for one number of dimensions alone.
 - `export.py`: `export` writes a Deploy copy to a file.
 - `formats.py`: the table of file formats. A new format is a new row.
 - `argument_checks.py`: refuses a path, a model or inputs before any work.

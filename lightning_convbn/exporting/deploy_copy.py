@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from lightning_convbn.exporting.dimension_check import dimension_check
 from lightning_convbn.exporting.plain_copy import plain_copy
 from lightning_convbn.layers.norms import affine_of
-from lightning_convbn.layers.table import norm_layer
+from lightning_convbn.layers.table import conv_layer, norm_layer, takes_other_dimensions
 from lightning_convbn.modes import set_mode
 from lightning_convbn.ops.fold import fold_conv_bn
+from lightning_convbn.pairs.data_flow import WHOLE_MODEL
 from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
 
 
-def fuse_for_deploy(model: nn.Module, *, pairs: ConvBNPairs | None = None) -> nn.Module:
+def fuse_for_deploy(
+    model: nn.Module, *, pairs: ConvBNPairs | None = None, example_inputs: Sequence[Any] | None = None
+) -> nn.Module:
     """Return the Deploy copy of a model: a copy in eval state with each pair folded into one convolution for good.
 
     The copy has plain layers: convolutions with a bias, and ``nn.Identity`` in the place of each folded BatchNorm. It
@@ -24,14 +28,20 @@ def fuse_for_deploy(model: nn.Module, *, pairs: ConvBNPairs | None = None) -> nn
     one of the parameters that it was computed from does. Wrappers (``torch.compile``, DDP, ``DataParallel``, Fabric)
     are not copied. The original is not changed. It may be in any mode.
 
+    Two kinds of pairs need care. A pair stays unfolded if the forward also reads a parameter of it elsewhere, as a tied
+    decoder does. In the place of a BatchNorm that takes inputs of several dimensions, such as ``BatchNorm1d``, there is
+    a module that refuses those for which the fold is wrong.
+
     Args:
         model: Any module, plain or converted by `set_mode`. BatchNorms in TorchScript and sharded modules are refused.
         pairs: The pairs to fold. None takes the pairs that `find_conv_bn_pairs` finds in the eval state. If the model
             is converted, it takes only those that the model was converted with.
+        example_inputs: Positional arguments of its forward, to find the pairs with. A model that can't be traced needs
+            them, here or for ``pairs``.
 
     Raises:
-        ValueError: If the model can't be copied, if ``pairs`` does not fit it, or if a convolution computes its weight
-            anew in every forward (weight_norm).
+        ValueError: If the model can't be copied, if ``pairs`` does not fit it, if a convolution computes its weight
+            anew in every forward (weight_norm), or if the model can't be traced and there are no example inputs.
 
     Source: "Deploy mode" of arXiv 2305.11624, section 2.
 
@@ -45,7 +55,10 @@ def fuse_for_deploy(model: nn.Module, *, pairs: ConvBNPairs | None = None) -> nn
     """
     copied = plain_copy(model)
     fused = copied.model
-    pairs = copied.find_pairs() if pairs is None else copied.renamed(pairs)
+    found = copied.find_pairs(example_inputs)
+    pairs = found if pairs is None else copied.renamed(pairs)
+    _check_seen(model, pairs)
+    pairs = pairs.unfold({**pairs.unfused, **found.unfused})
     if len(pairs):
         with torch.no_grad():
             set_mode(fused, "eval", pairs=pairs)  # checks the pairs
@@ -53,6 +66,17 @@ def fuse_for_deploy(model: nn.Module, *, pairs: ConvBNPairs | None = None) -> nn
             for pair in copied.without_hooked(pairs):
                 _fold_for_good(fused, pair)
     return fused
+
+
+def _check_seen(model: nn.Module, pairs: ConvBNPairs) -> None:
+    """Raise a ValueError if code that was not seen holds a pair: it may read the weight that a copy replaces."""
+    for name in sorted(pairs.untraced):
+        if any(name == WHOLE_MODEL or f"{pair.conv}.".startswith(f"{name}.") for pair in pairs):
+            raise ValueError(
+                f"model: {type(model).__name__} can't be folded for good by its code alone, because "
+                f"{name if name == WHOLE_MODEL else f'`{name}`'} can't be traced; give example_inputs=(images,), the "
+                "positional arguments of forward"
+            )
 
 
 def _fold_for_good(model: nn.Module, pair: ConvBNPair) -> None:
@@ -76,19 +100,20 @@ def _fold_for_good(model: nn.Module, pair: ConvBNPair) -> None:
     of_bias = any(tensor is not None and tensor.requires_grad for tensor in (conv.bias, gamma, beta))
     conv.weight = nn.Parameter(weight, requires_grad=of_weight)
     conv.bias = nn.Parameter(bias, requires_grad=of_bias or of_weight)
-    row = norm_layer(bn)
+    conv_row, row = conv_layer(conv), norm_layer(bn)
+    assert conv_row is not None
     assert row is not None
-    rest = _layers_after(bn, row.runs_after)
+    layers = _layers_after(bn, row.runs_after)
+    if takes_other_dimensions(conv, bn):
+        layers.insert(0, dimension_check(conv_row.dims, pair.bn))
+    rest = nn.Sequential(*layers) if len(layers) > 1 else layers[0] if layers else nn.Identity()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is bn:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, rest.eval())
 
 
-def _layers_after(bn: nn.Module, names: Iterable[str]) -> nn.Module:
-    """Return the layers that a BatchNorm of another library runs after it normalises, as one module."""
+def _layers_after(bn: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """List the layers that a BatchNorm of another library runs after it normalises."""
     layers = [child for name in names if isinstance(child := getattr(bn, name, None), nn.Module)]
-    layers = [layer for layer in layers if not isinstance(layer, nn.Identity)]
-    if not layers:
-        return nn.Identity()
-    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+    return [layer for layer in layers if not isinstance(layer, nn.Identity)]

@@ -154,4 +154,6 @@ def _renamed(pairs: ConvBNPairs, names: Mapping[str, str]) -> ConvBNPairs:
         {new(bn): reason for bn, reason in pairs.unpaired.items()},
         map(new, pairs.unfrozen),
         map(new, pairs.flattened),
+        map(new, pairs.untraced),
+        {new(bn): reason for bn, reason in pairs.unfused.items()},
     )

@@ -121,6 +121,15 @@ def norm_layer(module: nn.Module) -> NormLayer | None:
     return row
 
 
+def takes_other_dimensions(conv: nn.Module, bn: nn.Module) -> bool:
+    """Whether the BatchNorm of a pair takes inputs of dimensions for which a fold of the pair is wrong, too.
+
+    ``BatchNorm1d`` takes two or three, and normalises the second. A linear layer has its channels in the last.
+    """
+    conv_row, norm_row = conv_layer(conv), norm_layer(bn)
+    return conv_row is None or norm_row is None or norm_row.dims != {conv_row.dims}
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a BatchNorm, supported or not."""
     return isinstance(module, BatchNorm) or norm_layer(module) is not None

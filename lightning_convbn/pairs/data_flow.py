@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,8 @@ _CONVOLUTIONS = (
 # Users of a convolution's output that are no module and no function.
 RETURNED = "the caller, as it is returned"
 READER_OF_ATTRIBUTE = "whoever reads the attribute `{name}`"
+
+WHOLE_MODEL = "the model"  # the name of a model that can't be traced, among those of its parts
 
 METADATA = ("shape", "ndim", "dtype", "device")
 """Attributes of a convolution's output that folding leaves unchanged. Whoever reads them reads no values."""
@@ -49,6 +52,8 @@ class DataFlow:
         sources: BatchNorm -> for each call, the module that has computed its input, or words for what else did.
         users: Convolution -> words for each use of its output, except by BatchNorms.
         norms: Convolution -> the BatchNorms that use its output.
+        readers: Convolution or BatchNorm -> words for whoever reads values of its parameters or buffers from outside.
+        dims: BatchNorm -> the dimensions of its input; unknown without data.
         flattened: BatchNorms whose input is a linear layer's output with all but its last dimension flattened.
         unseen: BatchNorm that could not be observed -> why.
         untraced: Names of the modules that could not be traced, so that only their children were.
@@ -59,6 +64,8 @@ class DataFlow:
     sources: dict[nn.Module, list[nn.Module | str]] = field(default_factory=lambda: defaultdict(list))
     users: dict[nn.Module, list[str]] = field(default_factory=lambda: defaultdict(list))
     norms: dict[nn.Module, list[nn.Module]] = field(default_factory=lambda: defaultdict(list))
+    readers: dict[nn.Module, list[str]] = field(default_factory=lambda: defaultdict(list))
+    dims: dict[nn.Module, int] = field(default_factory=dict)
     flattened: set[nn.Module] = field(default_factory=set)
     unseen: dict[nn.Module, str] = field(default_factory=dict)
     untraced: list[str] = field(default_factory=list)
@@ -81,10 +88,24 @@ class DataFlow:
             return originals[value] if isinstance(value, nn.Module) else value
 
         flow = DataFlow({originals[module]: name for module, name in self.names.items()}, untraced=self.untraced)
-        for name in ("calls", "sources", "users", "norms", "unseen"):
+        for name in ("calls", "sources", "users", "norms", "readers", "dims", "unseen"):
             getattr(flow, name).update({originals[key]: original(value) for key, value in getattr(self, name).items()})
         flow.flattened = {originals[module] for module in self.flattened}
         return flow
+
+    @cached_property
+    def _owners(self) -> dict[int, list[nn.Module]]:
+        """Id of a parameter or buffer -> the convolutions and BatchNorms that have it."""
+        owners: dict[int, list[nn.Module]] = defaultdict(list)
+        for module in filter(is_leaf, self.names):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                owners[id(tensor)].append(module)
+        return owners
+
+    def record_read(self, value: object, user: str) -> None:
+        """Record that a value is read, if it is a parameter or a buffer of a convolution or BatchNorm."""
+        for module in self._owners.get(id(value), ()):
+            self.readers[module].append(user)
 
     def partner(self, bn: nn.Module) -> nn.Module | str | None:
         """Return the convolution in front of a BatchNorm, or why there is none; None if ``bn`` was never called.

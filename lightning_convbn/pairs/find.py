@@ -73,6 +73,7 @@ def _proven(model: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> Co
     unpaired: dict[str, str] = {}
     unfrozen: list[str] = []
     flattened: list[str] = []
+    unfused: dict[str, str] = {}
     for name, bn in model.named_modules():
         if not is_norm(bn):
             continue
@@ -83,15 +84,38 @@ def _proven(model: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> Co
             continue
         found = _partner(model, bn, traced, recorded)
         if not isinstance(found, str):
-            found = mismatch(model, traced.names[found], name) or found
+            found = mismatch(model, traced.names[found], name) or _other_input(bn, found, recorded) or found
         if isinstance(found, str):
             unpaired[name] = found
         else:
             pairs.append(ConvBNPair(traced.names[found], name))
+            if (why := _read_elsewhere((found, bn), traced, recorded)) is not None:
+                unfused[name] = why
             if bn in traced.flattened or (recorded is not None and bn in recorded.flattened):
                 flattened.append(name)
     untraced = traced.untraced if recorded is None else ()
-    return ConvBNPairs(pairs, unpaired, unfrozen, flattened, untraced)
+    return ConvBNPairs(pairs, unpaired, unfrozen, flattened, untraced, unfused)
+
+
+def _other_input(bn: nn.Module, conv: nn.Module, recorded: DataFlow | None) -> str | None:
+    """Return the reason if a BatchNorm was seen with an input of dimensions for which its pair can't be folded.
+
+    `torch.nn.BatchNorm1d` takes two or three, and its channels are the second. Those of a linear layer are the last.
+    """
+    row, given = conv_layer(conv), None if recorded is None else recorded.dims.get(bn)
+    if row is None or recorded is None or given in (None, row.dims):
+        return None
+    name = recorded.names[conv]
+    return reasons.OTHER_INPUT.format(given=given, conv=name, conv_cls=class_name(conv), wanted=row.dims)
+
+
+def _read_elsewhere(pair: Sequence[nn.Module], *provers: DataFlow | None) -> str | None:
+    """Return the reason why a Deploy copy must keep a pair, if others read its parameters; None if nobody does."""
+    for prover in provers:
+        for module in pair:
+            if prover is not None and prover.readers[module]:
+                return reasons.READ_ELSEWHERE.format(name=prover.names[module], user=prover.readers[module][0])
+    return None
 
 
 def _partner(model: nn.Module, bn: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> nn.Module | str:

@@ -26,6 +26,7 @@ class ConvBNPairs(Sequence[ConvBNPair]):
         unfrozen: Those of ``unpaired`` that are not frozen either.
         flattened: Those BatchNorms of pairs whose input is the output of a linear layer with all dimensions but the
             last flattened into one, as in LeViT.
+        unfused: Those BatchNorms of pairs that a Deploy copy keeps: qualified name -> why.
         untraced: Modules that could not be traced. A pair inside of them is proven by the forward of their children,
             and not by how they call these children.
     """
@@ -37,12 +38,14 @@ class ConvBNPairs(Sequence[ConvBNPair]):
         unfrozen: Iterable[str] = (),
         flattened: Iterable[str] = (),
         untraced: Iterable[str] = (),
+        unfused: Mapping[str, str] | None = None,
     ) -> None:
         self._pairs = tuple(ConvBNPair(*pair) for pair in pairs)
         self.unpaired = dict(unpaired or {})
         self.unfrozen = frozenset(unfrozen)
         self.flattened = frozenset(flattened) & {pair.bn for pair in self._pairs}
         self.untraced = frozenset(untraced)
+        self.unfused = {pair.bn: unfused[pair.bn] for pair in self._pairs if unfused and pair.bn in unfused}
 
     @overload
     def __getitem__(self, index: int) -> ConvBNPair: ...
@@ -82,6 +85,7 @@ class ConvBNPairs(Sequence[ConvBNPair]):
             self.unfrozen - bns.keys(),
             self.flattened,
             self.untraced,
+            self.unfused,
         )
 
     def unfreeze(self, bns: Mapping[str, str]) -> ConvBNPairs:
@@ -91,7 +95,8 @@ class ConvBNPairs(Sequence[ConvBNPair]):
             bns: The BatchNorms: qualified name -> why.
         """
         pairs = self.unfold(bns)
-        return ConvBNPairs(pairs, pairs.unpaired, self.unfrozen | bns.keys(), pairs.flattened, pairs.untraced)
+        unfrozen = self.unfrozen | bns.keys()
+        return ConvBNPairs(pairs, pairs.unpaired, unfrozen, pairs.flattened, pairs.untraced, pairs.unfused)
 
     def count_by_reason(self) -> dict[str, int]:
         """Count the BatchNorms in no pair by reason. Reasons that differ only in a qualified name count as one."""
@@ -120,7 +125,8 @@ class ConvBNPairs(Sequence[ConvBNPair]):
         return f"ConvBNPairs({list(self._pairs)!r}, unpaired={self.unpaired!r}, unfrozen={sorted(self.unfrozen)!r})"
 
 
-_QUALIFIED_NAME = re.compile(r"`[^`]+\.[^`]+`")
+# Of a module, not of a method. What calls a function is a module, too.
+_QUALIFIED_NAME = re.compile(r"(?<=in the forward of )`[^`]+`|`(?!Tensor\.)[^`]+\.[^`]+`")
 
 
 def _grouped(bns: Mapping[str, str]) -> dict[str, list[str]]:

@@ -89,7 +89,9 @@ class _Recorder(TorchFunctionMode):
             yield
 
     def record_use(self, value: Any, user: str) -> None:
-        """Record a use of a value, if it is the output of a convolution and is not used inside a watched module."""
+        """Record a use of a convolution's output, parameter or buffer, if it is not used inside a watched module."""
+        if self._depth == 0:
+            self._data_flow.record_read(value, user)
         conv = self._source(value) if isinstance(value, Tensor) and self._depth == 0 else None
         if conv is not None:
             self._data_flow.users[conv].append(user)
@@ -110,6 +112,7 @@ class _Recorder(TorchFunctionMode):
             if (conv := self._source(tensor)) is not None:
                 self._data_flow.norms[conv].append(bn)
         source = self._source(given[0]) if given else None
+        self._data_flow.dims[bn] = given[0].dim() if given else 0
         if given and id(given[0]) in self._flattened:
             self._data_flow.flattened.add(bn)
         self._data_flow.sources[bn].append(self._maker(given) if source is None else source)

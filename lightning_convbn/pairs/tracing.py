@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lightning_convbn.pairs.data_flow import (
     READER_OF_ATTRIBUTE,
     RETURNED,
     TAKES_ONLY_THE_SHAPE,
+    WHOLE_MODEL,
     DataFlow,
     is_leaf,
 )
@@ -84,7 +86,7 @@ def _trace(module: nn.Module, data_flow: DataFlow, why: str) -> None:
         graph = _Tracer(param_shapes_constant=True).trace(module, _defaults(module))
     except Exception as error:  # a forward that gets proxies instead of tensors may raise anything
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            name = data_flow.names[module] or "the model"
+            name = data_flow.names[module] or WHOLE_MODEL
             data_flow.untraced.append(name)
             why = reasons.UNTRACED.format(name=name, cls=class_name(module), error=first_line(error))
         for child in module.children():
@@ -93,6 +95,11 @@ def _trace(module: nn.Module, data_flow: DataFlow, why: str) -> None:
     for node in graph.nodes:
         if node.op == "call_module":
             _record_call(module, node, data_flow)
+        elif node.op == "get_attr":
+            tensor = attrgetter(str(node.target))(module)
+            for user in node.users:
+                if _reads_values(user, node):
+                    data_flow.record_read(tensor, _described(user, data_flow.names[module]))
     for name, leaf in leaves_in_attributes(module):
         if isinstance(leaf, fx.Proxy) and leaf.node.op == "call_module":
             used = module.get_submodule(str(leaf.node.target))
@@ -107,7 +114,7 @@ def _record_call(root: nn.Module, node: fx.Node, data_flow: DataFlow) -> None:
         node: The call.
         data_flow: Where to record it.
     """
-    module = root.get_submodule(str(node.target))
+    module, name = root.get_submodule(str(node.target)), data_flow.names[root]
     data_flow.calls[module] += 1
     if is_norm(module):
         source = node.all_input_nodes[0]
@@ -116,7 +123,7 @@ def _record_call(root: nn.Module, node: fx.Node, data_flow: DataFlow) -> None:
             source = linear
             data_flow.flattened.add(module)
         data_flow.sources[module].append(
-            root.get_submodule(str(source.target)) if source.op == "call_module" else _described(source)
+            root.get_submodule(str(source.target)) if source.op == "call_module" else _described(source, name)
         )
     else:
         for user in _users(root, node):
@@ -124,7 +131,7 @@ def _record_call(root: nn.Module, node: fx.Node, data_flow: DataFlow) -> None:
             if used_by is not None and is_norm(used_by):
                 data_flow.norms[module].append(used_by)
             elif _reads_values(user, node):
-                data_flow.users[module].append(_described(user))
+                data_flow.users[module].append(_described(user, name))
 
 
 def _users(root: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
@@ -165,15 +172,30 @@ def _reads_values(user: fx.Node, node: fx.Node) -> bool:
     return not (user.op == "call_function" and user.target is getattr and user.args[1] in METADATA)
 
 
-def _described(node: fx.Node) -> str:
+def _described(node: fx.Node, root: str) -> str:
+    """Return words for what a node is. A function or a method is found in the forward that calls it.
+
+    Args:
+        node: The node.
+        root: Qualified name of the module that was traced.
+    """
     match node.op:
         case "placeholder":
-            return f"the argument `{node.target}` of forward"
+            return f"the argument `{node.target}` of {f'the forward of `{root}`' if root else 'forward'}"
         case "output":
             return RETURNED
         case "get_attr":
             return f"the attribute `{node.target}`"
+        case "call_module":
+            return f"`{_joined(root, str(node.target))}`"
         case "call_function":
-            return f"`{getattr(node.target, '__name__', node.target)}`"
+            name = f"`{getattr(node.target, '__name__', node.target)}`"
         case _:
-            return f"`{node.target}`"
+            name = f"`Tensor.{node.target}`"
+    modules = node.meta.get("nn_module_stack", {})
+    caller = _joined(root, [*modules.values()][-1][0] if modules else "")
+    return f"{name} in the forward of `{caller}`" if caller else name
+
+
+def _joined(root: str, name: str) -> str:
+    return f"{root}.{name}".strip(".")

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["measure", *SMALL, "--variants", "deploy"], "invalid choice: 'deploy'"),
         (["measure", *SMALL, "--modes", "tune"], "unrecognized arguments: --modes tune"),
         (["export", *SMALL], "required: PATH"),
+        (["measure", *SMALL, "--input-shape", "8x3"], "--input-shape: not allowed with argument --size"),
     ],
 )
 def test_wrong_usage_exits_by_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,6 +114,12 @@ class TestMeasure:
         assert main(["measure", "frozen:net", "--size", "8", "--rounds", "1", "--budget", "1GiB"]) == 0
         assert "no largest batch, because a larger batch keeps no more bytes" in capsys.readouterr().out
 
+    @pytest.mark.parametrize(("shape", "folded"), [("8x3", 1), ("8x4x3", 0)])
+    def test_an_input_may_have_any_shape(self, shape: str, folded: int, capsys: pytest.CaptureFixture[str]) -> None:
+        write_module("rows", "net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))")
+        found = run_json(capsys, "measure", "rows:net", "--input-shape", shape, "--rounds", "0")
+        assert found["batchnorms"]["folded"] == folded
+
     @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
     def test_the_type_is_that_of_what_is_kept(self, dtype: str, found: Any, capsys: pytest.CaptureFixture[str]) -> None:
         other = run_json(capsys, "measure", *SMALL, "--batch-size", "4", "--rounds", "0", "--dtype", dtype)
@@ -125,6 +131,10 @@ class TestMeasure:
     ("arguments", "message"),
     [
         (["--size", "1"], "can't take an input of 8 × 3 × 1 × 1, float32: RuntimeError: "),
+        (
+            ["--input-shape", "8x3", "--batch-size", "2"],
+            "--input-shape 8x3 has the batch in it: leave out --batch-size",
+        ),
         (["--budget", "8 apples"], "--budget '8 apples' is no amount of memory, as 8GiB"),
         (["--budget", "0GiB"], "--budget '0GiB' is no amount of memory"),
         (["--device", "cuda:99"], "--device 'cuda:99' can't be used"),

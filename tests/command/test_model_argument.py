@@ -41,6 +41,15 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     ),
     "folder for a file": (["helpers.networks:small_net", "--json", "."], "--json . is a folder; name a file in it"),
     "bad size": (["helpers.networks:small_net", "--size", "8x"], "--size '8x' is neither a number of pixels"),
+    "bad shape": (
+        ["helpers.networks:small_net", "--input-shape", "8,3"],
+        "--input-shape '8,3' is no shape with the batch",
+    ),
+    "image for rows": (
+        ["factories:mlp", "--size", "3"],
+        "float32: ValueError: expected 2D or 3D input (got 4D input); --input-shape gives any other, as 8x3 (--size N "
+        "is an image, 3 × N × N)",
+    ),
     "channels that don't fit": (
         ["helpers.networks:small_net", "--size", "1x8x8"],
         "Sequential can't take an input of 2 × 1 × 8 × 8",
@@ -61,7 +70,8 @@ def test_inspect_refuses_in_one_line(
         "def broken(): raise ValueError('give me weights\\nplease')\n"
         "def greedy(width): return nn.Linear(width, width)\n"
         "def other(): return 7\n"
-        "number = 7",
+        "number = 7\n"
+        "mlp = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))",
     )
     assert message in refusal(capsys, "inspect", *arguments)
 

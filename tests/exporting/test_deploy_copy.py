@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from helpers.comparing import Snapshot, assert_close, gradients
 from helpers.networks import images, randomized, small_net
 from torch import Tensor, nn
 
-from lightning_convbn import ConvBNPairs, Mode, find_conv_bn_pairs, fuse_for_deploy, set_mode
+from lightning_convbn import ConvBNPairs, Mode, conv_bn_mode, export, find_conv_bn_pairs, fuse_for_deploy, set_mode
 
 
 def expected_output(net: nn.Module, input: Tensor) -> Tensor:
@@ -120,6 +121,146 @@ def test_the_copy_of_a_transposed_convolution_and_a_linear_layer_equals_eval() -
     )
     net, input = randomized(net).double(), images(2, 4, 4, 4, dtype=torch.float64)
     assert_close([fuse_for_deploy(net)(input)], [expected_output(net, input)], 1e-12)
+
+
+class TiedDecoder(nn.Module):
+    """Whose decoder uses the weight of the encoder's convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(3, 3, 1)
+        self.last_bn = nn.BatchNorm2d(3)
+
+    def forward(self, input: Tensor) -> Tensor:
+        features = self.bn(self.conv(input))
+        features = nn.functional.conv_transpose2d(features, self.conv.weight)
+        return self.last_bn(self.last(features))
+
+
+class ReadsTheNorm(TiedDecoder):
+    def forward(self, input: Tensor) -> Tensor:
+        return self.bn(self.conv(input)) * self.bn.weight.view(1, -1, 1, 1) + self.bn.running_mean.view(1, -1, 1, 1)
+
+
+class TiedUnderAnotherName(TiedDecoder):
+    """Its tied weight is found under the name of the decoder first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.weight = nn.Conv2d(3, 4, 3), None
+        conv, self.__dict__["_modules"] = self.conv, dict(reversed(self._modules.items()))
+        self.weight = conv.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.conv_transpose2d(self.bn(self.conv(input)), self.weight)
+
+
+class Untraceable(TiedDecoder):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if input.sum() < 1e9 else input
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("cls", [TiedDecoder, ReadsTheNorm, TiedUnderAnotherName])
+def test_a_pair_whose_parameters_are_read_elsewhere_stays_as_it_is(cls: type[nn.Module], recorded: bool) -> None:
+    net, input = randomized(cls()).double(), images(2, 3, 8, 8, dtype=torch.float64)
+    expected = expected_output(net, input)
+    example = (input,) if recorded else None
+    pairs = find_conv_bn_pairs(net, example_inputs=example)
+    assert ("conv", "bn") in pairs
+    assert re.match(
+        r"a Deploy copy would change the parameters of `(conv|bn)`, which are also read by", pairs.unfused["bn"]
+    )
+    for fused in (
+        fuse_for_deploy(net, example_inputs=example),
+        fuse_for_deploy(net, pairs=pairs),
+        fuse_for_deploy(net, pairs=ConvBNPairs([("conv", "bn")])),
+    ):
+        assert type(fused.bn) is nn.BatchNorm2d
+        assert_close([fused(input)], [expected], 1e-12)
+    with conv_bn_mode(net, "tune"):
+        assert type(net.conv).__name__ == "TuneConv2d"
+        assert_close([net(input)], [expected], 1e-12)
+
+
+def test_other_pairs_of_a_tied_decoder_are_folded() -> None:
+    assert type(fuse_for_deploy(TiedDecoder()).last_bn) is nn.Identity
+
+
+@pytest.mark.parametrize("read", ["dtype", "device", "shape"])
+def test_reading_what_a_weight_is_like_is_no_use_of_it(read: str) -> None:
+    class Reading(TiedDecoder):
+        def forward(self, input: Tensor) -> Tensor:
+            like = getattr(self.conv.weight, read)
+            return self.bn(self.conv(input if read == "shape" else input.to(like))) * (like is not None)
+
+    for example in (None, (images(2, 3, 8, 8),)):
+        assert not find_conv_bn_pairs(Reading(), example_inputs=example).unfused
+
+
+def test_a_linear_layer_that_shares_its_weight_as_a_module_keeps_it() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    net[2].weight = net[0].weight
+    net, input = randomized(net).double(), images(5, 4, dtype=torch.float64)
+    fused = fuse_for_deploy(net)
+    assert "running_mean" not in dict(fused[1].named_buffers())
+    assert_close([fused(input)], [expected_output(net, input)], 1e-12)
+
+
+def test_a_model_that_can_not_be_traced_needs_example_inputs() -> None:
+    """Its code may read a weight, and only a run shows it."""
+    net, input = randomized(Untraceable()).double(), images(2, 3, 8, 8, dtype=torch.float64)
+    net.block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    message = r"Untraceable can't be folded for good by its code alone, because the model can't be traced; give example"
+    for pairs in (None, find_conv_bn_pairs(net)):
+        with pytest.raises(ValueError, match=message):
+            fuse_for_deploy(net, pairs=pairs)
+    fused = fuse_for_deploy(net, example_inputs=(input,))
+    assert [type(fused.bn), type(fused.last_bn)] == [nn.BatchNorm2d, nn.Identity]
+    assert_close([fused(input)], [expected_output(net, input)], 1e-12)
+
+
+# A pair whose BatchNorm takes inputs of several dimensions, an input that suits, and one that fits by chance.
+SEVERAL = {
+    "linear": (lambda: (nn.Linear(5, 4), nn.BatchNorm1d(4)), (6, 5), (2, 4, 5)),
+    "Conv1d": (lambda: (nn.Conv1d(5, 4, 3), nn.BatchNorm1d(4)), (2, 5, 6), (5, 6)),
+    "Conv2d": (lambda: (nn.Conv2d(5, 4, 3), nn.SyncBatchNorm(4)), (2, 5, 6, 6), (5, 6, 6)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+@pytest.mark.parametrize("case", SEVERAL)
+def test_a_copy_refuses_dimensions_for_which_its_fold_is_wrong(case: str) -> None:
+    build, suits, by_chance = SEVERAL[case]
+    net = randomized(nn.Sequential(*build())).double()
+    inputs = [images(*shape, dtype=torch.float64) for shape in (suits, by_chance)]
+    for fused in (
+        fuse_for_deploy(net),
+        pickle.loads(pickle.dumps(fuse_for_deploy(net))),
+        torch.jit.script(fuse_for_deploy(net)),
+    ):
+        assert_close([fused(inputs[0])], [expected_output(net, inputs[0])], 1e-12)
+        with pytest.raises(
+            (AssertionError, RuntimeError), match=r"1: this Deploy copy is right for \d dimensions here"
+        ):
+            fused(inputs[1])
+    for input in inputs:
+        fused = fuse_for_deploy(net, example_inputs=(input,))
+        assert_close([fused(input)], [expected_output(net, input)], 1e-12)
+
+
+def test_a_pair_seen_with_other_dimensions_is_not_folded() -> None:
+    pairs = find_conv_bn_pairs(nn.Sequential(*SEVERAL["linear"][0]()), example_inputs=(images(2, 4, 5),))
+    assert pairs.unpaired == {"1": "gets an input of 3 dimensions from `0` (Linear), whose fold is for 2"}
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".pt"])
+@pytest.mark.parametrize("shape", [(6, 5), (2, 4, 5)])
+def test_a_file_of_a_linear_pair_computes_what_eval_computes(
+    shape: tuple[int, ...], suffix: str, tmp_path: Path
+) -> None:
+    net = randomized(nn.Sequential(*SEVERAL["linear"][0]()))
+    assert export(net, tmp_path / f"net{suffix}", (images(*shape),)).exists()
 
 
 def test_a_saved_copy_runs_where_the_package_can_not_be_imported(tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ class Trial:
         self.scenario = scenario
         self.report = Report()
         self.ours, self.twin = build_model(scenario), build_model(scenario)
+        self.twin.load_state_dict(self.ours.state_dict())  # a branch by random numbers may have run another norm
         self.found: dict[str, bool] = {}  # the training flags when the model was first converted
         self.wanted = self.flags()  # the training flags as they were last set
         self.frozen: set[str] = set()

@@ -99,7 +99,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     ),
     "output also given to a method": (
         lambda: Net(output_given_to_a_method, conv=conv(), bn=nn.BatchNorm2d(3)),
-        {"bn": "the output of its convolution `conv` is also used by `mean`"},
+        {"bn": "the output of its convolution `conv` is also used by `Tensor.mean`"},
     ),
     "behind an activation": (
         lambda: nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(3)),
@@ -307,11 +307,39 @@ def test_one_block_under_two_names_that_is_called_once_is_paired_once() -> None:
 def test_all_pairs_of_torchvisions_classifiers_are_found(name: str, folded: int, others: int) -> None:
     pairs = find_conv_bn_pairs(torchvision_model(name))
     assert (len(pairs), len(pairs.unpaired)) == (folded, others)
-    reasons = {
-        "its input comes from `cat`, not from a convolution",
-        "is never called by the model's forward in its eval state",
+    reasons = ("its input comes from `cat` in the forward of `", "is never called by the model's forward in its eval")
+    assert all(reason.startswith(reasons) for reason in pairs.unpaired.values())
+
+
+def test_a_reason_names_the_forward_that_calls_a_function_or_a_method() -> None:
+    def cast(net: Net, x: Tensor) -> Tensor:
+        return net.bn(net.conv(x).to(torch.float32))
+
+    def stacked(net: Net, x: Tensor) -> Tensor:
+        return net.bn(torch.cat([net.conv(x)]))
+
+    model = nn.Sequential(*(Net(forward, conv=conv(), bn=nn.BatchNorm2d(3)) for forward in (cast, stacked)))
+    reasons = find_conv_bn_pairs(nn.Sequential(model, conv())).unpaired
+    assert reasons == {
+        "0.0.bn": "its input comes from `Tensor.to` in the forward of `0.0`, not from a convolution",
+        "0.1.bn": "its input comes from `cat` in the forward of `0.1`, not from a convolution",
     }
-    assert set(pairs.unpaired.values()) <= reasons
+
+
+def test_a_reason_found_in_a_child_names_its_modules_from_the_whole_model() -> None:
+    class Untraceable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Net(output_given_to_a_module, conv=conv(), bn=nn.BatchNorm2d(3), relu=nn.ReLU())
+            self.first = Net(lambda net, x: net.bn(x), bn=nn.BatchNorm2d(3))
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.block(self.first(input)) if input.sum() < 1e9 else input
+
+    assert find_conv_bn_pairs(Untraceable()).unpaired == {
+        "block.bn": "the output of its convolution `block.conv` is also used by `block.relu`",
+        "first.bn": "its input comes from the argument `x` of the forward of `first`, not from a convolution",
+    }
 
 
 class TestConvBNPairs:
@@ -351,6 +379,19 @@ class TestConvBNPairs:
         assert unfrozen.unpaired["d"] == "untrained"
         assert unfrozen.frozen == {"e": "why", "f": "why"}
         assert len(self.PAIRS) == 2
+
+    def test_unfolding_keeps_why_a_copy_does_not_fold(self) -> None:
+        pairs = ConvBNPairs([("a", "b"), ("c", "d")], unfused={"b": "why", "d": "why"})
+        assert pairs.unfold({"d": "wrong"}).unfused == pairs.unfreeze({"d": "wrong"}).unfused == {"b": "why"}
+
+    def test_reasons_are_grouped_by_the_name_of_a_method(self) -> None:
+        text = "its input comes from `Tensor.{}` in the forward of `{}`, not from a convolution"
+        names = [("to", "a.b"), ("to", "c"), ("mean", "d")]
+        pairs = ConvBNPairs([], {f"bn{number}": text.format(*name) for number, name in enumerate(names)})
+        assert pairs.count_by_reason() == {
+            "its input comes from `Tensor.to` in the forward of …, not from a convolution": 2,
+            "its input comes from `Tensor.mean` in the forward of …, not from a convolution": 1,
+        }
 
     def test_prints_a_table(self) -> None:
         assert str(self.PAIRS).splitlines() == [
