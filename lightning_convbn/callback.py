@@ -53,8 +53,8 @@ class ConvBNModeCallback(Callback):
         recompute_activations: Whether SiLU, Hardswish, GELU and similar activations keep only their input for the
             backward pass, which then computes the output again, and ReLU6 and similar ones only their output. The
             numbers are the same, with less memory. Needs the mode ``"eval"`` or ``"tune"``.
-        verify: Whether to compare Tune mode with Eval mode at the first batch. Pairs that differ go back to Eval mode,
-            with a warning.
+        verify: Whether to compare each pair with Eval mode at the first batch, on the spot, in the one real pass. Pairs
+            that differ, or whose fold is of no use, go back to Eval mode, with a warning.
         log_memory: Whether to count, print and log memory.
         export_path: The file to write at the end of fit: ``.onnx``, ``.pt2``, ``.pt`` or ``.safetensors``. It holds, as
             `export` writes it, what the LightningModule's ``forward`` computes, or the single target if it has no

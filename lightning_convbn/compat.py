@@ -26,7 +26,6 @@ __all__ = [
     "assert_in_graph",
     "compiled_by_lightning",
     "fake_tensor_mode",
-    "forward_pre_hooks",
     "inside_transform",
     "load_as",
     "other_saved_tensor_hooks",
@@ -92,11 +91,6 @@ def fake_tensor_mode() -> FakeTensorMode:
 
 
 # ------------------------------------------------------------------------------------------------------------- modules
-
-
-def forward_pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
-    """Return the forward pre-hooks of a module, as `forward_hooks` does."""
-    return module._forward_pre_hooks
 
 
 HOOKS = frozenset(name for name in vars(nn.Module()) if "hooks" in name)

@@ -113,15 +113,19 @@ def test_fake_tensors_have_no_data_and_real_ones_are_to_be_had_meanwhile() -> No
 
 
 def test_hooks_are_seen() -> None:
-    module = nn.Linear(1, 1)
-    assert not compat.forward_hooks(module)
-    assert not compat.forward_pre_hooks(module)
-    hook = module.register_forward_hook(lambda *args: None)
-    assert compat.forward_hooks(module)
-    hook.remove()
-    module.register_forward_pre_hook(lambda *args: None)
-    assert compat.forward_pre_hooks(module)
-    assert not compat.forward_hooks(module)
+    hooks: dict[str, tuple[bool, bool]] = {  # name of the method -> whether they see the output, and the input
+        "register_forward_hook": (True, False),
+        "register_forward_pre_hook": (False, True),
+        "register_full_backward_hook": (True, True),
+        "register_full_backward_pre_hook": (True, True),
+        "register_state_dict_post_hook": (False, False),
+    }
+    for method, seen in hooks.items():
+        module = nn.Linear(1, 1)
+        assert (compat.watches_output(module), compat.watches_input(module)) == (False, False)
+        getattr(module, method)(lambda *args: None)
+        assert (compat.watches_output(module), compat.watches_input(module)) == seen, method
+        assert any(vars(module)[name] for name in compat.HOOKS)
 
 
 def test_no_other_file_of_the_package_has_a_private_name_of_pytorch() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_convbn.compat import inside_transform, version_of
 from lightning_convbn.layers.marks import Call, Marked, has_watching_hooks, mark, plain_output, seen_through
-from lightning_convbn.layers.norms import affine_of, frozen_batch_norm
+from lightning_convbn.layers.norms import affine_of, frozen_batch_norm, only_gamma_is_trained
 from lightning_convbn.layers.swap import Converted, run_plain
 from lightning_convbn.ops.convolution import autocast, conv_bn, folded_conv, output_numel
 from lightning_convbn.ops.fold import ConvSpec, fold_conv_bn, layout
@@ -78,12 +78,6 @@ class ConvBNLayer(Converted):
     def operands(self) -> tuple[Any, Any, Any, Any, Any, Any, float]:
         """What is folded: weight and bias, and the affine map of the BatchNorm with its epsilon."""
         return self.weight, self.bias, *affine_of(self._bn[0])
-
-
-def only_gamma_is_trained(weight: Tensor, bn: nn.Module) -> bool:
-    """Whether a BatchNorm's weight wants a gradient, and that of its convolution does not."""
-    gamma: Any = bn.weight
-    return not weight.requires_grad and gamma is not None and gamma.requires_grad
 
 
 class Tune(ConvBNLayer):

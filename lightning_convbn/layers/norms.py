@@ -30,6 +30,12 @@ def affine_of(bn: nn.Module) -> Affine:
     return Affine(norm.weight, norm.bias, norm.running_mean, norm.running_var, getattr(norm, "eps", EPSILON))
 
 
+def only_gamma_is_trained(weight: Tensor, bn: nn.Module) -> bool:
+    """Whether a BatchNorm's weight wants a gradient, and that of its convolution does not."""
+    gamma: Any = bn.weight
+    return not weight.requires_grad and gamma is not None and gamma.requires_grad
+
+
 def frozen_batch_norm(bn: nn.Module, input: Tensor) -> Tensor:
     """Normalise with the running statistics, whatever the module's training flag says.
 

@@ -26,6 +26,7 @@ from lightning_convbn.pairs.find import statistics_missing
 REFUSALS = {
     "has no BatchNorm, so there is nothing to put in": "all norms of the network are of other kinds",
     "computes its weight anew in every forward": "fuse_for_deploy can't fold into weight_norm for good",
+    "can't be folded for good by its code alone": "fuse_for_deploy wants example inputs of what can't be traced",
 }
 
 
