@@ -26,6 +26,7 @@ _CONVOLUTIONS = (
 
 # Users of a convolution's output that are no module and no function.
 RETURNED = "the caller, as it is returned"
+PUT_INTO_ARGUMENT = "the caller, as it is put into an argument of forward"
 READER_OF_ATTRIBUTE = "whoever reads the attribute `{name}`"
 
 WHOLE_MODEL = "the model"  # the name of a model that can't be traced, among those of its parts

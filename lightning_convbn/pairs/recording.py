@@ -20,6 +20,7 @@ from lightning_convbn.layers.swap import class_name
 from lightning_convbn.layers.table import is_norm
 from lightning_convbn.pairs.data_flow import (
     METADATA,
+    PUT_INTO_ARGUMENT,
     READER_OF_ATTRIBUTE,
     RETURNED,
     TAKES_ONLY_THE_SHAPE,
@@ -59,6 +60,8 @@ def record_data_flow(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[st
             output = plain.forward(*inputs, **kwargs)
         for leaf in leaves_of(output):
             recorder.record_use(leaf, RETURNED)
+        for leaf in leaves_of((inputs, kwargs)):
+            recorder.record_use(leaf, PUT_INTO_ARGUMENT)
         for name, leaf in leaves_in_attributes(plain):
             recorder.record_use(leaf, READER_OF_ATTRIBUTE.format(name=name))
     return data_flow.of_originals(shadow.originals)
