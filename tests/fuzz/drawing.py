@@ -251,7 +251,7 @@ def draw_ends(draft: Draft) -> dict[str, Any]:
     if gives != "tensor":
         chosen = draft.convolved if draft.convolved and draft.chance(0.2) else range(count)
         outputs += [random.choice(list(chosen))]
-    hooks = [draw_hook(draft) for _ in range(random.choice([0, 0, 0, 0, 1, 2]))]
+    hooks = [draw_hook(draft) for _ in range(random.choice([0, 0, 0, 0, 1, 2])) if draft.network.layers]
     return {"gives": gives, "outputs": tuple(outputs), "hooks": tuple(hooks)}
 
 

@@ -18,9 +18,10 @@ def network(*steps: Step, layers: Mapping[str, Layer] = TWO, **options: Any) -> 
     return Network(steps, layers, **options)
 
 
-def pair(guard: str = "", **options: Any) -> Network:
+def pair(guard: str = "", norm: str = "", **options: Any) -> Network:
     """A convolution and its BatchNorm, which may be skipped."""
-    return network(Step("call", (0,), "a"), Step("call", (1,), "b", guard=guard), **options)
+    layers = {"a": CONV, "b": Layer("norm", norm)}
+    return network(Step("call", (0,), "a"), Step("call", (1,), "b", guard=guard), layers=layers, **options)
 
 
 def domains(how: str) -> Network:
@@ -44,6 +45,9 @@ FOUND: dict[str, Scenario] = {
     "looking writes an input that the forward writes": Scenario(network(Step("standardize")), RECORDED),
     "looking writes an input that a hook writes": Scenario(
         network(Step("call", layer="a"), hooks=(Hook("a", True, "scale_"),)), RECORDED
+    ),
+    "looking writes an input that an activation writes": Scenario(
+        network(Step("function", name="leaky_relu_")), RECORDED
     ),
     "looking writes into the caller's dict": Scenario(network(Step("put"), outputs=(0,), takes="dict"), RECORDED),
     "looking appends to the caller's list": Scenario(network(Step("append"), outputs=(0,), takes="list"), RECORDED),
@@ -96,6 +100,17 @@ FOUND: dict[str, Scenario] = {
     ),
     "a convolution's flag after two switches": Scenario(
         pair(), (TUNE, Action("flags", training=True), Action("mode", "eval"))
+    ),
+    "autocast: the dtype behind a FrozenBatchNorm2d": Scenario(pair(norm="FrozenBatchNorm2d"), precision="autocast"),
+    "the memory format behind circular padding of nothing, by which dropout draws": Scenario(
+        network(
+            Step("rows", layers=("a", "b")),
+            Step("call", (1,), "c"),
+            Step("call", (2,), "d"),
+            Step("call", (3,), "e"),
+            layers={**TWO, "c": Layer("conv", padding="circular"), "d": NORM, "e": Layer("drop")},
+        ),
+        training=True,
     ),
     "Deploy copy: a hook returns another input of the BatchNorm": Scenario(
         pair(hooks=(Hook("b", True, "scale"),)), (Action("fuse"),)
