@@ -142,6 +142,13 @@ class ReadsTheNorm(TiedDecoder):
         return self.bn(self.conv(input)) * self.bn.weight.view(1, -1, 1, 1) + self.bn.running_mean.view(1, -1, 1, 1)
 
 
+class Penalised(TiedDecoder):
+    """Whose output has a penalty on all weights in it. It does not depend on the input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.bn(self.conv(input)) + sum(parameter.square().sum() for parameter in self.parameters())
+
+
 class TiedUnderAnotherName(TiedDecoder):
     """Its tied weight is found under the name of the decoder first."""
 
@@ -161,7 +168,7 @@ class Untraceable(TiedDecoder):
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-@pytest.mark.parametrize("cls", [TiedDecoder, ReadsTheNorm, TiedUnderAnotherName])
+@pytest.mark.parametrize("cls", [TiedDecoder, ReadsTheNorm, Penalised, TiedUnderAnotherName])
 def test_a_pair_whose_parameters_are_read_elsewhere_stays_as_it_is(cls: type[nn.Module], recorded: bool) -> None:
     net, input = randomized(cls()).double(), images(2, 3, 8, 8, dtype=torch.float64)
     expected = expected_output(net, input)
