@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_convbn import compat
@@ -56,6 +56,17 @@ def test_nothing_is_replaced_where_nothing_is_saved_or_others_hold_it() -> None:
     assert compat.saved_by(x.clone().grad_fn, "weight") is None
     with torch.autograd.graph.save_on_cpu():
         assert not compat.replace_saved(nn.functional.silu(x).grad_fn, "self", torch.ones)
+
+
+def test_an_assertion_stays_in_a_graph() -> None:
+    graph = fx.Graph()
+    input = graph.placeholder("input")
+    graph.call_function(compat.assert_in_graph, (input, "no"))
+    graph.output(input)
+    module = fx.GraphModule(nn.Module(), graph)
+    assert module(True)
+    with pytest.raises(AssertionError, match="no"):
+        module(False)
 
 
 def test_other_hooks_are_seen() -> None:

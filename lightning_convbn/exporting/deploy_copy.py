@@ -57,7 +57,8 @@ def fuse_for_deploy(
     fused = copied.model
     found = copied.find_pairs(example_inputs)
     pairs = found if pairs is None else copied.renamed(pairs)
-    _check_seen(model, pairs)
+    if pairs.untraced:  # of a model in a wrapper they name the wrapper, which the copy does not have
+        _check_seen(model, pairs, found.untraced)
     pairs = pairs.unfold({**pairs.unfused, **found.unfused})
     if len(pairs):
         with torch.no_grad():
@@ -68,9 +69,9 @@ def fuse_for_deploy(
     return fused
 
 
-def _check_seen(model: nn.Module, pairs: ConvBNPairs) -> None:
+def _check_seen(model: nn.Module, pairs: ConvBNPairs, untraced: Iterable[str]) -> None:
     """Raise a ValueError if code that was not seen holds a pair: it may read the weight that a copy replaces."""
-    for name in sorted(pairs.untraced):
+    for name in sorted(untraced):
         if any(name == WHOLE_MODEL or f"{pair.conv}.".startswith(f"{name}.") for pair in pairs):
             raise ValueError(
                 f"model: {type(model).__name__} can't be folded for good by its code alone, because "

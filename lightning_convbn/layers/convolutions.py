@@ -162,7 +162,7 @@ def _padded(input: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, ...]]:
     zeros = conv.padding_mode == "zeros"
     padding = tuple(min(pair) if zeros else 0 for pair in sides)  # the convolution's own, equal on both sides
     rest = [size - own for pair, own in zip(reversed(sides), reversed(padding), strict=True) for size in pair]
-    if any(rest):
+    if any(rest) or not zeros:  # also with nothing to pad: it changes the layout in memory, as the plain layer does
         input = F.pad(input, rest, mode="constant" if zeros else conv.padding_mode)
     return input, padding
 

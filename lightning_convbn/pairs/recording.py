@@ -30,7 +30,7 @@ from lightning_convbn.pairs.data_flow import (
 from lightning_convbn.pairs.shadow import Shadow
 from lightning_convbn.pairs.side_effects import leaves_in_attributes, leaves_of, side_effects_undone
 
-_READS_NO_VALUES = {
+READS_NO_VALUES = {
     *METADATA,
     "size",
     "dim",
@@ -147,11 +147,11 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._depth > 0:
             return func(*args, **kwargs)
-        name = _name(func)
+        name = name_of(func)
         linear = self._source(args[0]) if args and isinstance(args[0], Tensor) else None
         if name == "flatten" and args[1:] == (0, 1) and isinstance(linear, nn.Linear):
             return self._flatten(func, linear, args, kwargs)
-        if name not in _READS_NO_VALUES:
+        if name not in READS_NO_VALUES:
             for position, argument in enumerate((*args, *kwargs.values())):
                 if position == 1 and name in TAKES_ONLY_THE_SHAPE:
                     continue
@@ -190,7 +190,7 @@ class _OperatorRecorder(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _name(func: Callable[..., Any]) -> str:
+def name_of(func: Callable[..., Any]) -> str:
     """Return the name of a function, or of the attribute that a getter reads."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__"):

@@ -43,6 +43,13 @@ def side_effects_undone(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping
         yield
 
 
+def random_states() -> tuple[Any, ...]:
+    """The states of the random numbers that a forward may draw, to compare. Those of devices are not among them."""
+    numpy = sys.modules.get("numpy")
+    drawn = () if numpy is None else numpy.random.get_state()[1:3]
+    return random.getstate(), torch.get_rng_state().tolist(), *((drawn[0].tolist(), drawn[1]) if drawn else ())
+
+
 def leaves_of(value: Any) -> Iterator[Any]:
     """Walk through containers and through objects of any class, and yield all that has no parts.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_convbn.layers.swap import class_name
 from lightning_convbn.layers.table import is_norm
@@ -24,8 +25,9 @@ from lightning_convbn.pairs.data_flow import (
     is_leaf,
 )
 from lightning_convbn.pairs.fsdp import is_fsdp_unit
+from lightning_convbn.pairs.recording import READS_NO_VALUES, name_of
 from lightning_convbn.pairs.shadow import Shadow
-from lightning_convbn.pairs.side_effects import leaves_in_attributes, side_effects_undone
+from lightning_convbn.pairs.side_effects import leaves_in_attributes, leaves_of, random_states, side_effects_undone
 from lightning_convbn.text import first_line
 
 
@@ -69,6 +71,23 @@ class _Tracer(fx.Tracer):
             return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
 
+class _EagerReads(TorchFunctionMode):
+    """Records who reads parameters apart from the input, as a penalty on weights does. The graph does not show it."""
+
+    def __init__(self, data_flow: DataFlow) -> None:
+        super().__init__()
+        self._data_flow = data_flow
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, kwargs = name_of(func), kwargs or {}
+        if name not in READS_NO_VALUES:
+            for leaf in leaves_of((args, kwargs)):
+                self._data_flow.record_read(leaf, f"`{name}`")
+        return func(*args, **kwargs)
+
+
 def _trace(module: nn.Module, data_flow: DataFlow, why: str) -> None:
     """Trace a module, or else its children.
 
@@ -83,7 +102,11 @@ def _trace(module: nn.Module, data_flow: DataFlow, why: str) -> None:
     if not any(is_norm(child) for child in module.modules()):
         return
     try:
-        graph = _Tracer(param_shapes_constant=True).trace(module, _defaults(module))
+        before = random_states()
+        with _EagerReads(data_flow):
+            graph = _Tracer(param_shapes_constant=True).trace(module, _defaults(module))
+        if random_states() != before:  # a proxy draws no numbers: the forward itself does, and may branch on them
+            raise RuntimeError("its forward draws random numbers")
     except Exception as error:  # a forward that gets proxies instead of tensors may raise anything
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             name = data_flow.names[module] or WHOLE_MODEL

@@ -47,8 +47,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     ),
     "image for rows": (
         ["factories:mlp", "--size", "3"],
-        "float32: ValueError: expected 2D or 3D input (got 4D input); --input-shape gives any other, as 8x3 (--size N "
-        "is an image, 3 × N × N)",
+        "(got 4D input); --input-shape gives any other, as 8x3 (--size N is an image, 3 × N × N)",
     ),
     "channels that don't fit": (
         ["helpers.networks:small_net", "--size", "1x8x8"],

@@ -338,7 +338,7 @@ def test_a_reason_found_in_a_child_names_its_modules_from_the_whole_model() -> N
 
     assert find_conv_bn_pairs(Untraceable()).unpaired == {
         "block.bn": "the output of its convolution `block.conv` is also used by `block.relu`",
-        "first.bn": "its input comes from the argument `x` of the forward of `first`, not from a convolution",
+        "first.bn": "its input comes from the argument `input` of the forward of `first`, not from a convolution",
     }
 
 
