@@ -101,7 +101,6 @@ FOUND: dict[str, Scenario] = {
     "a convolution's flag after two switches": Scenario(
         pair(), (TUNE, Action("flags", training=True), Action("mode", "eval"))
     ),
-    "autocast: the dtype behind a FrozenBatchNorm2d": Scenario(pair(norm="FrozenBatchNorm2d"), precision="autocast"),
     "the memory format behind circular padding of nothing, by which dropout draws": Scenario(
         network(
             Step("rows", layers=("a", "b")),
