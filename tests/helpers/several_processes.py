@@ -108,8 +108,8 @@ class Deceptive(Shared):
         super().__init__(PeekingBackbone)
         self.backbone.peeks = False  # until it is known which process this is
 
-    def on_fit_start(self) -> None:
-        """Tell the backbone which process it is in."""
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Tell the backbone which process it is in, now that the pairs are found."""
         self.backbone.peeks = self.global_rank == 1
 
 

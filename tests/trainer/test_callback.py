@@ -389,7 +389,7 @@ def test_parts_of_a_like_name_do_not_overlap() -> None:
     module = BoringModule()
     module.backbone.lastly = conv_bn(3, 3)
     pretend_trained(module)
-    make_trainer(quick(target=["backbone.last", "backbone.lastly"])).fit(module)
+    make_trainer(quick(target=["backbone.last", "backbone.lastly"], verify=False)).fit(module)
     assert module.modes["fit"] == ["tune"] * BATCHES_PER_EPOCH
 
 

@@ -204,8 +204,9 @@ def test_batchnorms_that_are_synchronised_for_the_run_are_folded(eval_mode: Any)
     classes = []
 
     class Looks(BoringModule):
-        def on_train_start(self) -> None:
-            classes.extend(type(part).__name__ for part in self.backbone.modules())
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if not classes:
+                classes.extend(type(part).__name__ for part in self.backbone.modules())
 
     synced = Looks()
     make_trainer(quick(eval_mode=eval_mode), max_epochs=2, strategy=Syncing("cpu")).fit(synced)
