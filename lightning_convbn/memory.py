@@ -102,8 +102,8 @@ def measure_memory(
         >>> images = torch.zeros(4, 3, 16, 16)
         >>> measure_memory(model, images, mode="eval").saved_bytes  # input 12288, convolution's output 32768
         45056
-        >>> measure_memory(model, images, mode="tune").saved_bytes  # input
-        12288
+        >>> measure_memory(model, images, mode="tune").saved_bytes  # input, and two values for each of 8 channels
+        12352
     """
     shadow = Shadow(model)
     inputs, kwargs = shadow.inputs(inputs, kwargs)
