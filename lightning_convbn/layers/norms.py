@@ -53,7 +53,7 @@ def frozen_batch_norm(bn: nn.Module, input: Tensor) -> Tensor:
 class FrozenNorm(Converted):
     """Base of the classes of a frozen BatchNorm: its running statistics are used, and they stay what they are."""
 
-    frozen = True
+    _uses_running_statistics = True
 
     def reset_running_stats(self) -> None:
         """Refuse: no forward pass would fill the statistics again.

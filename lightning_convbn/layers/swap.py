@@ -56,7 +56,7 @@ class Converted(nn.Module):
     copy computes what the converted model computes.
     """
 
-    frozen = False  # whether the class uses the running statistics of a BatchNorm
+    _uses_running_statistics = False  # whether the class uses the running statistics of a BatchNorm
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """Copy to the plain class. ``memo`` knows the copy before the attributes are copied: they may lead back."""
@@ -157,7 +157,7 @@ def _plain_twin(module: Converted) -> nn.Module:
     swap: Swap = module.__dict__["_swap"]
     twin: nn.Module = object.__new__(_rebased(type(module), swap.swapped, swap.plain))
     twin.__dict__.update({name: value for name, value in vars(module).items() if name not in ("_swap", *LINKS)})
-    if module.frozen:
+    if type(module)._uses_running_statistics:
         twin.__dict__["training"] = False
     return twin
 
