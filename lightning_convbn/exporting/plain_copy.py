@@ -66,8 +66,9 @@ class PlainCopy:
         """Return pairs without those whose hooks would see other values in the copy, or would be lost."""
 
         def is_hooked(pair: ConvBNPair) -> bool:
-            modules = [self.model.get_submodule(pair.conv), *self.model.get_submodule(pair.bn).modules()]
-            return any(watches_input(module) or watches_output(module) for module in modules)
+            norm = self.model.get_submodule(pair.bn).modules()
+            seen_by_norm = any(watches_input(module) or watches_output(module) for module in norm)
+            return seen_by_norm or watches_output(self.model.get_submodule(pair.conv))
 
         return pairs.unfold({pair.bn: reasons.HOOKED for pair in pairs if is_hooked(pair)})
 

@@ -2,7 +2,8 @@
 
 To find pairs and to count bytes we run the user's forward on tensors of our own. It may append to a list, call hooks,
 write into its inputs, or step a counter. So it is not the model that runs, but its shadow: modules of the same classes
-that share the parameters, and have attributes, buffers and containers of their own, and no hooks.
+that share the parameters, have attributes, buffers and containers of their own, and no hooks but those that are methods
+of the model itself.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class _Copies:
         attributes = vars(made)
         for name, value in vars(module).items():
             if name in HOOKS:
-                attributes[name] = OrderedDict()
+                attributes[name] = OrderedDict((key, self.of(hook)) for key, hook in value.items() if _is_own(hook))
             else:
                 attributes[name] = self.of(value)
         return made  # type: ignore[no-any-return]
@@ -136,6 +137,15 @@ class _Copies:
         except Exception:  # locks, files, process groups, ...
             return self._remember(value, value)
         return made
+
+
+def _is_own(hook: Any) -> bool:
+    """Whether a hook is a method of a module, and so part of the model: its forward may need what the hook does.
+
+    An entry that is a flag of a hook counts, too.
+    """
+    method = hook.func if isinstance(hook, partial) else hook
+    return isinstance(hook, bool) or isinstance(getattr(method, "__self__", None), nn.Module)
 
 
 def _copied_tensor(tensor: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 
 from lightning_convbn.compat import inside_transform
@@ -23,6 +22,7 @@ from lightning_convbn.pairs.fsdp import is_fsdp_unit
 from lightning_convbn.pairs.pair import ConvBNPairs
 from lightning_convbn.pairs.reasons import UNTRAINED
 from lightning_convbn.pairs.side_effects import leaves_of
+from lightning_convbn.text import first_line
 from lightning_convbn.trainer.processes import merged_over_processes
 from lightning_convbn.trainer.verification import Verification
 
@@ -164,8 +164,8 @@ class ConvertedPart:
     def check_first_batch(self, inputs: tuple[Any, ...], kwargs: dict[str, Any], *, measure: bool) -> None:
         """Look at the pairs in force with real inputs, and count what Eval and Tune mode keep for the backward pass.
 
-        If something could not be traced, the data flow of these inputs is recorded first. If the memory does not
-        suffice, that is noted for the table, and nothing is raised.
+        If something could not be traced, the data flow of these inputs is recorded first. If the shadow of the part
+        can't run, or memory does not suffice, that is noted for the table, and nothing is raised: it is only a look.
 
         Args:
             inputs: Positional arguments of the part's forward.
@@ -181,8 +181,8 @@ class ConvertedPart:
                     self.verify()
             if measure:
                 self._measure(self._in_force, inputs, kwargs)
-        except torch.OutOfMemoryError as error:
-            self._notes.append(f"not counted: {str(error).splitlines()[0]}")
+        except Exception as error:  # memory does not suffice, or the shadow of the user's module can't run
+            self._notes.append(f"not counted: {type(error).__name__}: {first_line(error)}")
 
     def _measure(self, pairs: ConvBNPairs, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(is_fsdp_unit(module) for module in self._module.modules()):

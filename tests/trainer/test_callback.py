@@ -354,7 +354,7 @@ def test_a_target_that_training_does_not_use_is_reported_so() -> None:
     module, lines = Parts(), PrintedLines()
     module.spare = conv_bn(3, 3)
     pretend_trained(module)
-    with pytest.warns(UserWarning, match="folded pairs of `spare` are neither verified nor counted: .* Set target="):
+    with pytest.warns(UserWarning, match="folded pairs of `spare` are not verified: .* Set target="):
         make_trainer(quick(target=["network", "spare"]), lines).fit(module)
     used, spare = lines.text.split("ConvBN: `spare`")
     assert "verified: Tune equals Eval" in used
@@ -551,7 +551,9 @@ def test_verification_catches_a_wrong_fold_before_it_does_harm(monkeypatch: pyte
 
     expected, _ = deceived("eval", eval_mode="eval")
     monkeypatch.setattr(convolutions, "conv_bn", wrong)
-    with pytest.warns(UserWarning, match="goes back to Eval mode: folded, it changed the output by 1.0e-01"):
+    with pytest.warns(
+        UserWarning, match="2 more BatchNorms go back to Eval mode: folded, it changed the output by 1.0e-01"
+    ):
         module, table = deceived()
     assert "verified: Tune differs from Eval" in table
     assert module.losses["fit"] == pytest.approx(expected.losses["fit"], rel=1e-9)

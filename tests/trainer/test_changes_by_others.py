@@ -355,7 +355,7 @@ def test_one_cause_is_one_warning(recwarn: pytest.WarningsRecorder) -> None:
     part.wrong = {name: reasons.CHANGED_OUTPUT.format(deviation=10.0**-index) for index, name in enumerate(names)}
     part.wrong["lone"] = "something else"
     part.untrained = []
-    report.warn_about(part, "eval", verify=True)
+    report.warn_about(part, verify=True)
     assert [str(warning.message) for warning in recwarn] == [
         "ConvBN: `backbone.stem.1` and 2 more BatchNorms go back to Eval mode: folded, it changed the output by "
         "1.0e+00",

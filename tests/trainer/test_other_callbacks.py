@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.comparing import BACKWARD
+from helpers.comparing import BACKWARD, assert_close
 from helpers.lightning_matrix import documented_parameters
 from helpers.tiny_training import (
     BATCHES_PER_EPOCH,
@@ -215,17 +215,21 @@ def test_a_checkpoint_after_an_exception_is_plain_and_the_run_goes_on_from_it(tm
 # -------------------------------------------------------------------------------------------------- hooks of users
 
 
-def test_hooks_on_folded_layers_are_named_once() -> None:
-    """They are called, but with what is normalised already; hooks elsewhere see what they always did."""
-    module = BoringModule()
-    called = []
+def test_hooks_on_layers_of_pairs_see_what_they_see_in_eval_mode() -> None:
+    """A pair runs unfolded where a hook sees what passes in it, and the first batch says so."""
+    seen: dict[str, list[Tensor]] = {}
+    for mode in ("eval", "tune"):
+        module = BoringModule()
+        for name in ("backbone.stem.0", "backbone.middle.1", "backbone.lone"):
+            hooked, values = module.get_submodule(name), seen.setdefault(f"{mode} {name}", [])
+            hooked.register_forward_hook(lambda module, args, output, values=values: values.append(output.detach()))
+        if mode == "tune":
+            with pytest.warns(UserWarning, match=r"`backbone.stem.1` goes back to Eval mode: it .* has a hook"):
+                make_trainer(quick("tune", eval_mode="eval"), precision="64-true").fit(module)
+        else:
+            make_trainer(quick("eval", eval_mode="eval"), precision="64-true").fit(module)
     for name in ("backbone.stem.0", "backbone.middle.1", "backbone.lone"):
-        module.get_submodule(name).register_forward_hook(lambda *args, name=name: called.append(name))
-    with pytest.warns(UserWarning, match="see values that are normalised already") as caught:
-        make_trainer(quick(), max_epochs=2).fit(module)
-    (message,) = [str(warning.message) for warning in caught if "hooks" in str(warning.message)]
-    assert "the hooks on `backbone.stem.0`, `backbone.middle.1` see" in message
-    assert set(called) == {"backbone.stem.0", "backbone.middle.1", "backbone.lone"}
+        assert_close(seen[f"tune {name}"], seen[f"eval {name}"], 1e-9)
 
 
 def test_hooks_are_not_worth_a_word_where_nothing_is_folded(recwarn: pytest.WarningsRecorder) -> None:
