@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 __all__ = [
+    "COMPILED_CALL",
     "HOOKS",
     "FakeTensor",
     "TorchDispatchMode",
@@ -95,6 +96,10 @@ def fake_tensor_mode() -> FakeTensorMode:
 
 HOOKS = frozenset(name for name in vars(nn.Module()) if "hooks" in name)
 """The attributes in which a module has its hooks."""
+
+
+COMPILED_CALL = "_compiled_call_impl"
+"""The attribute in which ``module.compile()`` has put the compiled call, which is bound to the module."""
 
 
 def watches_output(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_convbn.compat import HOOKS, outside_fake_mode
+from lightning_convbn.compat import COMPILED_CALL, HOOKS, outside_fake_mode
 from lightning_convbn.layers.swap import restore_class
 from lightning_convbn.pairs.side_effects import is_trainer
 
@@ -104,7 +104,10 @@ class _Copies:
             if name in HOOKS:
                 attributes[name] = OrderedDict((key, self.of(hook)) for key, hook in value.items() if _is_own(hook))
             else:
-                attributes[name] = self.of(value)
+                attributes[name] = None if name == COMPILED_CALL else self.of(value)
+        if type(module).__name__ == "OptimizedModule":  # its forward is the compiled one of the model inside
+            del attributes["forward"]
+            made.__class__ = _Uncompiled
         return made  # type: ignore[no-any-return]
 
     def _container(self, value: Any) -> Any:
@@ -137,6 +140,14 @@ class _Copies:
         except Exception:  # locks, files, process groups, ...
             return self._remember(value, value)
         return made
+
+
+class _Uncompiled(nn.Module):
+    """What ``torch.compile`` has put around a model, without the compiler."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model inside."""
+        return next(self.children())(*args, **kwargs)
 
 
 def _is_own(hook: Any) -> bool:

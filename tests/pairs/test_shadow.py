@@ -155,3 +155,36 @@ def test_lazy_modules_stay_lazy() -> None:
     assert "lazy" in pairs.unpaired["1"]
     model(IMAGE)
     assert model[0].in_channels == 3
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_shadow_of_a_compiled_part_does_not_run_the_original(in_place: bool) -> None:
+    part = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    if in_place:
+        part.compile(backend="eager")
+    model = nn.Sequential(part if in_place else torch.compile(part, backend="eager"), nn.ReLU())  # type: ignore[arg-type]
+    seen: list[Any] = []
+    part.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert len(find_conv_bn_pairs(model, example_inputs=(IMAGE,))) == 1
+    measure_memory_abstractly(model, (IMAGE,), {}, mode="tune")
+    assert not seen
+
+
+def test_a_hook_that_is_a_method_of_the_model_runs_in_the_shadow() -> None:
+    class Peeks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.seen = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), []
+            self.conv.register_forward_hook(self.keep)
+
+        def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+            self.seen.append(output)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.bn(self.conv(x))
+            return output + self.seen.pop()
+
+    model = Peeks()
+    assert "is also used by" in find_recorded_pairs(model, (IMAGE,), {}).unpaired["bn"]
+    assert measure_memory(model, IMAGE, mode="eval").saved_bytes > 0
+    assert model.seen == []
