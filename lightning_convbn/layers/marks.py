@@ -78,6 +78,16 @@ def described(conv: nn.Module) -> str:
     return f"{class_name(conv)}({conv.extra_repr()})"
 
 
+class Outcome:
+    """What has become of the output of a call. Views of a marked tensor share it."""
+
+    __slots__ = ("plain", "taken")
+
+    def __init__(self) -> None:
+        self.plain: Tensor | None = None  # the plain output, once somebody has asked for it
+        self.taken = False  # whether the BatchNorm has the folded output
+
+
 def versions_of(conv: nn.Module, input: Tensor) -> tuple[int | None, ...]:
     """How often the tensors of a call were written in place."""
     bias: Any = conv.bias
@@ -88,6 +98,7 @@ class Marked:
     """Mixin of the marked tensors."""
 
     _call: Call
+    _outcome: Outcome
     _folded: Tensor
     _channels: int  # the dimension that holds the channels
     _views: tuple[Applied, ...]  # what was applied to it that moves values, and computes nothing
@@ -102,7 +113,7 @@ class Marked:
         with without_torch_function():
             if func in _READS_NO_VALUES:
                 return func(*args, **kwargs)
-            if func in _VIEWS and isinstance(args[0], Marked):
+            if func in _VIEWS and args and isinstance(args[0], Marked):
                 viewed = _viewed(args[0], (func, args[1:], kwargs))
                 if viewed is not None:
                     return viewed
@@ -141,24 +152,24 @@ def mark(output: Tensor, call: Call, channels: int) -> Tensor | None:
         call: The call that it comes from.
         channels: The dimension that holds the channels.
     """
-    return _marked(output, call, channels, ())
+    return _marked(output, call, Outcome(), channels, ())
 
 
-def _marked(folded: Tensor, call: Call, channels: int, views: tuple[Applied, ...]) -> Tensor | None:
+def _marked(folded: Tensor, call: Call, outcome: Outcome, channels: int, views: tuple[Applied, ...]) -> Tensor | None:
     kind = _MARKED.get(type(folded))
     if kind is None:
         return None
     marked: Any = folded.as_subclass(kind) if kind is MarkedTensor else folded.detach()
     marked.__class__ = kind
-    marked._call, marked._folded, marked._channels, marked._views = call, folded, channels, views
-    marked._plain = None
+    marked._call, marked._outcome, marked._folded = call, outcome, folded
+    marked._channels, marked._views, marked._plain = channels, views, None
     return marked  # type: ignore[no-any-return]
 
 
 def _viewed(marked: Marked, applied: Applied) -> Tensor | None:
     """Apply a view to a marked tensor. The result is marked if it has a dimension of channels still, else None."""
     func, args, kwargs = applied
-    if marked._plain is not None or kwargs:
+    if marked._outcome.plain is not None or kwargs:
         return None
     before = marked._folded.shape
     folded = func(marked._folded, *args)
@@ -170,7 +181,7 @@ def _viewed(marked: Marked, applied: Applied) -> Tensor | None:
         channels = folded.dim() - 1
     elif folded.shape[: channels + 1] != before[: channels + 1]:
         return None
-    return _marked(folded, marked._call, channels, (*marked._views, applied))
+    return _marked(folded, marked._call, marked._outcome, channels, (*marked._views, applied))
 
 
 def plain_output(marked: Marked, *, noted: bool = True) -> Tensor:
@@ -184,7 +195,9 @@ def plain_output(marked: Marked, *, noted: bool = True) -> Tensor:
     if noted and check is not None:
         check.note_plain(marked._call.bn)
     if marked._plain is None:
-        output = marked._call.plain_output()
+        if marked._outcome.plain is None:
+            marked._outcome.plain = marked._call.plain_output()
+        output = marked._outcome.plain
         for func, args, kwargs in marked._views:
             output = func(output, *args, **kwargs)
         marked._plain = output
@@ -200,10 +213,11 @@ def taken_off(marked: Marked, bn: nn.Module) -> Tensor | None:
     Raises:
         RuntimeError: If checkpointing with ``use_reentrant=True`` has run the convolution, and not the BatchNorm.
     """
-    call = marked._call
-    if call.bn is not bn or marked._plain is not None or marked._channels != 1:
+    call, outcome = marked._call, marked._outcome
+    if call.bn is not bn or outcome.plain is not None or outcome.taken or marked._channels != 1:
         return None
     if call.with_grad == torch.is_grad_enabled():
+        outcome.taken = True  # a second call of the BatchNorm must give a tensor of its own
         return marked._folded
     with without_torch_function():
         if not call.with_grad and marked.requires_grad:  # type: ignore[attr-defined]

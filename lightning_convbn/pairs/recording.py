@@ -6,6 +6,7 @@ convolution is followed by its identity: a function that gets this tensor as an 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,7 +29,12 @@ from lightning_convbn.pairs.data_flow import (
     is_leaf,
 )
 from lightning_convbn.pairs.shadow import Shadow
-from lightning_convbn.pairs.side_effects import leaves_in_attributes, leaves_of, side_effects_undone
+from lightning_convbn.pairs.side_effects import (
+    leaves_in_attributes,
+    leaves_of,
+    reentrant_checkpoints_reported,
+    side_effects_undone,
+)
 
 READS_NO_VALUES = {
     *METADATA,
@@ -56,7 +62,9 @@ def record_data_flow(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[st
     data_flow = DataFlow.of(plain)
     recorder = _Recorder(data_flow)
     with torch.no_grad(), side_effects_undone(plain, inputs, kwargs):
-        with recorder.watching(plain), recorder, _OperatorRecorder(recorder):
+        reporting = reentrant_checkpoints_reported(recorder.record_reentrance)
+        with warnings.catch_warnings(), reporting, recorder.watching(plain), recorder, _OperatorRecorder(recorder):
+            warnings.simplefilter("ignore")  # the real pass gives its warnings itself
             output = plain.forward(*inputs, **kwargs)
         for leaf in leaves_of(output):
             recorder.record_use(leaf, RETURNED)
@@ -98,6 +106,11 @@ class _Recorder(TorchFunctionMode):
         conv = self._source(value) if isinstance(value, Tensor) and self._depth == 0 else None
         if conv is not None:
             self._data_flow.users[conv].append(user)
+
+    def record_reentrance(self, *args: Any) -> None:
+        """Record that a reentrant checkpoint uses what it is given."""
+        for leaf in leaves_of(args):
+            self.record_use(leaf, "`checkpoint` with use_reentrant=True")
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._depth == 0:

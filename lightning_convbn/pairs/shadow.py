@@ -2,8 +2,8 @@
 
 To find pairs and to count bytes we run the user's forward on tensors of our own. It may append to a list, call hooks,
 write into its inputs, or step a counter. So it is not the model that runs, but its shadow: modules of the same classes
-that share the parameters, have attributes, buffers and containers of their own, and no hooks but those that are methods
-of the model itself.
+that share the parameters, and objects that can't be copied. Attributes, buffers and containers are their own. They have
+no hooks but those that are methods of the model itself.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class _Copies:
         if id(value) in self._made:
             return self._made[id(value)][1]
         if isinstance(value, Tensor):
-            return self._remember(value, _copied_tensor(value) if self._tensors else value)
+            shared = isinstance(value, nn.Parameter) and not self._tensors
+            return self._remember(value, value if shared else _copied_tensor(value))
         if isinstance(value, _SHARED) or value is None or is_trainer(value):
             return value
         if isinstance(value, nn.Module):
@@ -131,10 +132,15 @@ class _Copies:
         """Copy an object of any other class with its attributes, if it can be copied; else share it."""
         if isinstance(value, torch.Generator):
             return self._remember(value, value.clone_state())
+        if type(value).__module__.partition(".")[0] == "numpy":  # arrays, and generators of random numbers
+            return self._remember(value, copy.deepcopy(value))
         if not hasattr(value, "__dict__") and not isinstance(value, random.Random):
             return value
         try:
-            made = self._remember(value, copy.copy(value))
+            made = copy.copy(value)
+            if made is value:  # there is one such object only: a logger, say
+                return self._remember(value, value)
+            self._remember(value, made)
             for name, attribute in vars(value).items():
                 vars(made)[name] = self.of(attribute)
         except Exception:  # locks, files, process groups, ...
@@ -160,6 +166,8 @@ def _is_own(hook: Any) -> bool:
 
 
 def _copied_tensor(tensor: Tensor) -> Tensor:
-    with torch.no_grad():
+    if tensor.is_meta or is_lazy(tensor):
+        return tensor
+    with torch.no_grad(), outside_fake_mode():  # it is real, and its copy must be so, too
         copied = tensor.clone()
     return copied.requires_grad_(tensor.requires_grad) if copied.is_floating_point() else copied

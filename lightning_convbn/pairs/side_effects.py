@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 
 @contextmanager
@@ -40,6 +42,22 @@ def side_effects_undone(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False)
+        yield
+
+
+@contextmanager
+def reentrant_checkpoints_reported(report: Callable[..., None]) -> Iterator[None]:
+    """Call ``report`` with the arguments of each ``checkpoint(..., use_reentrant=True)``: no fold goes over its border.
+
+    It is an ``autograd.Function``, which no torch function mode and no trace sees.
+    """
+    apply = CheckpointFunction.apply
+
+    def reported(*args: Any) -> Any:
+        report(*args)
+        return apply(*args)
+
+    with mock.patch.object(CheckpointFunction, "apply", reported):
         yield
 
 

@@ -27,7 +27,13 @@ from lightning_convbn.pairs.data_flow import (
 from lightning_convbn.pairs.fsdp import is_fsdp_unit
 from lightning_convbn.pairs.recording import READS_NO_VALUES, name_of
 from lightning_convbn.pairs.shadow import Shadow
-from lightning_convbn.pairs.side_effects import leaves_in_attributes, leaves_of, random_states, side_effects_undone
+from lightning_convbn.pairs.side_effects import (
+    leaves_in_attributes,
+    leaves_of,
+    random_states,
+    reentrant_checkpoints_reported,
+    side_effects_undone,
+)
 from lightning_convbn.text import first_line
 
 
@@ -103,7 +109,7 @@ def _trace(module: nn.Module, data_flow: DataFlow, why: str) -> None:
         return
     try:
         before = random_states()
-        with _EagerReads(data_flow):
+        with _EagerReads(data_flow), reentrant_checkpoints_reported(_refuse_reentrance):
             graph = _Tracer(param_shapes_constant=True).trace(module, _defaults(module))
         if random_states() != before:  # a proxy draws no numbers: the forward itself does, and may branch on them
             data_flow.untraced.append(data_flow.names[module] or WHOLE_MODEL)
@@ -127,6 +133,10 @@ def _trace(module: nn.Module, data_flow: DataFlow, why: str) -> None:
         if isinstance(leaf, fx.Proxy) and leaf.node.op == "call_module":
             used = module.get_submodule(str(leaf.node.target))
             data_flow.users[used].append(READER_OF_ATTRIBUTE.format(name=name))
+
+
+def _refuse_reentrance(*args: Any) -> None:
+    raise RuntimeError("it calls checkpoint(..., use_reentrant=True)")
 
 
 def _record_call(root: nn.Module, node: fx.Node, data_flow: DataFlow) -> None:

@@ -169,7 +169,30 @@ def hook_on_gradients(net: Layers, x: Tensor) -> Tensor:
     return net(x)
 
 
+def norm_called_twice_and_written(net: Layers, x: Tensor) -> Tensor:
+    y = net[0](x)
+    first = net[1](y)
+    first.relu_()
+    return first + net[1](y)
+
+
+def written_through_a_view(net: Layers, x: Tensor) -> Tensor:
+    y = net[0](x)
+    y.flatten(2).mul_(2)
+    return net[1](y)
+
+
+def view_of_what_is_written_later(net: Layers, x: Tensor) -> Tensor:
+    y = net[0](x)
+    view = torch.flatten(input=y, start_dim=2)
+    y.mul_(2)
+    return view + 0
+
+
 USES: list[Use] = [
+    norm_called_twice_and_written,
+    written_through_a_view,
+    view_of_what_is_written_later,
     stem_of_ones_own,
     tap_beside,
     tap_kept_and_read_later,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from helpers.networks import images
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_convbn import measure_memory, set_mode
 from lightning_convbn.memory import measure_memory_abstractly
@@ -50,6 +53,8 @@ class Busy(nn.Module):
         self.lock = threading.Lock()
         self.head = self.normalise
         self.last: Tensor | None = None
+        self.total, self.array, self.numbers = torch.zeros(1), np.zeros(2), np.random.default_rng(0)
+        self.log = logging.getLogger("convbn-test")
 
     def normalise(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -59,6 +64,8 @@ class Busy(nn.Module):
         x.sub_(1).div_(2)
         self.count += 1  # type: ignore[misc]
         self.state.steps += 1
+        self.total += 1
+        self.array[0] += self.numbers.random()
         self.pair.first.append(1)
         self.pair.second["a"] = 1
         self.random.random()
@@ -79,6 +86,10 @@ def traces(model: Busy) -> list[Any]:
         model.state.steps,
         model.pair,
         model.random.getstate(),
+        model.total.clone(),
+        model.array.copy(),
+        hash(str(model.numbers.bit_generator.state)),
+        [id(handler) for handler in model.log.handlers],
         model.generator.get_state(),
         model.last,
         random.getstate(),
@@ -188,3 +199,20 @@ def test_a_hook_that_is_a_method_of_the_model_runs_in_the_shadow() -> None:
     assert "is also used by" in find_recorded_pairs(model, (IMAGE,), {}).unpaired["bn"]
     assert measure_memory(model, IMAGE, mode="eval").saved_bytes > 0
     assert model.seen == []
+
+
+@pytest.mark.parametrize("look", ["trace", "record"])
+def test_a_reentrant_checkpoint_is_a_use_of_what_it_is_given(look: str) -> None:
+    """Its backward pass runs the BatchNorm again, on a tensor without a graph: no fold can go over that border."""
+
+    class Crossed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = checkpoint(self.bn, self.conv(x), use_reentrant=True)
+            return output
+
+    pairs = find_conv_bn_pairs(Crossed(), example_inputs=None if look == "trace" else (IMAGE,))
+    assert "use_reentrant=True" in pairs.unpaired["bn"]
