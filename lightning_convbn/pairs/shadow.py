@@ -73,8 +73,9 @@ class _Copies:
         if id(value) in self._made:
             return self._made[id(value)][1]
         if isinstance(value, Tensor):
-            shared = isinstance(value, nn.Parameter) and not self._tensors
-            return self._remember(value, value if shared else _copied_tensor(value))
+            # A tensor without its storage is one of FSDP's, between two forwards.
+            shared = type(value) is not Tensor or value.untyped_storage().nbytes() == 0
+            return self._remember(value, value if shared and not self._tensors else _copied_tensor(value))
         if isinstance(value, _SHARED) or value is None or is_trainer(value):
             return value
         if isinstance(value, nn.Module):
