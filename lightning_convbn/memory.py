@@ -73,8 +73,8 @@ def measure_memory(
 
     A storage counts if the forward pass allocates it and the autograd graph alone keeps it alive. It counts once. An
     input counts if the graph keeps it. Parameters, buffers and the folds of Deploy mode do not
-    count. The model itself does not run: its shadow does, which shares the parameters, and has no hooks. So neither the
-    model nor the inputs are changed, and random states are restored.
+    count. The model itself does not run: its shadow does, which shares the parameters (`pairs/shadow.py`). So neither
+    the model nor the inputs are changed, and random states are restored.
 
     This looks at the life of storages. ``torch.autograd.graph.saved_tensors_hooks`` would miss tensors that other such
     hooks have packed, and tensors that a closure holds.

@@ -51,13 +51,15 @@ class PlainCopy:
         """Find the pairs of the copy in its eval state. If the original was converted, only those in force there.
 
         In a copy a fold is for good: no mark makes it right at run time. So a pair must be proven with gradients and
-        without, because a forward may ask whether they are wanted.
+        without, because a forward may ask whether they are wanted. A recording runs without.
         """
         with torch.enable_grad():
             pairs = find_conv_bn_pairs(self.model, example_inputs=example_inputs)
-        with torch.no_grad():
-            without = find_conv_bn_pairs(self.model, example_inputs=example_inputs)
-        left = {bn: reason for bn, reason in without.unpaired.items() if bn not in pairs.unpaired}
+        left: dict[str, str] = {}
+        if example_inputs is None:
+            with torch.no_grad():
+                without = find_conv_bn_pairs(self.model)
+            left = {bn: reason for bn, reason in without.unpaired.items() if bn not in pairs.unpaired}
         if self.in_force is not None:
             left |= {pair.bn: reasons.NOT_GIVEN for pair in pairs if pair not in self.in_force}
         return pairs.unfold(left)

@@ -29,7 +29,7 @@ from lightning_convbn.ops.fold import ConvSpec, fold_conv_bn, fold_steps, layout
 from lightning_convbn.ops.recipes import Recipe, Source, replace_saved_by_conv, shape_of, takes_recipes, unwritten
 from lightning_convbn.ops.recomputed_activations import Recomputed, recipe_of, unmark
 
-_DISTRIBUTED = torch.distributed.is_available()
+HAS_DISTRIBUTED = torch.distributed.is_available()
 LARGE = 64  # values for each channel: beside them, one more for each channel does not count
 
 
@@ -140,7 +140,7 @@ def _conv_bn(
     spec: ConvSpec | None,
 ) -> Tensor:
     """Fold, convolve once, and leave recipes in the graph."""
-    if _DISTRIBUTED and torch.distributed.is_initialized():
+    if HAS_DISTRIBUTED and torch.distributed.is_initialized():
         running_mean, running_var = running_mean.clone(), running_var.clone()
     operand, dtype = autocast(input, weight.dtype)
     operands = (weight, bias, gamma, beta, running_mean, running_var)
@@ -180,14 +180,10 @@ def _frozen_weight_recipe(
     operands: tuple[Any, ...], eps: float, layout: tuple[bool, int], dtype: torch.dtype
 ) -> Recipe:
     """Return the recipe of a folded weight that is not trained: of it nothing is kept."""
-    read = [None if operand is None else Source(operand) for operand in operands]
-
-    def recipe() -> Tensor:
-        values: list[Any] = [None if source is None else source.value() for source in read]
-        weight, bias, gamma, beta, mean, var = values
-        return fold_steps(weight, bias, gamma, beta, mean, var, eps, layout)[-1].to(dtype)
-
-    return recipe
+    transposed, groups = layout
+    fold: Any = partial(fold_conv_bn, eps=eps, transposed=transposed, groups=groups, dtype=dtype)
+    sources = [None if operand is None else Source(operand) for operand in operands]
+    return lambda: fold(*(None if source is None else source.value() for source in sources))[0]
 
 
 def _fold_in_graph(operands: tuple[Any, ...], spec: ConvSpec | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -90,10 +90,8 @@ class _Copies:
 
     def copy_buffers(self, model: nn.Module) -> None:
         """Copy all buffers of a model first: an attribute or a container may hold one of them, too."""
-        with torch.no_grad(), outside_fake_mode():  # a buffer is real, and its copy must be so, too
-            for buffer in model.buffers():
-                if not (buffer.is_meta or is_lazy(buffer)):
-                    self._remember(buffer, buffer.clone())
+        for buffer in model.buffers():
+            self._remember(buffer, _copied_tensor(buffer))
 
     def _remember(self, value: Any, copied: Any) -> Any:
         self._made[id(value)] = value, copied
@@ -118,7 +116,10 @@ class _Copies:
         if type(value) in (tuple, set, frozenset):
             return self._remember(value, type(value)(map(self.of, value)))
         try:
-            made = self._remember(value, copy.copy(value))
+            made = copy.copy(value)
+            if made is value:  # a class of which there is one object only
+                return self._remember(value, value)
+            self._remember(value, made)
             if isinstance(value, dict):
                 for key in dict.keys(value):
                     dict.__setitem__(made, key, self.of(dict.__getitem__(value, key)))

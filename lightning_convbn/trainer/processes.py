@@ -1,4 +1,4 @@
-"""Several processes: models whose forward communicates, and notes that are shared by all processes."""
+"""Several processes: notes that are shared by all of them."""
 
 from __future__ import annotations
 
