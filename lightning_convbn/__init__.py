@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from lightning_convbn.callback import ConvBNModeCallback
     from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
     from lightning_convbn.exporting.export import export
-    from lightning_convbn.layers.swap import Mode
+    from lightning_convbn.layers.swap import Mode, Recompute
     from lightning_convbn.memory import MemoryUse, measure_memory
     from lightning_convbn.modes import conv_bn_mode, get_mode, set_mode
     from lightning_convbn.pairs.find import find_conv_bn_pairs
@@ -19,6 +19,7 @@ __all__ = [
     "ConvBNPairs",
     "MemoryUse",
     "Mode",
+    "Recompute",
     "conv_bn_mode",
     "export",
     "find_conv_bn_pairs",
@@ -35,6 +36,7 @@ _HOMES = {
     "ConvBNPairs": "pairs.pair",
     "MemoryUse": "memory",
     "Mode": "layers.swap",
+    "Recompute": "layers.swap",
     "conv_bn_mode": "modes",
     "export": "exporting.export",
     "find_conv_bn_pairs": "pairs.find",

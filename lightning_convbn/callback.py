@@ -11,8 +11,8 @@ import torch
 from typing_extensions import override
 
 from lightning_convbn.exporting.argument_checks import check_suffix
-from lightning_convbn.layers.swap import Mode
-from lightning_convbn.modes import check_mode, check_recompute
+from lightning_convbn.layers.swap import Mode, Recompute
+from lightning_convbn.modes import check_choice, check_recompute
 from lightning_convbn.trainer import other_callbacks
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.export_at_end import FitExport
@@ -50,9 +50,9 @@ class ConvBNModeCallback(Callback):
         start_epoch: The first epoch in ``mode``. Earlier epochs run in Train mode.
         freeze_untrained: Whether to freeze a BatchNorm that was never trained, as in a new head: one with mean 0 and
             variance 1. By default it stays in Train mode, and a warning says so.
-        recompute_activations: Whether SiLU, Hardswish, GELU and similar activations keep only their input for the
+        recompute: With ``"elementwise"``, SiLU, Hardswish, GELU and similar activations keep only their input for the
             backward pass, which then computes the output again, and ReLU6 and similar ones only their output. The
-            numbers are the same, with less memory. Needs the mode ``"eval"`` or ``"tune"``.
+            numbers are the same, with less memory. Needs the mode ``"eval"`` or ``"tune"``. ``"none"`` changes nothing.
         verify: Whether to compare each pair with Eval mode at the first batch, on the spot, in the one real pass. Pairs
             that differ, or whose fold is of no use, go back to Eval mode, with a warning.
         log_memory: Whether to count, print and log memory.
@@ -83,17 +83,17 @@ class ConvBNModeCallback(Callback):
         target: str | Sequence[str] | None = None,
         start_epoch: int = 0,
         freeze_untrained: bool = False,
-        recompute_activations: bool = False,
+        recompute: Recompute = "none",
         verify: bool = True,
         log_memory: bool = True,
         export_path: str | PathLike[str] | None = None,
     ) -> None:
         why_not = {"deploy": "Training folded weights is unstable (arXiv 2305.11624): use 'tune'"}
-        check_mode("mode", mode, ("train", "eval", "tune"), why_not.get(str(mode), ""))
-        check_mode("eval_mode", eval_mode, ("eval", "tune", "deploy"))
+        check_choice("mode", mode, ("train", "eval", "tune"), why_not.get(str(mode), ""))
+        check_choice("eval_mode", eval_mode, ("eval", "tune", "deploy"))
         if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
             raise ValueError(f"start_epoch must be an epoch, 0 or later; got {start_epoch!r}")
-        check_recompute(mode, recompute_activations)
+        check_recompute(mode, recompute)
         if export_path is not None:
             check_suffix("export_path", Path(export_path))
         self.mode: Mode = mode
@@ -101,7 +101,7 @@ class ConvBNModeCallback(Callback):
         self.target = checked_paths(target)
         self.start_epoch = start_epoch
         self.freeze_untrained = freeze_untrained
-        self.recompute_activations = recompute_activations
+        self.recompute: Recompute = recompute
         self.verify = verify
         self.log_memory = log_memory
         self.export_path = export_path
@@ -274,7 +274,7 @@ class ConvBNModeCallback(Callback):
         return self.verify and self.mode == "tune"
 
     def _find_parts(self, pl_module: LightningModule) -> list[ConvertedPart]:
-        return find_parts(pl_module, self.target, self._run.untrained, recompute_activations=self.recompute_activations)
+        return find_parts(pl_module, self.target, self._run.untrained, recompute=self.recompute)
 
     def _follow_changes(self, pl_module: LightningModule) -> None:
         self._run.follow_changes(pl_module, self._find_parts, freeze_untrained=self.freeze_untrained)

@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from lightning_convbn.compat import TorchDispatchMode, fake_tensor_mode, tree_leaves, tree_map_only
-from lightning_convbn.layers.swap import Mode
+from lightning_convbn.layers.swap import Mode, Recompute
 from lightning_convbn.modes import set_mode
 from lightning_convbn.pairs.pair import ConvBNPairs
 from lightning_convbn.pairs.shadow import Shadow
@@ -66,7 +66,7 @@ def measure_memory(
     *inputs: Any,
     mode: Mode,
     pairs: ConvBNPairs | None = None,
-    recompute_activations: bool = False,
+    recompute: Recompute = "none",
     **kwargs: Any,
 ) -> MemoryUse:
     """Count the bytes that one forward pass of a model in a mode keeps for the backward pass.
@@ -86,14 +86,14 @@ def measure_memory(
         *inputs: Positional arguments of its forward.
         mode: The mode to measure in. ``"deploy"`` computes as ``"tune"`` if a parameter wants a gradient.
         pairs: As for `set_mode`.
-        recompute_activations: As for `set_mode`.
+        recompute: As for `set_mode`.
         **kwargs: Keyword arguments of its forward.
 
     Returns:
         The kept bytes and, on CUDA, the peak of forward and backward pass.
 
     Raises:
-        ValueError: If ``mode`` is unknown or ``pairs`` does not fit the model.
+        ValueError: If ``mode`` or ``recompute`` is unknown, or ``pairs`` does not fit the model.
 
     Example:
         >>> import torch
@@ -107,7 +107,7 @@ def measure_memory(
     """
     shadow = Shadow(model)
     inputs, kwargs = shadow.inputs(inputs, kwargs)
-    set_mode(shadow.model, mode, pairs=pairs, recompute_activations=recompute_activations)
+    set_mode(shadow.model, mode, pairs=pairs, recompute=recompute)
     with side_effects_undone(shadow.model, inputs, kwargs):
         if mode == "deploy":
             with torch.no_grad():  # the folds that stay are not kept for a backward pass
@@ -123,7 +123,7 @@ def measure_memory_abstractly(
     *,
     mode: Mode,
     pairs: ConvBNPairs | None = None,
-    recompute_activations: bool = False,
+    recompute: Recompute = "none",
     allow_real_run: bool = True,
 ) -> MemoryUse:
     """Count as `measure_memory` does, but on tensors without data if the model allows it.
@@ -137,10 +137,10 @@ def measure_memory_abstractly(
         kwargs: Keyword arguments of its forward.
         mode: As for `measure_memory`.
         pairs: As for `set_mode`.
-        recompute_activations: As for `set_mode`.
+        recompute: As for `set_mode`.
         allow_real_run: Run a model on the real inputs if it can't run without data. With False, its error is raised.
     """
-    asked: dict[str, Any] = {"pairs": pairs, "recompute_activations": recompute_activations}
+    asked: dict[str, Any] = {"pairs": pairs, "recompute": recompute}
     try:
         shadow = Shadow(model)
         set_mode(shadow.model, mode, **asked)

@@ -10,18 +10,19 @@ from torch import nn
 
 from lightning_convbn.layers.activations import activation_layer, recomputes_activations
 from lightning_convbn.layers.norms import unknown_norm
-from lightning_convbn.layers.swap import Mode, partners_of, plain_class, restore_class, swap_class, swap_of
+from lightning_convbn.layers.swap import Mode, Recompute, partners_of, plain_class, restore_class, swap_class, swap_of
 from lightning_convbn.layers.table import conv_layer, is_norm, is_scripted_norm, norm_layer
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.find import find_conv_bn_pairs, mismatch, pairs_in_force, statistics_missing
 from lightning_convbn.pairs.pair import ConvBNPairs
 
 MODES: tuple[Mode, ...] = get_args(Mode)
+RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 RECOMPUTING_MODES: tuple[Mode, ...] = ("eval", "tune")
 
 
 def set_mode(
-    model: nn.Module, mode: Mode, *, pairs: ConvBNPairs | None = None, recompute_activations: bool = False
+    model: nn.Module, mode: Mode, *, pairs: ConvBNPairs | None = None, recompute: Recompute = "none"
 ) -> ConvBNPairs:
     """Switch a model to a mode, in place, from whatever mode it is in.
 
@@ -43,10 +44,10 @@ def set_mode(
         model: Any module. Wrappers such as DDP are fine; ``DataParallel`` and a BatchNorm in TorchScript are not.
         mode: ``"train"``, ``"eval"``, ``"tune"`` or ``"deploy"``.
         pairs: What to fold; None for the pairs in force, or, in a plain model, for what `find_conv_bn_pairs` finds.
-        recompute_activations: In Eval or Tune mode, recompute the outputs of activations (``ACTIVATION_LAYERS``). SiLU,
-            Hardswish, GELU and their kin keep only their input, and the backward pass computes their output again.
-            ReLU6 and its kin keep only their output. The results are the same, less memory is kept, and the backward
-            pass takes a little longer. Each call of `set_mode` decides anew.
+        recompute: ``"none"``, or, in Eval or Tune mode, ``"elementwise"``: recompute the outputs of activations
+            (``ACTIVATION_LAYERS``). SiLU, Hardswish, GELU and their kin keep only their input, and the backward pass
+            computes their output again. ReLU6 and its kin keep only their output. The results are the same, less memory
+            is kept, and the backward pass takes a little longer. Each call of `set_mode` decides anew.
 
     Returns:
         The pairs, and why every other BatchNorm is in none.
@@ -67,10 +68,10 @@ def set_mode(
           (1): FoldedBatchNorm2d(8, eps=1e-05, momentum=0.1, ...)
         )
     """
-    check_mode("mode", mode, MODES)
+    check_choice("mode", mode, MODES)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    check_recompute(mode, recompute_activations)
+    check_recompute(mode, recompute)
     if mode == "train":
         found = pairs_in_force(model) if pairs is None else pairs
         restore_modules(model.modules())
@@ -79,7 +80,7 @@ def set_mode(
     if not any(is_norm(module) for module in model.modules()):
         raise ValueError(f"model: {type(model).__name__} has no BatchNorm, so there is nothing to put in {mode!r} mode")
     pairs = _chosen(model, pairs)
-    _convert(model, mode, pairs, recompute_activations)
+    _convert(model, mode, pairs, recompute)
     return pairs
 
 
@@ -134,7 +135,7 @@ def get_mode(model: nn.Module) -> Mode:
 
 @contextmanager
 def conv_bn_mode(
-    model: nn.Module, mode: Mode, *, pairs: ConvBNPairs | None = None, recompute_activations: bool = False
+    model: nn.Module, mode: Mode, *, pairs: ConvBNPairs | None = None, recompute: Recompute = "none"
 ) -> Iterator[ConvBNPairs]:
     """Switch a model to a mode for a ``with`` block; the previous mode comes back, also after an exception.
 
@@ -150,35 +151,37 @@ def conv_bn_mode(
         'train'
     """
     before = _state(model)
-    chosen = set_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
+    chosen = set_mode(model, mode, pairs=pairs, recompute=recompute)
     try:
         yield chosen
     finally:
         if _state(model) != before:
-            mode, pairs, recompute_activations = before
+            mode, pairs, recompute = before
             pairs = None if pairs is None else _fitting(model, pairs)
-            set_mode(model, mode, pairs=pairs, recompute_activations=recompute_activations)
+            set_mode(model, mode, pairs=pairs, recompute=recompute)
 
 
-def check_mode(argument: str, value: object, allowed: tuple[Mode, ...], why_not: str = "") -> None:
-    """Raise a ValueError that names the argument, its value and the modes it may take."""
+def check_choice(argument: str, value: object, allowed: tuple[str, ...], why_not: str = "") -> None:
+    """Raise a ValueError that names the argument, its value and the values it may take."""
     if value not in allowed:
-        choices = ", ".join(repr(mode) for mode in allowed)
+        choices = ", ".join(repr(choice) for choice in allowed)
         raise ValueError(f"{argument} must be one of {choices}; got {value!r}.{why_not and ' ' + why_not}")
 
 
-def check_recompute(mode: Mode, recompute_activations: bool) -> None:
-    """Raise a ValueError if activations are to be recomputed in a mode that does not do so."""
-    if recompute_activations and mode not in RECOMPUTING_MODES:
+def check_recompute(mode: Mode, recompute: Recompute) -> None:
+    """Raise a ValueError if there is no such choice, or if a mode that recomputes nothing is to recompute."""
+    check_choice("recompute", recompute, RECOMPUTE)
+    if recompute != "none" and mode not in RECOMPUTING_MODES:
         raise ValueError(
-            f"recompute_activations=True needs the mode to be 'eval' or 'tune'; got {mode!r}, which runs activations "
-            "as they are"
+            f"recompute={recompute!r} needs the mode to be 'eval' or 'tune'; got {mode!r}, which runs activations as "
+            "they are"
         )
 
 
-def _state(model: nn.Module) -> tuple[Mode, ConvBNPairs | None, bool]:
+def _state(model: nn.Module) -> tuple[Mode, ConvBNPairs | None, Recompute]:
     """All that `set_mode` must be told to bring a model back to where it is."""
-    return get_mode(model), pairs_in_force(model), recomputes_activations(model)
+    recompute: Recompute = "elementwise" if recomputes_activations(model) else "none"
+    return get_mode(model), pairs_in_force(model), recompute
 
 
 def _chosen(model: nn.Module, pairs: ConvBNPairs | None) -> ConvBNPairs:
@@ -218,7 +221,7 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute_activations: bool) -> None:
+def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute: Recompute) -> None:
     """Check everything first, then swap: bad input never leaves a model half converted."""
     conv_of = _checked_partners(model, pairs)
     _part_from_others(set(model.modules()))
@@ -227,7 +230,7 @@ def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute_activat
     for name, module in modules.items():
         if is_norm(module):
             _convert_norm(name, module, mode, pairs, conv_of.get(module))
-        elif recompute_activations and (activation := activation_layer(module)) is not None:
+        elif recompute == "elementwise" and (activation := activation_layer(module)) is not None:
             swap_class(module, activation, mode)
         elif module not in folded_convs:
             restore_class(module)

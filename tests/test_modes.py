@@ -616,15 +616,17 @@ class TestBadInput:
         [
             ("Tune", {}, "mode must be one of 'train', 'eval', 'tune', 'deploy'; got 'Tune'."),
             (None, {}, "mode must be one of 'train', 'eval', 'tune', 'deploy'; got None."),
+            ("tune", {"recompute": "all"}, "recompute must be one of 'none', 'elementwise'; got 'all'."),
+            ("train", {"recompute": True}, "recompute must be one of 'none', 'elementwise'; got True."),
             (
                 "train",
-                {"recompute_activations": True},
-                "recompute_activations=True needs the mode to be 'eval' or 'tune'; got 'train'",
+                {"recompute": "elementwise"},
+                "recompute='elementwise' needs the mode to be 'eval' or 'tune'; got 'train'",
             ),
             (
                 "deploy",
-                {"recompute_activations": True},
-                "recompute_activations=True needs the mode to be 'eval' or 'tune'; got 'deploy'",
+                {"recompute": "elementwise"},
+                "recompute='elementwise' needs the mode to be 'eval' or 'tune'; got 'deploy'",
             ),
             ("tune", {"pairs": ConvBNPairs([("body.0", "no")])}, "pairs: Patchwork has no module `no`"),
             ("tune", {"pairs": ConvBNPairs([("no", "body.1")])}, "pairs: Patchwork has no module `no`"),

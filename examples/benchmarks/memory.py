@@ -51,7 +51,7 @@ counts them; nothing is estimated.
 
 - *Tune as published* leaves the folding to autograd, which keeps every folded weight. The published implementations do
   this.
-- *Tune + recompute* is Tune mode with `recompute_activations=True`. Of activations such as SiLU, Hardswish and ReLU6
+- *Tune + recompute* is Tune mode with `recompute="elementwise"`. Of activations such as SiLU, Hardswish and ReLU6
   it keeps either the input or the output, not both.
 - *Deploy copy* is the trainable copy that `fuse_for_deploy` makes. It is the lower limit for every method that keeps
   the inputs of the convolutions."""
@@ -94,7 +94,7 @@ def count(name: str) -> Iterator[dict[str, Any]]:
         with FakeTensorMode(allow_non_fake_inputs=True):
             images = torch.empty(batch, 3, pixels, pixels)
             kept = {mode: measure_memory(model, images, mode=mode).saved_bytes for mode in ("eval", "tune")}
-            recomputing = measure_memory(model, images, mode="tune", recompute_activations=True)
+            recomputing = measure_memory(model, images, mode="tune", recompute="elementwise")
             kept["tune_recompute"] = recomputing.saved_bytes
             with folding_by_autograd():
                 kept["tune_by_autograd"] = measure_memory(model, images, mode="tune").saved_bytes

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from examples.benchmarks.networks import Workload
-from lightning_convbn import Mode, set_mode
+from lightning_convbn import Mode, Recompute, set_mode
 
 INDUCTOR_PASS = "inductor_pass"
 
@@ -46,9 +46,9 @@ def _eval(workload: Workload) -> nn.Module:
     return workload.copy(workload.model)
 
 
-def _mode(workload: Workload, mode: Mode, recompute_activations: bool = False) -> nn.Module:
+def _mode(workload: Workload, mode: Mode, recompute: Recompute = "none") -> nn.Module:
     model = workload.copy(workload.model)
-    set_mode(model, mode, pairs=workload.pairs, recompute_activations=recompute_activations)
+    set_mode(model, mode, pairs=workload.pairs, recompute=recompute)
     return model
 
 
@@ -93,7 +93,7 @@ VARIANTS: dict[str, Variant] = {
     "train": Variant("Train", _train, "#7c8594", has_evals_gradients=False),
     "eval": Variant("Eval", _eval, "#d9772b"),
     "tune": Variant("Tune", partial(_mode, mode="tune"), "#12998c"),
-    "tune_recompute": Variant("Tune + recompute", partial(_mode, mode="tune", recompute_activations=True), "#5fbf5a"),
+    "tune_recompute": Variant("Tune + recompute", partial(_mode, mode="tune", recompute="elementwise"), "#5fbf5a"),
     "tune_compiled": Variant(
         "Tune, compiled", partial(_compiled, build=partial(_mode, mode="tune")), "#2f7fd0", compiled=True
     ),

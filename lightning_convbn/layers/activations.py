@@ -138,5 +138,5 @@ def activation_layer(module: nn.Module) -> type[RecomputedActivation] | None:
 
 
 def recomputes_activations(model: nn.Module) -> bool:
-    """Whether `set_mode` has put a model in a mode with ``recompute_activations=True``."""
+    """Whether `set_mode` has put a model in a mode with ``recompute="elementwise"``."""
     return any(isinstance(module, RecomputedActivation) for module in model.modules())

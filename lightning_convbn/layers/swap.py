@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 Mode = Literal["train", "eval", "tune", "deploy"]
+Recompute = Literal["none", "elementwise"]
 
 LINKS = ("_bn", "_rows", "_owns_weight", "_fold", "_check")  # attributes of a folded pair beside its Swap
 

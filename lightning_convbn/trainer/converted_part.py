@@ -10,7 +10,7 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from lightning_convbn.compat import inside_transform
-from lightning_convbn.layers.swap import Mode, UncopiedHook, swap_of
+from lightning_convbn.layers.swap import Mode, Recompute, UncopiedHook, swap_of
 from lightning_convbn.memory import as_mib, measure_memory_abstractly
 from lightning_convbn.modes import RECOMPUTING_MODES, get_mode, restore_modules, set_mode
 from lightning_convbn.pairs.find import (
@@ -36,7 +36,7 @@ class ConvertedPart:
         path: Qualified name of the part, for messages; empty for the whole LightningModule.
         module: The part. Of a compiled module, what was compiled is converted.
         untrained: The untrained BatchNorms, if an earlier part of this run has named them; else None.
-        recompute_activations: Whether training in Eval or Tune mode recomputes activations; as for `set_mode`.
+        recompute: What training in Eval or Tune mode recomputes; as for `set_mode`.
 
     Attributes:
         untrained: Untrained BatchNorms, which stay in Train mode. None until they are named, at the first freeze.
@@ -50,7 +50,7 @@ class ConvertedPart:
         module: nn.Module,
         untrained: list[str] | None = None,
         *,
-        recompute_activations: bool = False,
+        recompute: Recompute = "none",
     ) -> None:
         self.path = path
         self.untrained = untrained
@@ -58,7 +58,7 @@ class ConvertedPart:
         self.kept_bytes: dict[Mode, int] | None = None
         self._called = module
         self._module = _without_compile(module)
-        self._recompute_activations = recompute_activations
+        self._recompute: Recompute = recompute
         self._verification: Verification | None = None
         self._checked = False  # whether `check_first_batch` has run
         self._found: dict[bool, ConvBNPairs] = {}  # whether in train state -> the pairs found in that state
@@ -127,8 +127,8 @@ class ConvertedPart:
         return self._pairs_in(self._training_state).unfreeze(dict.fromkeys(self.untrained or (), UNTRAINED))
 
     def _switch(self, mode: Mode, pairs: ConvBNPairs) -> None:
-        recomputes = self._recompute_activations and mode in RECOMPUTING_MODES
-        set_mode(self._module, mode, pairs=pairs, recompute_activations=recomputes)
+        recompute = self._recompute if mode in RECOMPUTING_MODES else "none"
+        set_mode(self._module, mode, pairs=pairs, recompute=recompute)
         self._converted.update(module for module in self._module.modules() if swap_of(module) is not None)
         self._in_force = pairs
 
@@ -195,10 +195,8 @@ class ConvertedPart:
 
     def _count_kept_bytes(self, mode: Mode, pairs: ConvBNPairs, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Count for a mode. Tune's count is compared with Eval mode without this package, so without recomputation."""
-        recomputes = self._recompute_activations and mode in ("tune", get_mode(self._module))
-        use = measure_memory_abstractly(
-            self._module, inputs, kwargs, mode=mode, pairs=pairs, recompute_activations=recomputes
-        )
+        recompute = self._recompute if mode in ("tune", get_mode(self._module)) else "none"
+        use = measure_memory_abstractly(self._module, inputs, kwargs, mode=mode, pairs=pairs, recompute=recompute)
         return use.saved_bytes
 
     def merge_findings(self, processes: int) -> None:
@@ -236,7 +234,7 @@ class ConvertedPart:
             before, after = self.kept_bytes["eval"], self.kept_bytes["tune"]
             saved = f"{100 * (before - after) / before:.1f} % saved" if before else "no parameter wants a gradient"
             tune = "Tune" if mode == "tune" else "Tune would keep"
-            recomputing = " (activations recomputed)" if self._recompute_activations else ""
+            recomputing = " (activations recomputed)" if self._recompute == "elementwise" else ""
             body.append(f"kept for backward: Eval {as_mib(before)}, {tune} {as_mib(after)}{recomputing}, {saved}")
         verified = self._verification
         if verified is not None and verified.deviation is not None:

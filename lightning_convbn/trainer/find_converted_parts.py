@@ -7,6 +7,7 @@ from itertools import permutations
 
 from torch import nn
 
+from lightning_convbn.layers.swap import Recompute
 from lightning_convbn.layers.table import is_norm
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import LightningModule
@@ -31,7 +32,7 @@ def find_parts(
     target: Sequence[str] | None,
     untrained: Mapping[str, list[str]],
     *,
-    recompute_activations: bool,
+    recompute: Recompute,
 ) -> list[ConvertedPart]:
     """Find the parts that ``target`` names, without changing them. What has two names, or lies within another, is one.
 
@@ -39,7 +40,7 @@ def find_parts(
         pl_module: The LightningModule.
         target: Paths of the parts; None for the default.
         untrained: Path of a part -> its untrained BatchNorms, where they are known already.
-        recompute_activations: As for `ConvertedPart`.
+        recompute: As for `ConvertedPart`.
 
     Raises:
         ValueError: If there is no such part, if it has no BatchNorm, or if it lies within another part.
@@ -54,7 +55,7 @@ def find_parts(
     for within, around in [*nested, *((path, path) for path in modules if paths.count(path) > 1)] if target else ():
         raise ValueError(f"target={target!r}: {within!r} lies within {around!r}; name one of them")
     return [
-        ConvertedPart(path, module, untrained.get(path), recompute_activations=recompute_activations)
+        ConvertedPart(path, module, untrained.get(path), recompute=recompute)
         for path, module in modules.items()
         if path_of[module] == path and module not in inside
     ]

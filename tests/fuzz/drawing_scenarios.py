@@ -11,7 +11,7 @@ from fuzz.network import Action, Network, Scenario
 def draw_mode(random: Random) -> Action:
     """Draw a switch."""
     mode = random.choice(["eval", "tune", "tune", "tune", "deploy", "deploy", "train"])
-    recompute = mode in ("eval", "tune") and random.random() < 0.4
+    recompute = "elementwise" if mode in ("eval", "tune") and random.random() < 0.4 else "none"
     return Action(
         "mode", mode, recompute, random.choice(["", "trace", "record", "record"]), batch=random.choice([2, 3])
     )

@@ -39,7 +39,7 @@ def features_of(scenario: Scenario) -> Counter[str]:
         found[f"action {action.do}"] += 1
         if action.do == "mode":
             found.update([f"mode {action.mode}", f"look {action.look}"])
-            found["recompute"] += action.recompute
+            found["recompute"] += action.recompute != "none"
     return found
 
 

@@ -96,7 +96,7 @@ FOUND: dict[str, Scenario] = {
     ),
     "an activation's flag after two switches": Scenario(
         network(Step("call", layer="b"), Step("call", (1,), "c"), layers={**TWO, "c": Layer("act", "LeakyReLU")}),
-        (Action("mode", recompute=True), Action("flags", training=True), TUNE),
+        (Action("mode", recompute="elementwise"), Action("flags", training=True), TUNE),
     ),
     "a convolution's flag after two switches": Scenario(
         pair(), (TUNE, Action("flags", training=True), Action("mode", "eval"))

@@ -112,7 +112,7 @@ class Action(Short):
 
     do: str
     mode: str = "tune"
-    recompute: bool = False
+    recompute: str = "none"
     look: str = ""
     grad: str = "grad"
     batch: int = 2

@@ -297,4 +297,4 @@ class Trial:
 
 
 def switch(model: nn.Module, action: Action, pairs: ConvBNPairs | None) -> ConvBNPairs:
-    return set_mode(model, action.mode, pairs=pairs, recompute_activations=action.recompute)  # type: ignore[arg-type]
+    return set_mode(model, action.mode, pairs=pairs, recompute=action.recompute)  # type: ignore[arg-type]

@@ -82,7 +82,7 @@ def pair_of(model: nn.Module, mode: Mode = "tune") -> tuple[nn.Module, nn.Module
     """The model in a mode, and a copy that also recomputes its activations."""
     recomputing = copy.deepcopy(model)
     set_mode(model, mode)
-    set_mode(recomputing, mode, recompute_activations=True)
+    set_mode(recomputing, mode, recompute="elementwise")
     return model, recomputing
 
 
@@ -110,7 +110,7 @@ def batch(dtype: torch.dtype = torch.float32) -> Tensor:
 def marked(request: pytest.FixtureRequest) -> Tensor:
     """The output of an activation that is recomputed, or that goes by its output, of shape ``(2, 6, 8, 8)``."""
     model = net(request.param())
-    set_mode(model, "tune", recompute_activations=True)
+    set_mode(model, "tune", recompute="elementwise")
     output = model(batch())
     assert isinstance(output, RecomputedTensor)
     return output
@@ -197,7 +197,7 @@ class TestSameNumbers:
     @pytest.mark.parametrize("act", [nn.SiLU(inplace=True), nn.Mish(), nn.GELU(), nn.LeakyReLU(0.2)], ids=str)
     def test_double_backward(self, act: nn.Module) -> None:
         model = net(act, Gated(6), *conv(6, 2), dtype=torch.float64)
-        set_mode(model, "tune", recompute_activations=True)
+        set_mode(model, "tune", recompute="elementwise")
         names = [name for name, _ in model.named_parameters()]
 
         def run(input: Tensor, *parameters: Tensor) -> Tensor:
@@ -218,8 +218,8 @@ class TestBytes:
     def test_one_of_input_and_output_is_kept(self, cls: Any, inplace: bool) -> None:
         model = net(cls(inplace=inplace), nn.Conv2d(6, 4, 1))
         kept = [
-            measure_memory(model, batch(), mode="tune", recompute_activations=flag).saved_bytes
-            for flag in (False, True)
+            measure_memory(model, batch(), mode="tune", recompute=recompute).saved_bytes
+            for recompute in ("none", "elementwise")
         ]
         vectors = 2 * 6 * FLOAT  # of the pair
         assert kept == [IMAGE + vectors + 2 * ACTIVATED, IMAGE + vectors + ACTIVATED]
@@ -238,14 +238,14 @@ class TestBytes:
 
     def test_nothing_is_kept_for_frozen_parameters(self) -> None:
         model = net(nn.SiLU(), *conv(6, 4)).requires_grad_(False)
-        set_mode(model, "tune", recompute_activations=True)
+        set_mode(model, "tune", recompute="elementwise")
         assert type(model[:3](batch())) is Tensor
         model(batch())  # the folds stay from now on
         assert count_saved_bytes(model, batch()) == 0
 
     def test_without_gradients_the_output_is_plain(self) -> None:
         model = net(nn.SiLU())
-        set_mode(model, "tune", recompute_activations=True)
+        set_mode(model, "tune", recompute="elementwise")
         with torch.no_grad():
             assert type(model(batch())) is Tensor
         with torch.inference_mode():
@@ -265,7 +265,7 @@ class TestBytes:
         with FakeTensorMode(allow_non_fake_inputs=True):
             image = torch.empty(8, 3, 224, 224)
             tune = measure_memory(model, image, mode="tune")
-            recomputing = measure_memory(model, image, mode="tune", recompute_activations=True)
+            recomputing = measure_memory(model, image, mode="tune", recompute="elementwise")
         assert recomputing.saved_mib == pytest.approx(mib, abs=1)
         assert recomputing.saved_bytes <= share * tune.saved_bytes
         assert sum(recomputing.saved_by_module.values()) == recomputing.saved_bytes
@@ -277,16 +277,16 @@ class TestBytes:
         with FakeTensorMode(allow_non_fake_inputs=True):
             image = torch.empty(1, 3, FAMILIES[name], FAMILIES[name])
             without, recomputing = (
-                measure_memory(model, image, mode="tune", pairs=pairs, recompute_activations=flag).saved_bytes
-                for flag in (False, True)
+                measure_memory(model, image, mode="tune", pairs=pairs, recompute=recompute).saved_bytes
+                for recompute in ("none", "elementwise")
             )
         assert recomputing <= without
 
     @pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"])
     def test_the_count_agrees_with_the_allocator(self, name: str) -> None:
         model, input = random_model(name), images(2, 3, 64, 64)
-        set_mode(model, "tune", recompute_activations=True)
-        kept = measure_memory(model, input, mode="tune", recompute_activations=True).saved_bytes
+        set_mode(model, "tune", recompute="elementwise")
+        kept = measure_memory(model, input, mode="tune", recompute="elementwise").saved_bytes
         with torch.no_grad():
             model(input)  # the constants of the pairs stay from now on
         assert kept == pytest.approx(allocated_by(model, input), rel=0.02)
@@ -303,7 +303,7 @@ class TestBytes:
 
         monkeypatch.setattr(RecomputedSiLU, "out_of_place", lambda self: compute)
         model = net(*(layer for _ in range(3) for layer in (nn.SiLU(), nn.Conv2d(6, 6, 1))))
-        set_mode(model, "tune", recompute_activations=True)
+        set_mode(model, "tune", recompute="elementwise")
         model(batch()).sum().backward()
         assert alive == [0, 0, 0]
 
@@ -313,7 +313,7 @@ class TestSavedByEveryPath:
 
     def saves_a_recipe(self, run: Callable[[nn.Module, Tensor], Tensor]) -> bool:
         model = net(nn.SiLU(), *conv(6, 4))
-        set_mode(model, "tune", recompute_activations=True)
+        set_mode(model, "tune", recompute="elementwise")
         activated = model[:3](batch())
         output = run(model[3:], activated)
         node = output.grad_fn
@@ -491,7 +491,7 @@ class TestWritesInPlace:
 
     def test_a_clamp_drops_its_input_when_its_output_is_saved(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = net(nn.ReLU6())
-        set_mode(model, "tune", recompute_activations=True)
+        set_mode(model, "tune", recompute="elementwise")
         output = model(batch())
         node = output.grad_fn
         assert node._saved_self.data_ptr() != output.data_ptr()
@@ -501,7 +501,7 @@ class TestWritesInPlace:
 
     def test_to_the_input_of_the_activation(self) -> None:
         model = net(nn.SiLU())
-        set_mode(model, "tune", recompute_activations=True)
+        set_mode(model, "tune", recompute="elementwise")
         input = model[:2](batch())
         weight, loss = self.loss(model[2](input))
         with torch.no_grad():
@@ -518,7 +518,7 @@ class TestWritesInPlace:
 
     def test_an_activation_in_place_still_overwrites_its_input(self) -> None:
         model = net(nn.SiLU(inplace=True))
-        set_mode(model, "tune", recompute_activations=True)
+        set_mode(model, "tune", recompute="elementwise")
         input = model[:2](batch())
         expected = F.silu(input.detach())
         assert model[2](input) is input
@@ -558,10 +558,10 @@ class TestSwitching:
 
     @pytest.mark.parametrize("then", ["train", "eval", "tune", "deploy"])
     @pytest.mark.parametrize("mode", ["eval", "tune"])
-    def test_a_switch_without_the_flag_gives_the_activations_back(self, mode: Mode, then: Mode) -> None:
+    def test_a_switch_without_recomputation_gives_the_activations_back(self, mode: Mode, then: Mode) -> None:
         model, expected = self.model(), self.model()
         for _ in range(2):
-            set_mode(model, mode, recompute_activations=True)
+            set_mode(model, mode, recompute="elementwise")
         assert get_mode(model) == mode
         set_mode(expected, then)
         set_mode(model, then)
@@ -570,24 +570,24 @@ class TestSwitching:
 
     def test_it_is_visible_in_print(self) -> None:
         model = self.model()
-        set_mode(model, "tune", recompute_activations=True)
+        set_mode(model, "tune", recompute="elementwise")
         assert "(2): RecomputedSiLU(inplace=True)" in str(model)
         assert "(5): RecomputedGELU(approximate='tanh')" in str(model)
         assert "(6): ReLU()" in str(model)
 
     def test_the_context_manager_brings_it_back(self) -> None:
         model = self.model()
-        set_mode(model, "tune", recompute_activations=True)
+        set_mode(model, "tune", recompute="elementwise")
         found = Snapshot.of(model)
-        for mode, flag in (("tune", False), ("eval", True), ("deploy", False)):
-            with conv_bn_mode(model, mode, recompute_activations=flag):
+        for mode, recompute in (("tune", "none"), ("eval", "elementwise"), ("deploy", "none")):
+            with conv_bn_mode(model, mode, recompute=recompute):
                 assert Snapshot.of(model) != found
             assert Snapshot.of(model) == found
 
     def test_pairs_and_reasons_are_found_as_in_the_plain_model(self) -> None:
         model = net(nn.SiLU(), nn.BatchNorm2d(6), nn.Mish(), nn.BatchNorm2d(6))
         expected = find_conv_bn_pairs(model)
-        set_mode(model, "eval", recompute_activations=True)
+        set_mode(model, "eval", recompute="elementwise")
         assert find_conv_bn_pairs(model) == expected
         assert "`2` (SiLU)" in expected.unpaired["3"]
 
@@ -599,7 +599,7 @@ class TestSwitching:
 
     def test_a_subclass_is_left_alone(self) -> None:
         model = net(Scaled())
-        set_mode(model, "tune", recompute_activations=True)
+        set_mode(model, "tune", recompute="elementwise")
         assert type(model[2]) is Scaled
 
     def test_a_class_without_its_function_says_so(self) -> None:
@@ -637,19 +637,19 @@ class TestCallback:
         plain, recomputing = BoringModule(), BoringModule()
         recomputing.load_state_dict(plain.state_dict())
         self.fit(plain, mode=mode)
-        module, seen, _ = self.fit(recomputing, mode=mode, recompute_activations=True)
+        module, seen, _ = self.fit(recomputing, mode=mode, recompute="elementwise")
         assert set(seen) >= {"RecomputedSiLU train", "SiLU eval"}
         assert type(module.backbone.stem[2]) is nn.SiLU
         for name, tensor in plain.state_dict().items():
             assert torch.equal(module.state_dict()[name], tensor), name
 
-    def test_the_table_counts_with_the_flag(self) -> None:
-        module, _, text = self.fit(BoringModule(), recompute_activations=True, log_memory=True, verify=True)
+    def test_the_table_counts_with_recomputation(self) -> None:
+        module, _, text = self.fit(BoringModule(), recompute="elementwise", log_memory=True, verify=True)
         assert "verified: Tune equals Eval" in text
         (line,) = [line for line in text.splitlines() if "kept for backward" in line]
         (shape,) = [line for line in text.splitlines() if "counted on an input of" in line]
         image = torch.zeros([int(size) for size in shape.split(" of ")[1].split(" × ")])
         plain = measure_memory(module.backbone, image, mode="eval").saved_bytes
-        tune = measure_memory(module.backbone, image, mode="tune", recompute_activations=True).saved_bytes
+        tune = measure_memory(module.backbone, image, mode="tune", recompute="elementwise").saved_bytes
         assert tune < measure_memory(module.backbone, image, mode="tune").saved_bytes
         assert f"Eval {as_mib(plain)}, Tune {as_mib(tune)} (activations recomputed), " in line

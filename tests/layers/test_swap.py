@@ -96,7 +96,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 def test_a_copy_is_plain_and_computes_the_same(way: str, mode: Mode) -> None:
     model, plain = Zoo(), Zoo()
     expected = eval_output(model)
-    set_mode(model, mode, recompute_activations=mode != "deploy")
+    set_mode(model, mode, recompute="none" if mode == "deploy" else "elementwise")
     model(batch())  # Deploy mode keeps its fold
     copied = WAYS[way](model)
     assert [type(module) for module in copied.modules()] == [type(module) for module in plain.modules()]
@@ -126,7 +126,7 @@ def test_a_copy_is_plain_and_computes_the_same(way: str, mode: Mode) -> None:
 def test_a_copy_of_one_layer_alone_is_plain(copied: Callable[[Any], Any], mode: Mode) -> None:
     model = Zoo()
     expected = {name: type(module) for name, module in model.named_modules() if name and name.count(".") == 1}
-    set_mode(model, mode, recompute_activations=mode != "deploy")
+    set_mode(model, mode, recompute="none" if mode == "deploy" else "elementwise")
     found = {name: type(copied(model.get_submodule(name))) for name in expected}
     assert found == expected
     assert get_mode(model) == mode
@@ -135,7 +135,7 @@ def test_a_copy_of_one_layer_alone_is_plain(copied: Callable[[Any], Any], mode: 
 @pytest.mark.parametrize("mode", FROZEN)
 def test_a_pickle_is_loaded_where_this_package_is_not_installed(tmp_path: Path, mode: Mode) -> None:
     model = small_net()
-    set_mode(model, mode, recompute_activations=mode != "deploy")
+    set_mode(model, mode, recompute="none" if mode == "deploy" else "elementwise")
     with torch.no_grad():
         expected = model(batch().float())
     torch.save({"model": model, "batch": batch().float(), "expected": expected}, tmp_path / "model.pt")

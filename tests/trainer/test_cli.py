@@ -110,6 +110,9 @@ FLAGS = [
     (["--convbn=false", "--convbn.mode=eval"], {"mode": "eval"}),
     (["--convbn.target=backbone"], {"target": ["backbone"]}),
     (["--convbn.target=[backbone.stem,backbone.last]"], {"target": ["backbone.stem", "backbone.last"]}),
+    (["--convbn.recompute=elementwise"], {"recompute": "elementwise"}),
+    (["--config=recompute.yaml"], {"recompute": "elementwise"}),
+    (["--config=recompute.yaml", "--convbn.recompute=none"], {}),
     (["--config=off.yaml"], None),
     (["--config=off.yaml", "--convbn=true"], {}),
     (["--config=off.yaml", "--convbn.start_epoch=2"], {"start_epoch": 2}),
@@ -139,6 +142,7 @@ def test_the_last_one_wins_and_the_printed_config_reads_back(
 ) -> None:
     Path("off.yaml").write_text("convbn: false\n")
     Path("on.yaml").write_text("convbn:\n  mode: eval\n")
+    Path("recompute.yaml").write_text("convbn: {recompute: elementwise}\n")
     with pytest.raises(SystemExit, match="^0$"):
         typed(*args, "--print_config")
     Path("printed.yaml").write_text(capsys.readouterr().out)
@@ -153,6 +157,7 @@ def test_the_last_one_wins_and_the_printed_config_reads_back(
     ("flag", "message"),
     [
         ("--convbn.mode=deploy", r"Expected a typing.Literal\['train', 'eval', 'tune'\]. Got value: deploy"),
+        ("--convbn.recompute=true", r"Expected a typing.Literal\['none', 'elementwise'\]. Got value: True"),
         ("--convbn.moed=tune", "moed"),
         ("--convbn=maybe", "Given value: maybe"),
     ],
@@ -253,8 +258,10 @@ def test_the_flag_decides_against_the_variable(
 
 def test_stock_cli_knows_the_short_name_of_what_is_imported(typed: Callable[..., Any]) -> None:
     args = ["--trainer.callbacks+=ConvBNModeCallback", "--trainer.callbacks.mode=eval"]
-    cli = typed("fit", *args, "--trainer.callbacks.log_memory=false", cli=LightningCLI)
+    args += ["--trainer.callbacks.recompute=elementwise", "--trainer.callbacks.log_memory=false"]
+    cli = typed("fit", *args, cli=LightningCLI)
     assert cli.model.modes["fit"] == ["eval"] * BATCHES_PER_EPOCH
+    assert [callback.recompute for callback in callbacks_of(cli)] == ["elementwise"]
 
 
 # ------------------------------------------------------------------------------------------- as a person types it
