@@ -33,6 +33,7 @@ __all__ = [
     "outside_fake_mode",
     "replace_saved",
     "saved_by",
+    "storage_id",
     "tree_leaves",
     "tree_map",
     "tree_map_only",
@@ -74,6 +75,11 @@ def replace_saved(node: Any, name: str, recipe: Callable[[], Tensor]) -> bool:
     except (AttributeError, RuntimeError):
         return False
     return True
+
+
+def storage_id(tensor: Tensor) -> int:
+    """What tells storages apart that are alive (``_cdata``); also those of tensors without data."""
+    return tensor.untyped_storage()._cdata
 
 
 def other_saved_tensor_hooks() -> bool:

@@ -8,7 +8,6 @@ from typing import get_args
 
 from torch import nn
 
-from lightning_convbn.layers.activations import activation_layer, recomputes_activations
 from lightning_convbn.layers.norms import unknown_norm
 from lightning_convbn.layers.swap import Mode, Recompute, partners_of, plain_class, restore_class, swap_class, swap_of
 from lightning_convbn.layers.table import conv_layer, is_norm, is_scripted_norm, norm_layer
@@ -44,10 +43,10 @@ def set_mode(
         model: Any module. Wrappers such as DDP are fine; ``DataParallel`` and a BatchNorm in TorchScript are not.
         mode: ``"train"``, ``"eval"``, ``"tune"`` or ``"deploy"``.
         pairs: What to fold; None for the pairs in force, or, in a plain model, for what `find_conv_bn_pairs` finds.
-        recompute: ``"none"``, or, in Eval or Tune mode, ``"elementwise"``: recompute the outputs of activations
-            (``ACTIVATION_LAYERS``). SiLU, Hardswish, GELU and their kin keep only their input, and the backward pass
-            computes their output again. ReLU6 and its kin keep only their output. The results are the same, less memory
-            is kept, and the backward pass takes a little longer. Each call of `set_mode` decides anew.
+        recompute: ``"none"``, or, in Eval or Tune mode, ``"elementwise"``: what can be computed again, elementwise,
+            from what is kept anyway is not kept for the backward pass. This goes for outputs of activations, products,
+            frozen BatchNorms and concatenations, among others (`ops/elementwise.py`). The results are the same to the
+            bit. Between the layers tensors are of a subclass of Tensor. Each call of `set_mode` decides anew.
 
     Returns:
         The pairs, and why every other BatchNorm is in none.
@@ -173,15 +172,15 @@ def check_recompute(mode: Mode, recompute: Recompute) -> None:
     check_choice("recompute", recompute, RECOMPUTE)
     if recompute != "none" and mode not in RECOMPUTING_MODES:
         raise ValueError(
-            f"recompute={recompute!r} needs the mode to be 'eval' or 'tune'; got {mode!r}, which runs activations as "
+            f"recompute={recompute!r} needs the mode to be 'eval' or 'tune'; got {mode!r}, which recomputes nothing"
             "they are"
         )
 
 
 def _state(model: nn.Module) -> tuple[Mode, ConvBNPairs | None, Recompute]:
     """All that `set_mode` must be told to bring a model back to where it is."""
-    recompute: Recompute = "elementwise" if recomputes_activations(model) else "none"
-    return get_mode(model), pairs_in_force(model), recompute
+    chosen: set[Recompute] = {vars(module).get("_recompute", "none") for module in model.modules()}
+    return get_mode(model), pairs_in_force(model), max(chosen - {"none"}, default="none")
 
 
 def _chosen(model: nn.Module, pairs: ConvBNPairs | None) -> ConvBNPairs:
@@ -229,9 +228,7 @@ def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute: Recomp
     modules = dict(model.named_modules())
     for name, module in modules.items():
         if is_norm(module):
-            _convert_norm(name, module, mode, pairs, conv_of.get(module))
-        elif recompute == "elementwise" and (activation := activation_layer(module)) is not None:
-            swap_class(module, activation, mode)
+            _convert_norm(name, module, mode, pairs, conv_of.get(module), recompute)
         elif module not in folded_convs:
             restore_class(module)
     for conv_name, bn_name in pairs if mode != "eval" else ():
@@ -242,17 +239,19 @@ def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute: Recomp
         swap_class(modules[conv_name], cls, mode, bn=modules[bn_name], flattened=flattened)
 
 
-def _convert_norm(name: str, bn: nn.Module, mode: Mode, pairs: ConvBNPairs, conv: nn.Module | None) -> None:
+def _convert_norm(
+    name: str, bn: nn.Module, mode: Mode, pairs: ConvBNPairs, conv: nn.Module | None, recompute: Recompute
+) -> None:
     """Freeze or fold a BatchNorm, or restore one that stays unfrozen."""
     if name in pairs.unfrozen or statistics_missing(bn) is not None:
         restore_class(bn)
     elif conv is None:
-        swap_class(bn, _frozen_class(bn), mode, reason=pairs.unpaired.get(name, reasons.NOT_GIVEN))
+        swap_class(bn, _frozen_class(bn), mode, recompute=recompute, reason=pairs.unpaired.get(name, reasons.NOT_GIVEN))
     else:
         row = norm_layer(bn)
         assert row is not None
         cls = _frozen_class(bn) if mode == "eval" else row.folded
-        swap_class(bn, cls, mode, conv=conv, flattened=name in pairs.flattened)
+        swap_class(bn, cls, mode, conv=conv, flattened=name in pairs.flattened, recompute=recompute)
 
 
 def _frozen_class(bn: nn.Module) -> type[nn.Module]:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_convbn.layers.marks import Marked, has_watching_hooks, seen_through, taken_off
-from lightning_convbn.layers.swap import Converted, class_name, run_plain, swap_of
+from lightning_convbn.layers.swap import Converted, Recompute, class_name, run_plain, swap_of
+from lightning_convbn.ops.recomputable import follow, follow_function
 
 EPSILON = 1e-5  # of a BatchNorm without the attribute: DETR's in transformers has it in its forward
 
@@ -36,7 +37,7 @@ def only_gamma_is_trained(weight: Tensor, bn: nn.Module) -> bool:
     return not weight.requires_grad and gamma is not None and gamma.requires_grad
 
 
-def frozen_batch_norm(bn: nn.Module, input: Tensor) -> Tensor:
+def frozen_batch_norm(bn: nn.Module, input: Tensor, *, followed: bool = False) -> Tensor:
     """Normalise with the running statistics, whatever the module's training flag says.
 
     Raises:
@@ -47,13 +48,15 @@ def frozen_batch_norm(bn: nn.Module, input: Tensor) -> Tensor:
         wanted = " or ".join(f"{dim}D" for dim in sorted(dims))
         raise ValueError(f"{class_name(bn)}: expected {wanted} input (got {input.dim()}D input)")
     weight, bias, mean, var, eps = affine_of(bn)
-    return F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
+    arguments = input, mean, var, weight, bias, False, 0.0, eps
+    return follow_function(F.batch_norm, *arguments) if followed else F.batch_norm(*arguments)
 
 
 class FrozenNorm(Converted):
     """Base of the classes of a frozen BatchNorm: its running statistics are used, and they stay what they are."""
 
     _uses_running_statistics = True
+    _recompute: Recompute = "none"  # what may be computed again of what is made of the output
 
     def reset_running_stats(self) -> None:
         """Refuse: no forward pass would fill the statistics again.
@@ -77,7 +80,11 @@ class EvalNorm(FrozenNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise; the training flag is not read and no buffer is written."""
-        return frozen_batch_norm(self, input) if swap_of(self) is not None else run_plain(self, input)
+        return (
+            frozen_batch_norm(self, input, followed=self._recompute != "none")
+            if swap_of(self) is not None
+            else run_plain(self, input)
+        )
 
 
 class UnknownNorm(FrozenNorm):
@@ -108,7 +115,8 @@ class FoldedNorm(FrozenNorm):
         check = vars(self).get("_check")  # while the pair is verified
         folded = taken_off(input, self) if isinstance(input, Marked) else None
         if folded is not None:
-            return folded if check is None else check.compare(self, folded, input)  # type: ignore[no-any-return]
+            output = folded if check is None else check.compare(self, folded, input)
+            return follow(output, frozen=_is_frozen_pair(self)) if self._recompute != "none" else output
         swap = swap_of(self)
         if swap is None:
             return run_plain(self, input)  # type: ignore[no-any-return]
@@ -116,7 +124,14 @@ class FoldedNorm(FrozenNorm):
             return input
         if check is not None:
             check.note_plain(self)
-        return frozen_batch_norm(self, input)
+        return frozen_batch_norm(self, input, followed=self._recompute != "none")
+
+
+def _is_frozen_pair(bn: nn.Module) -> bool:
+    """Whether no parameter of a folded pair wants a gradient."""
+    swap = swap_of(bn)
+    convs: Any = () if swap is None or swap.conv is None else swap.conv
+    return not any(parameter.requires_grad for module in (bn, *convs) for parameter in module.parameters(recurse=False))
 
 
 class Rows:

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 Mode = Literal["train", "eval", "tune", "deploy"]
 Recompute = Literal["none", "elementwise"]
 
-LINKS = ("_bn", "_rows", "_owns_weight", "_fold", "_check")  # attributes of a folded pair beside its Swap
+LINKS = ("_bn", "_rows", "_owns_weight", "_fold", "_check", "_recompute")  # attributes of ours beside the Swap
 
 
 class UncopiedHook:
@@ -109,6 +109,7 @@ def swap_class(
     bn: nn.Module | None = None,
     conv: nn.Module | None = None,
     flattened: bool = False,
+    recompute: Recompute = "none",
     reason: str = "",
 ) -> None:
     """Give a module the class ``cls`` and remember how it was found.
@@ -120,6 +121,7 @@ def swap_class(
         bn: Of a convolution to be folded, its BatchNorm.
         conv: Of a BatchNorm in a pair, its convolution.
         flattened: Of both, whether the BatchNorm gets the flattened rows of a linear layer's output.
+        recompute: Of a BatchNorm, what may be computed again in the backward pass of what is made of its output.
         reason: Of a BatchNorm without a pair, why.
     """
     found = swap_of(module) or Swap(type(module), type(module), mode)
@@ -129,6 +131,8 @@ def swap_class(
         module.__dict__["_bn"] = (bn,)
         module.__dict__["_rows"] = flattened
         module.__dict__["_owns_weight"] = type(module.weight) is nn.Parameter
+    if recompute != "none":
+        module.__dict__["_recompute"] = recompute
     partner = None if conv is None else (conv,)
     module.__dict__["_swap"] = Swap(found.plain, cls, mode, partner, flattened, reason)
 

@@ -7,7 +7,7 @@ without need is then replaced by recipes:
   needs anyway;
 - the input is replaced by its shape where neither the weight nor gamma wants a gradient, and so is the folded weight
   where the input wants none;
-- an input that can itself be computed again (`recomputed_activations.py`) is replaced by its recipe;
+- an input that can itself be computed again (`recomputable.py`) is replaced by its recipe;
 - the vector ``r`` is computed again where input or output are so small that it would count.
 
 So a pair keeps its input and one value for each output channel, or two beside a large input and output.
@@ -15,6 +15,7 @@ So a pair keeps its input and one value for each output channel, or two beside a
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_convbn.compat import replace_saved, version_of, without_torch_function
 from lightning_convbn.ops.fold import ConvSpec, fold_conv_bn, fold_steps, layout, reciprocal_std, scaled
 from lightning_convbn.ops.recipes import Recipe, Source, replace_saved_by_conv, shape_of, takes_recipes, unwritten
-from lightning_convbn.ops.recomputed_activations import Recomputed, recipe_of, unmark
+from lightning_convbn.ops.recomputable import Recomputable, recipe_of, unmark
 
 HAS_DISTRIBUTED = torch.distributed.is_available()
 LARGE = 64  # values for each channel: beside them, one more for each channel does not count
@@ -72,7 +73,7 @@ def conv_bn(
     if torch.compiler.is_compiling():
         operand, dtype = autocast(input, weight.dtype)
         return convolve(operand, *_fold_in_graph(operands, spec, dtype), spec)
-    if not isinstance(input, Recomputed):
+    if not isinstance(input, Recomputable):
         return _conv_bn(input, *operands, spec)
     if has_torch_function(operands):
         unmark(input)  # another subclass of Tensor handles the functions from here on
@@ -91,7 +92,8 @@ def folded_conv(input: Tensor, weight: Tensor, bias: Tensor, spec: ConvSpec | No
         spec: Geometry of the convolution; None for a linear layer.
     """
     input, _ = autocast(input, weight.dtype)
-    output = convolve(input, weight, bias, spec)
+    with without_torch_function() if isinstance(input, Recomputable) else nullcontext():
+        output = convolve(input, weight, bias, spec)
     if not torch.compiler.is_compiling() and takes_recipes(output):
         replace_saved_by_conv(output, shape_of(input), None, spec)
     return output
@@ -160,7 +162,7 @@ def _conv_bn(
             weight_recipe = _weight_recipe(weight, factor, dtype)
         else:
             weight_recipe = _frozen_weight_recipe(operands, eps, layout(spec), dtype)
-        input_recipe = shape_of(operand) if not folded.requires_grad else recipe_of(input) if operand is input else None
+        input_recipe = recipe_of(input, dtype) if folded.requires_grad else shape_of(operand)
         replace_saved_by_conv(output, input_recipe, weight_recipe, spec)
     return output
 

@@ -1,0 +1,175 @@
+"""The table of functions whose output can be computed again, and what is special about some of them.
+
+Each row says how to compute the output out of place, how often that goes over the data, and what the function's own
+backward pass reads. A function that is not in the table is run as it is: what it saves is saved with recipes, too, but
+its output is nobody's concern.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Function = Callable[..., Any]
+EXACT = 256  # bfloat16, the coarsest dtype, has every whole number up to this one
+
+
+class Clip(NamedTuple):
+    """A function whose backward pass only reads whether each value of its output lies strictly between two bounds.
+
+    Attributes:
+        low: The lower bound.
+        high: The upper bound; None if there is none.
+        nan_is_between: Whether its backward pass takes NaN as a value between the bounds.
+    """
+
+    low: float
+    high: float | None = None
+    nan_is_between: bool = True
+
+    def between(self, output: Tensor) -> Tensor:
+        """Return which values of the output lie between the bounds, a boolean tensor."""
+        if not self.nan_is_between:
+            return output > self.low
+        outside = output <= self.low
+        return (outside if self.high is None else outside.logical_or_(output >= self.high)).logical_not_()
+
+    def rebuild(self, between: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a tensor that has values between the bounds at the same places as the output."""
+        if self.high is None:
+            return between.to(dtype).mul_(2).add_(self.low - 1)
+        return between.to(dtype).mul_((self.high - self.low) / 2).add_(self.low)
+
+
+ClipOf = Callable[..., Clip | None]
+
+
+def _no_clip(*_: Any, **__: Any) -> None:
+    return None
+
+
+class Row(NamedTuple):
+    """How a function is treated.
+
+    Attributes:
+        compute: The function out of place; None if its output can't be computed again.
+        passes: How often that goes over the data. A view does not.
+        saves: ``"values"`` if it saves tensors for their values, ``"layout"`` if for their shape alone, ``"nothing"``.
+        kind: What else is special about it.
+        clip: Returns its `Clip`, if it is one with the arguments of a call.
+    """
+
+    compute: Function | None
+    passes: int = 1
+    saves: Literal["values", "layout", "nothing"] = "values"
+    kind: Literal["", "parts", "max-pool", "dropout", "convolution"] = ""
+    clip: ClipOf = _no_clip
+
+
+def _relu_clip(*_: Any, **__: Any) -> Clip:
+    return Clip(0)
+
+
+def _relu6_clip(*_: Any, **__: Any) -> Clip:
+    return Clip(0, 6)
+
+
+def _hardtanh_clip(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Clip | None:
+    """The output shows what was clipped if the bounds are exact in every dtype."""
+    exact = all(float(bound).is_integer() and abs(bound) <= EXACT for bound in (min_val, max_val))
+    return Clip(min_val, max_val) if exact and min_val < max_val else None
+
+
+def _leaky_relu_clip(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Clip | None:
+    """The output has the signs of the input if the slope is positive."""
+    return Clip(0, nan_is_between=False) if negative_slope > 0 else None
+
+
+CLIPS: dict[str, ClipOf] = {
+    "relu": _relu_clip,
+    "relu6": _relu6_clip,
+    "hardtanh": _hardtanh_clip,
+    "leaky_relu": _leaky_relu_clip,
+}
+ACTIVATIONS = (
+    *("relu", "relu6", "hardtanh", "leaky_relu", "prelu", "elu", "celu", "selu", "silu", "mish", "gelu", "softplus"),
+    *("hardswish", "hardsigmoid", "sigmoid", "tanh", "clamp", "square", "exp", "abs", "neg"),
+)
+PRODUCTS = ("mul", "multiply", "div", "divide", "true_divide")
+SUMS = ("add", "sub", "subtract")
+CONCATENATIONS = ("cat", "concat", "concatenate", "stack")
+VIEWS = (
+    *(
+        "view",
+        "view_as",
+        "reshape",
+        "reshape_as",
+        "flatten",
+        "unflatten",
+        "permute",
+        "transpose",
+        "swapaxes",
+        "movedim",
+    ),
+    *("unsqueeze", "squeeze", "expand", "expand_as", "chunk", "split", "narrow", "select", "unbind", "__getitem__"),
+)
+COPIES = (
+    *("contiguous", "to", "half", "float", "double", "bfloat16", "roll", "flip"),
+    *("channel_shuffle", "pixel_shuffle", "pixel_unshuffle"),
+)
+AVERAGE_POOLS = ("avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
+MAX_POOLS = ("max_pool2d", "max_pool3d")
+ADAPTIVE_MAX_POOLS = ("adaptive_max_pool2d", "adaptive_max_pool3d")
+CONVOLUTIONS = tuple(f"{kind}{dims}d" for kind in ("conv", "conv_transpose") for dims in (1, 2, 3))
+
+
+def _rows(names: Iterable[str], **treatment: Any) -> dict[Function, Row]:
+    """Return the rows of all functions of these names, also in place, in ``torch``, its ``functional`` and `Tensor`."""
+    rows: dict[Function, Row] = {}
+    for name in names:
+        for place in (F, torch, Tensor):
+            plain = getattr(place, name, None) or getattr(Tensor, name, None)
+            for spelled in (name, f"{name}_", f"__{name}__", f"__r{name}__", f"__i{name}__"):
+                function = getattr(place, spelled, None)
+                if callable(function) and callable(plain):
+                    compute = function if spelled == name or spelled.startswith("__r") else plain
+                    clip = CLIPS.get(name, _no_clip)
+                    rows[function] = Row(**{"compute": _never_in_place(compute), "clip": clip, **treatment})
+    return rows
+
+
+def _never_in_place(function: Function) -> Function:
+    """Return a function of ``torch.nn.functional`` with its argument ``inplace`` at False; any other one as it is."""
+    try:
+        parameters = list(inspect.signature(function).parameters)
+    except ValueError:  # a function in C++
+        return function
+    if "inplace" not in parameters:
+        return function
+    at = parameters.index("inplace")
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        return function(*args[:at], **{**kwargs, "inplace": False})
+
+    return compute
+
+
+ROWS: dict[Function, Row] = {
+    **_rows(ACTIVATIONS),
+    **_rows(PRODUCTS),
+    **_rows(SUMS, saves="nothing"),
+    **_rows(CONCATENATIONS, saves="nothing", kind="parts"),
+    **_rows(VIEWS, saves="nothing", passes=0),
+    **_rows(COPIES, saves="nothing"),
+    F.pad: Row(F.pad),
+    F.batch_norm: Row(F.batch_norm),
+    **_rows([*AVERAGE_POOLS, *ADAPTIVE_MAX_POOLS], compute=None, saves="layout"),
+    **_rows(MAX_POOLS, compute=None, saves="layout", kind="max-pool"),
+    **_rows(CONVOLUTIONS, compute=None, kind="convolution"),
+    **_rows(["dropout"], kind="dropout"),
+}

@@ -1,0 +1,249 @@
+"""Values: what the backward pass needs of a tensor, and what it can be computed from.
+
+A *holder* stands in the autograd graph in the place of a tensor that a node has saved. It asks a `Value` for it. The
+values are kept, or they are computed again from other values that are kept anyway. This is decided when a node saves
+the tensor, and once more when something that it is made of is kept after all. So a graph never keeps more than it would
+keep without recipes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor
+
+from lightning_convbn.compat import without_torch_function
+from lightning_convbn.ops.recipes import Source
+
+PASSES = 16  # over the data, at most, for one tensor
+
+Compute = Callable[..., Tensor]
+
+
+class Loan(list[Source]):
+    """What a concatenation is made of. It is kept for the concatenation, as soon as that is relied on.
+
+    The tensor holds it; so it goes when the tensor goes.
+    """
+
+
+class Value:
+    """The values of one tensor.
+
+    Args:
+        compute: Computes them from ``inputs``, out of place, to the same bits; None if they can't be computed.
+        inputs: What they are made of. They are not kept for that: they are used if they are kept anyway.
+        passes: How often ``compute`` goes over the data.
+        loan: The data of ``inputs``, if they may be kept for this value.
+
+    Attributes:
+        frozen: Whether they come from layers whose parameters want no gradients. What follows will hardly save them.
+        own: The holder by which the function that made them keeps its input, or them, to see where it was clipped.
+        users: How many holders and other values rely on them.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_asked",
+        "_compute",
+        "_followers",
+        "_inputs",
+        "_loan",
+        "_passes",
+        "_relies",
+        "_remembered",
+        "_source",
+        "frozen",
+        "own",
+        "users",
+    )
+
+    def __init__(
+        self,
+        compute: Compute | None = None,
+        inputs: Sequence[Value] = (),
+        passes: int = 1,
+        loan: Loan | None = None,
+    ) -> None:
+        self.frozen = False
+        self.own: Callable[[], Holder | None] = _none
+        self.users = 0
+        self._compute = compute
+        self._inputs = inputs
+        self._passes = passes
+        self._loan: Callable[[], Loan | None] = _none if loan is None else ref(loan)
+        self._relies = False  # on the inputs: they are kept, or can be computed
+        self._source: Source | None = None
+        self._followers: list[ReferenceType[Value]] = []  # the values that are made of these
+        self._asked = 0
+        self._remembered: Tensor | None = None
+        for value in inputs:
+            value._followers.append(ref(self))
+
+    @classmethod
+    def kept(cls, tensor: Tensor) -> Value:
+        """Return the value of a tensor that is kept from now on."""
+        value = cls()
+        value._source = Source(tensor)
+        return value
+
+    @classmethod
+    def computed(cls, compute: Compute) -> Value:
+        """Return a value that is computed from what ``compute`` holds itself."""
+        value = cls(compute, passes=0)
+        value._relies = True
+        return value
+
+    @property
+    def has_one_user(self) -> bool:
+        """Whether the values themselves are kept, and for one holder or value alone."""
+        return self._source is not None and self.users == 1
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the values are kept, or are going to be computed from what is kept."""
+        return self._source is not None or self._relies
+
+    def save(self, tensor: Tensor) -> Holder:
+        """Return a holder of the values for a node that wants to save ``tensor``, which has them."""
+        self.secure(tensor)
+        return Holder(self)
+
+    def secure(self, tensor: Tensor) -> None:
+        """See to it that the values can be had in the backward pass, at the least cost."""
+        own = self.own()
+        if own is not None and (own.value is self or not (own.sees_bits or own.value.has_one_user)):
+            own = None
+        if not self.is_known:
+            if self.passes() is None or (own is not None and not own.sees_bits):
+                self._keep(Source(tensor))
+            else:
+                self._rely_on_inputs()
+        if own is not None:  # it goes by the output from now on, which is kept for others, too
+            own.take(self)
+
+    def passes(self) -> int | None:
+        """How many passes over the data it takes to have the values; None if they can't be had, or at too many."""
+        if self._source is not None:
+            return 0
+        if self._compute is None:
+            return None
+        borrows = self._loan() is not None
+        most = 0
+        for value in self._inputs:
+            passes = value.passes()
+            if passes is None and not borrows:
+                return None
+            most = max(most, passes or 0)
+        return most + self._passes if most + self._passes <= PASSES else None
+
+    def get(self) -> Tensor:
+        """Return the values, detached. They are remembered until all who rely on them have asked.
+
+        Raises:
+            RuntimeError: If something that they are computed from was written since; in the words of autograd.
+        """
+        if self._source is not None:
+            return self._source.value()
+        result = self._remembered
+        if result is None:
+            assert self._compute is not None
+            inputs = [value.get() for value in self._inputs]
+            with torch.no_grad(), without_torch_function():
+                result = self._compute(*inputs)
+        self._asked += 1
+        if self._asked < self.users:
+            self._remembered = result
+        else:
+            self._remembered, self._asked = None, 0
+        return result
+
+    def before_write(self) -> None:
+        """Keep what is computed from these values, because they are about to be written in place."""
+        followers, self._followers = self._followers, []
+        for reference in followers:
+            value = reference()
+            if value is None:
+                continue
+            if value._relies:
+                value._source = Source(value.get())
+                value._rely_on_nothing()
+            value._compute, value._inputs = None, ()
+
+    def forget(self) -> None:
+        """One holder or value less relies on these values. They are not kept if nobody does."""
+        self.users -= 1
+        self._asked = max(0, self._asked - 1)
+        if not self.users:
+            self._source = self._remembered = None
+            if self._inputs:
+                self._rely_on_nothing()
+
+    def _keep(self, source: Source) -> None:
+        self._source = source
+        followers, self._followers = self._followers, []
+        for reference in followers:
+            value = reference()
+            if value is not None:
+                self._followers.append(reference)
+                value._reconsider()
+
+    def _reconsider(self) -> None:
+        """Compute the values instead of keeping them, now that more of the inputs is kept."""
+        source, self._source = self._source, None
+        if source is not None and self.users and not self._relies and self.passes() is not None:
+            self._rely_on_inputs()
+        else:
+            self._source = source
+
+    def _rely_on_inputs(self) -> None:
+        loan = self._loan() or ()
+        self._relies = True
+        for index, value in enumerate(self._inputs):
+            value.users += 1
+            if not value.is_known:
+                if value.passes() is None:
+                    value._keep(loan[index])
+                else:
+                    value._rely_on_inputs()
+
+    def _rely_on_nothing(self) -> None:
+        if self._relies:
+            self._relies = False
+            for value in self._inputs:
+                value.forget()
+
+
+class Holder:
+    """Stands in the autograd graph in the place of a saved tensor."""
+
+    __slots__ = ("__weakref__", "clip", "sees_bits", "value")
+
+    def __init__(self, value: Value) -> None:
+        self.value = value
+        self.clip: Any = None  # of a function that is clipped: what its node reads of its output
+        self.sees_bits = False  # whether it has no more than where the function was clipped
+        value.users += 1
+
+    def __call__(self) -> Tensor:
+        """Return what the node has saved."""
+        return self.value.get()
+
+    def __del__(self) -> None:
+        """The node has let go of it."""
+        self.value.forget()
+
+    def take(self, value: Value, *, bits: bool = False) -> None:
+        """Ask another value from now on."""
+        if value is not self.value:
+            value.users += 1
+            self.value.forget()
+            self.value = value
+        self.sees_bits = bits
+
+
+def _none() -> None:
+    return None
