@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ from PIL import Image
 from torch import nn
 
 from examples.other_trainers.ultralytics_yolo import add_tune_mode
+from lightning_convbn import get_mode
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what other libraries deprecate is no failure of these tests
 
@@ -155,3 +160,22 @@ def test_ultralytics(ultralytics: Any, pretrained: Path, data: Path) -> None:
     (ours,), (theirs,) = (training.model.predict(image, imgsz=64, conf=1e-3) for training in (tune, frozen))
     assert len(ours.boxes) > 0
     torch.testing.assert_close(ours.boxes.data, theirs.boxes.data, rtol=1e-2, atol=1e-2)
+
+
+def test_the_code_on_the_page_trains(
+    ultralytics: Any, pretrained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page is docs/use/other-trainers.md. Its 20 epochs are one here, of small images."""
+    page = (ROOT / "docs" / "use" / "other-trainers.md").read_text()
+    (block,) = re.findall(r"```python\n(from ultralytics import .*?)```", page, re.DOTALL)
+    small = block.replace(
+        "epochs=20", "epochs=1, imgsz=64, batch=2, workers=0, device='cpu', plots=False, project=str(folder)"
+    )
+    assert small != block
+    shutil.copy(pretrained, tmp_path / "yolov8n.pt")
+    shutil.copy(data, tmp_path / "my_images.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples" / "other_trainers")
+    exec(compile(small, "docs", "exec"), namespace := {"folder": tmp_path})
+    assert (tmp_path / "train" / "weights" / "best.pt").exists()
+    assert get_mode(namespace["model"].trainer.model) == "train"

@@ -61,6 +61,7 @@ def test_blocks_run_elsewhere_are_read_there() -> None:
         ("flags-yaml-environment.md", "tests/trainer/test_cli.py"),
         ("export.md", "tests/project/test_docs.py"),
         ("other-trainers.md", "tests/examples/test_other_trainers.py"),
+        ("other-trainers.md", "tests/examples/test_ultralytics_yolo.py"),
     }
 
 
