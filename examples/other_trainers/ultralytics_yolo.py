@@ -5,7 +5,12 @@ from typing import Any
 from lightning_convbn import set_mode
 
 
+def convert(trainer: Any) -> None:
+    """Convert the network and print what is folded. When the training ends, it gets its plain modules again."""
+    print(set_mode(trainer.model, "tune"))
+    trainer.add_callback("teardown", lambda trainer: set_mode(trainer.model, "train"))
+
+
 def add_tune_mode(model: Any) -> None:
-    """Let a YOLO train in Tune mode. After the training, the trained network has its plain modules again."""
-    model.add_callback("on_train_start", lambda trainer: set_mode(trainer.model, "tune"))
-    model.add_callback("on_train_end", lambda trainer: set_mode(trainer.model, "train"))
+    """Let a YOLO train in Tune mode."""
+    model.add_callback("on_train_start", convert)

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from examples.other_trainers import fabric, timm_loop
 from examples.other_trainers.hugging_face import TuneMode
-from lightning_convbn import Mode
+from lightning_convbn import Mode, find_conv_bn_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "other_trainers"
@@ -104,6 +104,12 @@ def resnet() -> nn.Module:
     return transformers.ResNetForImageClassification(config)
 
 
+def mobilenet_v2() -> nn.Module:
+    """A classifier of transformers that can't be traced, because it pads by the size of the image."""
+    config = transformers.MobileNetV2Config(depth_multiplier=0.25, image_size=64)
+    return transformers.MobileNetV2ForImageClassification(config)
+
+
 def rt_detr() -> nn.Module:
     """A small detector of transformers, with ordinary BatchNorms in its backbone and its encoder."""
     backbone = transformers.RTDetrResNetConfig(
@@ -159,7 +165,11 @@ def as_batch(examples: list[dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("build", "data", "saved"),
-    [pytest.param(resnet, with_classes, 0.3, id="resnet"), pytest.param(rt_detr, with_boxes, 0.1, id="rt_detr")],
+    [
+        pytest.param(resnet, with_classes, 0.3, id="resnet"),
+        pytest.param(mobilenet_v2, with_classes, 0.3, id="mobilenet_v2"),
+        pytest.param(rt_detr, with_boxes, 0.1, id="rt_detr"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore")  # what other libraries deprecate is no failure of these tests
 def test_hugging_face(
@@ -199,7 +209,9 @@ def test_hugging_face(
 
     evaluated: list[list[float]] = []
     frozen = run("frozen", freeze)
-    tune = run("tune", lambda network: network, TuneMode())
+    images, _ = random_images(2)
+    recorded = find_conv_bn_pairs(randomized(build()).double().train(), example_inputs=(images,))
+    tune = run("tune", lambda network: network, TuneMode(recorded if build is mobilenet_v2 else None))
     tune.assert_as_frozen_by_hand(frozen, steps=4, saved=saved)
     assert len(evaluated[0]) == 2
     assert evaluated[1] == pytest.approx(evaluated[0], rel=1e-8)
