@@ -133,9 +133,10 @@ def recipe_of(tensor: Tensor, dtype: torch.dtype) -> Recipe | None:
 
 def value_of(tensor: object) -> Value | None:
     """The value of a recomputable tensor; None for any other, and for one that was written since."""
-    if isinstance(tensor, Recomputable) and tensor._marked_at == version_of(tensor):  # type: ignore[arg-type]
-        return tensor._value
-    return None
+    if not isinstance(tensor, Recomputable):
+        return None
+    with without_torch_function():
+        return tensor._value if tensor._marked_at == version_of(tensor) else None  # type: ignore[arg-type]
 
 
 def unmark(tensor: object) -> None:
