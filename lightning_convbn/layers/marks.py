@@ -23,12 +23,14 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lightning_convbn.compat import (
     FakeTensor,
+    is_compiled,
     tree_map_only,
     version_of,
     watches_input,
     watches_output,
     without_torch_function,
 )
+from lightning_convbn.layers.graphs import may_be_normalised
 from lightning_convbn.layers.swap import class_name, plain_class
 from lightning_convbn.ops.convolution import autocast_dtype
 
@@ -73,9 +75,9 @@ class Call(NamedTuple):
             return output
 
 
-def described(conv: nn.Module) -> str:
-    """Class and geometry of a convolution, to find it in ``print(model)``. It does not know its qualified name."""
-    return f"{class_name(conv)}({conv.extra_repr()})"
+def described(layer: nn.Module) -> str:
+    """Class and geometry of a layer, to find it in ``print(model)``. It does not know its qualified name."""
+    return f"{class_name(layer)}({layer.extra_repr()})"
 
 
 class Outcome:
@@ -166,6 +168,15 @@ def _marked(folded: Tensor, call: Call, outcome: Outcome, channels: int, views: 
     return marked  # type: ignore[no-any-return]
 
 
+def marked_plain(output: Tensor, call: Call) -> Tensor:
+    """Mark the plain output of a convolution that is folded in graphs, so that nobody takes it for a folded one."""
+    marked: Any = mark(output, call, channels=1) if may_be_normalised(call.conv) else None
+    if marked is None:
+        return output
+    marked._outcome.plain = output
+    return marked  # type: ignore[no-any-return]
+
+
 def _viewed(marked: Marked, applied: Applied) -> Tensor | None:
     """Apply a view to a marked tensor. The result is marked if it has a dimension of channels still, else None."""
     func, args, kwargs = applied
@@ -229,9 +240,47 @@ def taken_off(marked: Marked, bn: nn.Module) -> Tensor | None:
     return None
 
 
+def is_normalised(input: Tensor, conv: nn.Module, bn: nn.Module) -> bool:
+    """Whether what a BatchNorm gets is normalised already, although no mark was taken off it: in a graph, by the proof.
+
+    Raises:
+        RuntimeError: If it may be, and nobody knows: outside of a graph, while the convolution is folded in graphs.
+    """
+    if isinstance(input, Marked) or has_watching_hooks(conv, bn):
+        return False
+    if seen_through():
+        return conv.is_folded_in_graphs()  # type: ignore[operator, no-any-return]
+    if may_be_normalised(conv) and type(input) in _MARKED:
+        raise RuntimeError(
+            f"{described(bn)} got a tensor without a mark, and its {described(conv)} is folded in a graph "
+            "(torch.compile). If the graph ends between the two, the tensor is normalised already; else it is not. "
+            "Compile a block that holds both layers, before the switch; or leave this pair out: "
+            "set_mode(model, mode, pairs=...)"
+        )
+    return False
+
+
+def unmarked(input: Tensor) -> Tensor:
+    """What a layer gets: the plain output in the place of a marked tensor, and anything else as it is.
+
+    If a marked tensor has come into a graph, the graph ends, and goes on with the plain output.
+    """
+    if not isinstance(input, Marked):
+        return input
+    return _plain_outside_of_graph(input) if seen_through() else plain_output(input)
+
+
+@torch.compiler.disable(reason="a folded convolution was compiled without the layer that reads its output")  # type: ignore[untyped-decorator]
+def _plain_outside_of_graph(input: Marked) -> Tensor:
+    return plain_output(input)
+
+
 def has_watching_hooks(conv: nn.Module, bn: nn.Module) -> bool:
-    """Whether hooks want to see what passes from the convolution to its BatchNorm, or the gradient of that."""
-    return watches_output(conv) or watches_input(bn)
+    """Whether somebody wants what passes from the convolution to its BatchNorm, or the gradient of that.
+
+    Hooks may, and so does a compiler that was given one of the two alone, by ``module.compile()``.
+    """
+    return watches_output(conv) or watches_input(bn) or is_compiled(conv) or is_compiled(bn)
 
 
 def seen_through() -> bool:

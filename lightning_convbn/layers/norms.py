@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_convbn.layers.marks import Marked, has_watching_hooks, seen_through, taken_off
+from lightning_convbn.layers.marks import Marked, is_normalised, taken_off, unmarked
 from lightning_convbn.layers.swap import Converted, class_name, run_plain, swap_of
 
 EPSILON = 1e-5  # of a BatchNorm without the attribute: DETR's in transformers has it in its forward
@@ -112,11 +112,11 @@ class FoldedNorm(FrozenNorm):
         swap = swap_of(self)
         if swap is None:
             return run_plain(self, input)  # type: ignore[no-any-return]
-        if seen_through() and swap.conv is not None and not has_watching_hooks(swap.conv[0], self):
+        if swap.conv is not None and is_normalised(input, swap.conv[0], self):
             return input
         if check is not None:
             check.note_plain(self)
-        return frozen_batch_norm(self, input)
+        return frozen_batch_norm(self, unmarked(input))
 
 
 class Rows:
