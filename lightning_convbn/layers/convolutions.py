@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_convbn.compat import inside_transform, version_of
+from lightning_convbn.layers.calls import Call
 from lightning_convbn.layers.graphs import DecidesForGraphs
-from lightning_convbn.layers.marks import Call, has_watching_hooks, mark, marked_plain, seen_through, unmarked
+from lightning_convbn.layers.marks import has_watching_hooks, mark, marked_plain, seen_through, unmarked
 from lightning_convbn.layers.norms import affine_of, frozen_batch_norm, only_gamma_is_trained
 from lightning_convbn.layers.swap import run_plain
 from lightning_convbn.ops.convolution import autocast, conv_bn, folded_conv, output_numel
@@ -48,12 +49,12 @@ class ConvBNLayer(DecidesForGraphs):
             return self._output_in_graph(pair[0], input, arguments)
         if pair is None or has_watching_hooks(self, pair[0]):
             return run_plain(self, input, *arguments)  # type: ignore[no-any-return]
-        output = self._folded_output(pair[0], input, arguments)
+        output = self.folded_output(pair[0], input, arguments)
         call = Call.of(self, pair[0], input, arguments)
         marked = None if output is None else mark(output, call, channels=1 if input.dim() == self.dims else 2)
         return marked_plain(run_plain(self, input, *arguments), call) if marked is None else marked
 
-    def _folded_output(self, bn: nn.Module, input: Tensor, arguments: tuple[Any, ...]) -> Tensor | None:
+    def folded_output(self, bn: nn.Module, input: Tensor, arguments: tuple[Any, ...]) -> Tensor | None:
         """Run the folded pair; return None if the plain layers do it better, or if the input is not a batch."""
         rows = self._rows and input.dim() == self.dims + 1
         if not rows and input.dim() != self.dims:
@@ -67,7 +68,7 @@ class ConvBNLayer(DecidesForGraphs):
     def _output_in_graph(self, bn: nn.Module, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         """Go by the proof. In a graph there are no marks, and a folded BatchNorm returns what it gets."""
         folds = not has_watching_hooks(self, bn) and self.folds_in_graph()
-        output = self._folded_output(bn, input, arguments) if folds else None
+        output = self.folded_output(bn, input, arguments) if folds else None
         if output is not None:
             return output
         plain: Tensor = run_plain(self, input, *arguments)
