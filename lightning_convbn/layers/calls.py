@@ -44,11 +44,17 @@ class Call(NamedTuple):
         """
         parameters = _parameters_of(self.conv)
         same = len(parameters) == len(self.parameters) and all(map(_is, parameters, self.parameters))
-        if not same or _versions_of(self.input, parameters) != self.versions or self._gives_another(folded):
+        if not same or _versions_of(self.input, parameters) != self.versions:
             raise RuntimeError(
                 f"{described(self.conv)} is folded with its BatchNorm. Its own output is read, but its input or its "
-                "weight was written or replaced since. (In inference mode, where PyTorch does not count writes: or its "
-                "normalised output was written.) Read the output before that, or leave this pair out: "
+                "weight was written or replaced since. Read the output before that, or leave this pair out: "
+                "set_mode(model, mode, pairs=...)"
+            )
+        if self._gives_another(folded):
+            raise RuntimeError(
+                f"{described(self.conv)} is folded with its BatchNorm. Its own output is read in inference mode, where "
+                "PyTorch does not count writes, but its input or its normalised output was written since (by an "
+                "activation in place, say). Read the output before that, use torch.no_grad(), or leave this pair out: "
                 "set_mode(model, mode, pairs=...)"
             )
         with self._state():

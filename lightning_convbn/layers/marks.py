@@ -68,6 +68,8 @@ class Marked:
                 viewed = _viewed(args[0], (func, args[1:], kwargs))
                 if viewed is not None:
                     return viewed
+            if func in _TAKES_ONLY_THE_SHAPE and len(args) > 1 and isinstance(args[1], Marked):
+                args = args[0], args[1]._folded
             if func in _ASKS_FOR_GRADIENTS:
                 _check_gradients(func, args, kwargs)
             args, kwargs = tree_map_only(Marked, plain_output, (args, kwargs))
@@ -94,6 +96,7 @@ _READS_NO_VALUES = {
     Tensor.__len__,
     *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_meta")),
 }
+_TAKES_ONLY_THE_SHAPE = {Tensor.reshape_as, Tensor.view_as, Tensor.expand_as}  # of the second argument
 _ASKS_FOR_GRADIENTS = {torch.autograd.grad, Tensor.retain_grad, Tensor.register_hook}
 _VIEWS = {Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.transpose, torch.flatten, torch.reshape, torch.transpose}
 

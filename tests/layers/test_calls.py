@@ -17,6 +17,7 @@ from lightning_convbn import set_mode
 
 MODES = pytest.mark.parametrize("mode", ["tune", "deploy"])
 TOO_LATE = r"Conv2d\(3, 4, .*its input or its weight was written or replaced since"
+UNCOUNTED = r"Conv2d\(3, 4, .*in inference mode, .* but its input or its normalised output was written since"
 NO_GRADIENT = r"Conv2d\(3, 4, .*is wanted too late: call its retain_grad\(\) before the BatchNorm runs"
 
 
@@ -62,7 +63,7 @@ def test_a_tap_that_is_read_in_inference_mode_after_a_write_to_the_input_is_an_e
         if norm_runs:
             net[1](tap)
         input[0, 0, 0, 0] += 0.1
-        with pytest.raises(RuntimeError, match=TOO_LATE):
+        with pytest.raises(RuntimeError, match=UNCOUNTED):
             tap.sum()
 
 
@@ -73,7 +74,7 @@ def test_a_tap_that_is_read_in_inference_mode_after_a_write_to_the_normalised_ou
     with torch.inference_mode():
         tap = net[0](image().clone())
         net[1:](tap)
-        with pytest.raises(RuntimeError, match="In inference mode.*its normalised output was written"):
+        with pytest.raises(RuntimeError, match=UNCOUNTED):
             tap.sum()
 
 

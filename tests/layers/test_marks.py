@@ -291,6 +291,8 @@ def test_what_a_mark_says_of_shape_and_dtype_needs_no_computation() -> None:
         4,
         2,
     )
+    flat: Any = torch.ones(2 * 4 * 8 * 8)
+    assert flat.view_as(output).shape == flat.reshape_as(output).shape == torch.ones(1).expand_as(output).shape
     assert output._plain is None
 
 
