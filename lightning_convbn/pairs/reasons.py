@@ -24,6 +24,7 @@ OTHER_DIMENSIONS = "`{conv}` ({conv_cls}) does not give a {cls} the input it wan
 OTHER_INPUT = "gets an input of {given} dimensions from `{conv}` ({conv_cls}), whose fold is for {wanted}"
 OTHER_CHANNELS = "`{conv}` gives {given} channels, not the {wanted} that it has"
 DISAGREEMENT = "the trace and the recorded pass disagree: by the trace a pair, but in the pass {seen}"
+GRADIENTS_ASKED = "without gradients its input does not come from `{conv}`"
 READ_ELSEWHERE = "a Deploy copy would change the parameters of `{name}`, which are also read by {user}"
 CHANGED_OUTPUT = "folded, it changed the output by {deviation:.1e}"
 OTHER_AT_RUN_TIME = "in the first batch it got something else than its convolution's output, or others read that too"
