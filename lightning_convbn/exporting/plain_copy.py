@@ -58,8 +58,9 @@ class PlainCopy:
         if example_inputs is None:
             with torch.no_grad():
                 without = find_conv_bn_pairs(self.model)
-            unproven = {pair.bn: reasons.GRADIENTS_ASKED.format(conv=pair.conv) for pair in pairs if pair not in without}
-            pairs = pairs.unfuse({**unproven, **without.unpaired})
+            others = [pair for pair in pairs if pair not in without]
+            reason_of = {pair.bn: reasons.GRADIENTS_ASKED.format(conv=pair.conv) for pair in others}
+            pairs = pairs.unfuse({**reason_of, **without.unpaired})
         if self.in_force is None:
             return pairs
         return pairs.unfold({pair.bn: reasons.NOT_GIVEN for pair in pairs if pair not in self.in_force})
