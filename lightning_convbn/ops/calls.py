@@ -50,7 +50,7 @@ class Call:
     def pack(self, tensor: Tensor) -> Recipe:
         """Return what the autograd graph keeps in the place of a tensor that the function saves."""
         if self._saves_layout(tensor):
-            return layout_of(tensor)
+            return layout_of(tensor, dense=self._func is F.batch_norm)
         if self._row.saves == "layout":
             return self._recipe_of_indices(tensor) if self._row.kind == "max-pool" else Source(tensor).value
         value = self._value_of(tensor)
@@ -187,7 +187,8 @@ def pack_clipped(value: Value, tensor: Tensor) -> None:
     own = value.own()
     if own is not None and not own.sees_bits and own.value.has_one_user:
         assert own.clip is not None
-        own.take(_packed_clip(own.clip, tensor), bits=True)
+        if own.clip.shows_in_bits(tensor):
+            own.take(_packed_clip(own.clip, tensor), bits=True)
 
 
 def _packed_clip(clip: Clip, tensor: Tensor) -> Value:

@@ -102,9 +102,15 @@ def recipe_of_indices(index: Tensor, spatial: Sequence[int], window: Window) -> 
     return recipe
 
 
-def layout_of(tensor: Tensor) -> Recipe:
-    """Return the recipe of a tensor that is saved for its shape and its layout in memory alone."""
-    if tensor.is_contiguous():
+def layout_of(tensor: Tensor, *, dense: bool = False) -> Recipe:
+    """Return the recipe of a tensor that is saved for its shape and its layout in memory alone.
+
+    Args:
+        tensor: The tensor.
+        dense: Whether it must have a place for each value: BatchNorm adds up the gradient of its bias in another order
+            beside a tensor that has not.
+    """
+    if tensor.is_contiguous() and not dense:
         return shape_of(tensor)
     shape, strides, dtype, device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
     return lambda: torch.empty_strided(shape, strides, dtype=dtype, device=device)
