@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_convbn.compat import storage_id
+from lightning_convbn.compat import storage_id, tree_leaves
+from lightning_convbn.ops.autocast import same_autocast
 from lightning_convbn.ops.elementwise import Clip, Function, Row
 from lightning_convbn.ops.packed import LARGEST_WINDOW, PackedBits, Window, layout_of, recipe_of_indices
 from lightning_convbn.ops.recipes import Recipe, Source
 from lightning_convbn.ops.values import Holder, Loan, Value
 
-SMALL = 8  # a tensor with so many times fewer values than the output may be kept to compute it
 _HOLE = object()
 ValueOf = Callable[[object], Value | None]
 
@@ -32,6 +32,7 @@ class Call:
         value_of: Returns the value of a tensor; None if it has none.
 
     Attributes:
+        tensors: The tensors among the arguments.
         loan: What the output must hold alive while it is alive itself; None for nothing.
     """
 
@@ -40,16 +41,16 @@ class Call:
     ) -> None:
         self._func, self._row, self._args, self._kwargs = func, row, args, kwargs
         given = [*args[0], *args[1:]] if row.kind == "parts" else args
-        self._tensors = [leaf for leaf in (*given, *kwargs.values()) if isinstance(leaf, Tensor)]
+        self.tensors = [leaf for leaf in (*given, *kwargs.values()) if isinstance(leaf, Tensor)]
         self._value_of = value_of
-        self._values = [value_of(tensor) for tensor in self._tensors]
+        self._values = [value_of(tensor) for tensor in self.tensors]
         self.loan: Loan | None = None
         self._saved: list[tuple[Tensor, Holder]] = []
 
     def pack(self, tensor: Tensor) -> Recipe:
         """Return what the autograd graph keeps in the place of a tensor that the function saves."""
         if self._saves_layout(tensor):
-            return layout_of(tensor)
+            return layout_of(tensor, dense=self._func is F.batch_norm)
         if self._row.saves == "layout":
             return self._recipe_of_indices(tensor) if self._row.kind == "max-pool" else Source(tensor).value
         value = self._value_of(tensor)
@@ -60,15 +61,15 @@ class Call:
     def _saves_layout(self, tensor: Tensor) -> bool:
         """Whether a tensor is saved for its shape alone: by a pool, or by a layer whose weight is not trained."""
         if self._row.kind == "convolution":
-            return tensor is self._tensors[0] and not _trained_weight(*self._args, **self._kwargs)
+            return tensor is self.tensors[0] and not _trained_weight(*self._args, **self._kwargs)
         if self._func is F.batch_norm:
-            return tensor is self._tensors[0] and not _reads_input(*self._args, **self._kwargs)
+            return tensor is self.tensors[0] and not _reads_input(*self._args, **self._kwargs)
         return self._row.saves == "layout" and tensor.is_floating_point()
 
     def finish(self, output: Any) -> Iterator[tuple[Tensor, Value]]:
         """Yield each tensor that the function has put out, with its value."""
         if self._row.kind == "max-pool" and self._values[0] is not None:
-            pack_clipped(self._values[0], self._tensors[0])
+            pack_clipped(self._values[0], self.tensors[0])
         several = isinstance(output, (tuple, list))
         for index, tensor in enumerate(output if several else (output,)):
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.grad_fn is not None:
@@ -78,7 +79,7 @@ class Call:
         self._adopt_copy(output)
         value = self._dropped_out() if self._row.kind == "dropout" else self._value_of_output(output, index)
         inputs = [given for given in self._values if given is not None]
-        trained = any(tensor.is_leaf and tensor.requires_grad for tensor in self._tensors)
+        trained = any(tensor.is_leaf and tensor.requires_grad for tensor in self.tensors)
         value.frozen = not trained and all(given.frozen for given in inputs)
         clip = self._row.clip(*self._args, **self._kwargs)
         for saved, holder in self._saved:
@@ -99,55 +100,65 @@ class Call:
             return Value()
         if self._row.kind == "parts":
             return self._concatenation(compute, output)
+        if _holds_tensors(self._args[1:]):  # an index
+            return Value()
         inputs: list[Value] = []
         fixed: list[Source | None] = []
-        for tensor, value in zip(self._tensors, self._values, strict=True):
+        for tensor, value in zip(self.tensors, self._values, strict=True):
             known = value or next((holder.value for saved, holder in self._saved if saved is tensor), None)
-            if known is None and not _counts_little(tensor, output):
+            if known is None and not isinstance(tensor, nn.Parameter):
                 return Value()
             fixed.append(Source(tensor) if known is None else None)
             inputs += [] if known is None else [known]
-        return Value(self._from_tensors(compute, fixed, index), inputs, self._row.passes)
+        if len(inputs) == 1 and output is not self.tensors[0] and storage_id(output) == storage_id(self.tensors[0]):
+            self.loan = self.loan or Loan([Source(self.tensors[0])])  # a view: who keeps it, keeps what it shows
+        return Value(self._from_tensors(compute, fixed, index), inputs, self._row.passes, self.loan)
 
     def _concatenation(self, compute: Function, output: Tensor) -> Value:
         """Each part is kept once, in however many concatenations it is; unless that holds larger tensors alive."""
-        inputs = [value or Value() for value in self._values]
-        parts = zip(self._tensors, inputs, strict=True)
+        inputs = [value for value in self._values if value is not None]
+        if len(inputs) < len(self._values):
+            return Value()
+        parts = zip(self.tensors, inputs, strict=True)
         unknown = [tensor for tensor, value in parts if value.passes() is None]
         if sum({storage_id(part): part.untyped_storage().nbytes() for part in unknown}.values()) > output.nbytes:
             return Value()
-        self.loan = Loan(Source(tensor) for tensor in self._tensors)
+        self.loan = Loan(Source(tensor) for tensor in self.tensors)
         return Value(self._from_tensors(compute, [None] * len(inputs), None), inputs, self._row.passes, self.loan)
 
     def _from_tensors(self, compute: Function, fixed: Sequence[Source | None], index: int | None) -> Function:
         """Return the call as a function of its tensors, without those that are fixed. It holds no other tensor."""
-        if len(self._tensors) == 1 and self._args[0] is self._tensors[0]:
+        if len(self.tensors) == 1 and self._args[0] is self.tensors[0]:
             rest, kwargs = self._args[1:], self._kwargs
             if index is None:
                 return lambda tensor: compute(tensor, *rest, **kwargs)
             return lambda tensor: compute(tensor, *rest, **kwargs)[index]
         parts = len(self._args[0]) if self._row.kind == "parts" else 0
         given = [*self._args[0], *self._args[1:]] if parts else self._args
-        args = [_HOLE if isinstance(leaf, Tensor) else leaf for leaf in given]
-        kwargs = {name: _HOLE if isinstance(leaf, Tensor) else leaf for name, leaf in self._kwargs.items()}
+        args = [_without_tensors(leaf) for leaf in given]
+        kwargs = {name: _without_tensors(leaf) for name, leaf in self._kwargs.items()}
+        autocast = same_autocast(self.tensors[0].device.type)
 
         def function(*tensors: Tensor) -> Tensor:
             rest = iter(tensors)
             holes = iter([next(rest) if source is None else source.value() for source in fixed])
             filled = [next(holes) if leaf is _HOLE else leaf for leaf in args]
             named = {name: next(holes) if leaf is _HOLE else leaf for name, leaf in kwargs.items()}
-            output = compute(filled[:parts], *filled[parts:], **named) if parts else compute(*filled, **named)
+            with autocast():
+                output = compute(filled[:parts], *filled[parts:], **named) if parts else compute(*filled, **named)
             return output if index is None else output[index]  # type: ignore[no-any-return]
 
         return function
 
     def _adopt_copy(self, output: Tensor) -> None:
         """A function that works in place has saved a copy of its input, made before the write: it has those values."""
-        if not self._tensors or output is not self._tensors[0]:
+        if not self.tensors or output is not self.tensors[0]:
             return
         for saved, holder in self._saved:
-            given = storage_id(saved) == storage_id(output) or any(saved is tensor for tensor in self._tensors)
-            if not given and saved.shape == output.shape and saved.dtype is output.dtype:
+            given = storage_id(saved) == storage_id(output) or any(saved is tensor for tensor in self.tensors)
+            # A vectorised function does not give the same bits along other strides.
+            same = (saved.shape, saved.stride(), saved.dtype) == (output.shape, output.stride(), output.dtype)
+            if not given and same:
                 value = self._values[0] = self._values[0] or holder.value
                 value.secure(saved)
                 holder.take(value)
@@ -155,7 +166,7 @@ class Call:
     def _dropped_out(self) -> Value:
         """The output of a dropout, whose noise is kept at one bit for each value."""
         p = _dropout_rate(*self._args, **self._kwargs)
-        input = self._tensors[0]
+        input = self.tensors[0]
         for saved, holder in self._saved:
             if 0 < p < 1 and saved is not input and saved.shape == input.shape:
                 noise = _packed_noise(saved, p)
@@ -166,7 +177,7 @@ class Call:
 
     def _recipe_of_indices(self, index: Tensor) -> Recipe:
         dims = 3 if self._func in (F.max_pool3d, torch.max_pool3d) else 2
-        spatial = self._tensors[0].shape[-dims:]
+        spatial = self.tensors[0].shape[-dims:]
         window = _window(dims, *self._args, **self._kwargs)
         return recipe_of_indices(index, spatial, window) if window.positions <= LARGEST_WINDOW else Source(index).value
 
@@ -181,7 +192,8 @@ def pack_clipped(value: Value, tensor: Tensor) -> None:
     own = value.own()
     if own is not None and not own.sees_bits and own.value.has_one_user:
         assert own.clip is not None
-        own.take(_packed_clip(own.clip, tensor), bits=True)
+        if own.clip.shows_in_bits(tensor):
+            own.take(_packed_clip(own.clip, tensor), bits=True)
 
 
 def _packed_clip(clip: Clip, tensor: Tensor) -> Value:
@@ -197,9 +209,17 @@ def _packed_noise(noise: Tensor, p: float) -> Value:
     return Value.computed(lambda: packed.unpack().to(dtype).div_(1 - p))
 
 
-def _counts_little(tensor: Tensor, output: Tensor) -> bool:
-    """Whether a tensor may be kept to compute an output: it is a parameter, or it is small beside the output."""
-    return isinstance(tensor, nn.Parameter) or tensor.untyped_storage().nbytes() * SMALL <= output.nbytes
+def _without_tensors(argument: Any) -> Any:
+    """Return an argument as it is now; for a tensor, what stands in its place."""
+    if isinstance(argument, Tensor):
+        return _HOLE
+    return list(argument) if isinstance(argument, list) else argument
+
+
+def _holds_tensors(arguments: tuple[Any, ...]) -> bool:
+    """Whether a tuple or a list among the arguments holds a tensor."""
+    nested = [argument for argument in arguments if isinstance(argument, (tuple, list))]
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(nested))
 
 
 def _trained_weight(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> bool:

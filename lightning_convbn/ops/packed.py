@@ -88,9 +88,9 @@ def recipe_of_indices(index: Tensor, spatial: Sequence[int], window: Window) -> 
     position = torch.zeros(1, dtype=torch.int64, device=device)  # in the flat input, relative to a window's start
     start = torch.zeros(1, dtype=torch.int64, device=device)
     for dim, size in enumerate(spatial):
-        position = position.unsqueeze(-1) * size + torch.arange(window.kernel[dim], device=device) * window.dilation[dim]
+        within = torch.arange(window.kernel[dim], device=device) * window.dilation[dim]
         first = torch.arange(index.shape[dim - dims], device=device) * window.stride[dim] - window.padding[dim]
-        position, start = position.flatten(), start.unsqueeze(-1) * size + first
+        position, start = (position.unsqueeze(-1) * size + within).flatten(), start.unsqueeze(-1) * size + first
     start = start[0]
     offset_at = torch.zeros(window.reach(spatial) + 1, dtype=torch.uint8, device=device)
     offset_at[position] = torch.arange(len(position), dtype=torch.uint8, device=device)
@@ -98,16 +98,22 @@ def recipe_of_indices(index: Tensor, spatial: Sequence[int], window: Window) -> 
     return lambda: _looked_up(position, packed.int()).add_(start)
 
 
-def layout_of(tensor: Tensor) -> Recipe:
-    """Return the recipe of a tensor that is saved for its shape and its layout in memory alone."""
-    if tensor.is_contiguous():
+def layout_of(tensor: Tensor, *, dense: bool = False) -> Recipe:
+    """Return the recipe of a tensor that is saved for its shape and its layout in memory alone.
+
+    Args:
+        tensor: The tensor.
+        dense: Whether it must have a place for each value: BatchNorm adds up the gradient of its bias in another order
+            beside a tensor that has not.
+    """
+    if tensor.is_contiguous() and not dense:
         return shape_of(tensor)
     shape, strides, dtype, device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
     return lambda: torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def _looked_up(table: Tensor, index: Tensor) -> Tensor:
-    """``table[index]``, several times faster for a table of one dimension. The layout in memory is that of the index."""
+    """``table[index]`` for a table of one dimension, several times faster. The layout in memory is the index's."""
     order = _from_outer_to_inner(index)
     ordered = index.permute(order)
     return table.index_select(0, ordered.reshape(-1)).view(ordered.shape).permute(_inverse(order))

@@ -14,18 +14,20 @@ compiled or traced, and without gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import has_torch_function
 
 from lightning_convbn.compat import (
     FakeTensor,
     inside_transform,
     other_saved_tensor_hooks,
+    storage_id,
     tree_leaves,
     version_of,
     without_torch_function,
@@ -33,7 +35,7 @@ from lightning_convbn.compat import (
 from lightning_convbn.ops.calls import Call
 from lightning_convbn.ops.elementwise import ROWS
 from lightning_convbn.ops.recipes import Recipe, takes_recipes
-from lightning_convbn.ops.values import Holder, Loan, Value
+from lightning_convbn.ops.values import Aliases, Holder, Loan, Value
 
 
 class Recomputable:
@@ -59,10 +61,13 @@ class Recomputable:
             return func(*args, **kwargs)  # the other subclass decides
         with without_torch_function():
             if func in _LEAVES:
-                _leave(args[0])
-            elif not _is_quiet(func) and torch.is_grad_enabled() and not inside_transform():
-                return run(func, args, kwargs)
-            return func(*args, **kwargs)
+                unmark(args[0])
+            if _is_quiet(func):
+                output = func(*args, **kwargs)
+            else:
+                output = run(func, args, kwargs)
+            _note_strangers(args, output)
+            return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as the plain tensor."""
@@ -83,6 +88,7 @@ _PLAIN = {marked: plain for plain, marked in _MARKED.items()}
 _OURS = {*_MARKED, *_PLAIN}
 # A write through `.data` does not count as a new version, so it could make a recipe wrong without a notice.
 _LEAVES = {Tensor.data.__get__, Tensor.data.__set__}  # type: ignore[attr-defined]
+_READERS = {"__index__", "__int__", "__invert__", "__iter__"}
 _QUIET = {Tensor.dim, Tensor.size, Tensor.numel, Tensor.backward, torch.autograd.grad, torch.autograd.backward}
 
 
@@ -112,8 +118,9 @@ def follow(output: Tensor, *, frozen: bool) -> Tensor:
 
 def follow_function(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a function of the table as on a recomputable tensor: its output is one, if recipes can work."""
-    plain = torch.compiler.is_compiling() or torch.jit.is_tracing() or inside_transform()  # type: ignore[attr-defined]
-    if plain or not torch.is_grad_enabled() or type(args[0]) not in _OURS:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return func(*args, **kwargs)
+    if type(args[0]) not in _MARKED or has_torch_function(args):
         return func(*args, **kwargs)
     with without_torch_function():
         return run(func, args, kwargs)
@@ -136,12 +143,14 @@ def value_of(tensor: object) -> Value | None:
     if not isinstance(tensor, Recomputable):
         return None
     with without_torch_function():
-        return tensor._value if tensor._marked_at == version_of(tensor) else None  # type: ignore[arg-type]
+        unwritten = tensor._marked_at == version_of(tensor)  # type: ignore[arg-type]
+    return tensor._value if unwritten and tensor._value.aliases.are_followed else None  # type: ignore[union-attr]
 
 
 def unmark(tensor: object) -> None:
-    """Make a recomputable tensor a plain one again; do nothing to anything else."""
+    """Make a recomputable tensor a plain one again, whose writes are not seen; do nothing to anything else."""
     if isinstance(tensor, Recomputable):
+        tensor._value.aliases.leave()  # type: ignore[union-attr]
         del tensor._value, tensor._loan, tensor._marked_at
         tensor.__class__ = _PLAIN[type(tensor)]  # type: ignore[assignment, index]
 
@@ -149,33 +158,39 @@ def unmark(tensor: object) -> None:
 def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a function whose arguments may be recomputable. Torch functions must be off for subclasses."""
     if _writes(func, kwargs):
-        _before_write(kwargs.get("out", args[0] if args else None))
-    if other_saved_tensor_hooks():
+        for leaf in tree_leaves((args[:1], kwargs.get("input"), kwargs.get("out"))):
+            _before_write(leaf)
+    if not torch.is_grad_enabled() or inside_transform() or other_saved_tensor_hooks():
         return func(*args, **kwargs)
     row = ROWS.get(func) if args else None
+    if row is not None and row.kind == "parts":
+        for part in args[0]:
+            _follow_part(part)
     call = None if row is None else Call(func, row, args, kwargs, value_of)
     if row is not None and row.saves == "nothing":
         output = func(*args, **kwargs)
     else:
         hooks = saved_tensors_hooks(_pack if call is None else _packing(call), _unpack)
         try:
-            hooks.__enter__()
-        except RuntimeError:  # within torch.autograd.graph.disable_saved_tensors_hooks
-            return func(*args, **kwargs)
-        try:
+            try:
+                hooks.__enter__()
+            except RuntimeError:  # within torch.autograd.graph.disable_saved_tensors_hooks
+                return func(*args, **kwargs)
             output = func(*args, **kwargs)
         finally:
-            hooks.__exit__()
+            if other_saved_tensor_hooks():  # Ctrl-C may come before they are in force, or right after
+                hooks.__exit__()
     if call is not None:
         unchanged = {id(arg) for arg in args if value_of(arg) is not None}  # `contiguous` often has nothing to do
         for tensor, value in call.finish(output) if id(output) not in unchanged else ():
-            _mark(tensor, value, call.loan)
+            _mark(tensor, value, call.loan, _aliases_of(tensor, call.tensors))
     return output
 
 
-def _mark(output: Any, value: Value, loan: Loan | None = None) -> None:
+def _mark(output: Any, value: Value, loan: Loan | None = None, aliases: Aliases | None = None) -> None:
     kind = type(output)
     if kind in _OURS:
+        (aliases or Aliases()).add(value)
         output._value, output._loan, output._marked_at = value, loan, version_of(output)
         output.__class__ = _MARKED.get(kind, kind)
 
@@ -195,6 +210,31 @@ def _unpack(recipe: Recipe) -> Tensor:
     return recipe()
 
 
+def _follow_part(part: object) -> None:
+    """Make a part of a concatenation recomputable, so that a write to it is seen."""
+    kind = type(part)
+    if kind in _MARKED or (kind in _PLAIN and part._marked_at != version_of(part)):  # type: ignore[attr-defined, arg-type]
+        if part.is_floating_point() and part.grad_fn is not None:  # type: ignore[attr-defined]
+            _mark(part, Value(), None, _aliases_of(part, [part]))  # type: ignore[list-item, arg-type]
+
+
+def _aliases_of(output: Tensor, tensors: Sequence[Tensor]) -> Aliases | None:
+    """Return the aliases of the tensor whose storage an output has; None if its storage is a new one."""
+    for tensor in tensors:
+        if isinstance(tensor, Recomputable) and storage_id(tensor) == storage_id(output):
+            return tensor._value.aliases
+    return None
+
+
+def _note_strangers(args: tuple[Any, ...], output: Any) -> None:
+    """Note the plain tensors in an output that share the storage of a recomputable argument."""
+    for plain in output if isinstance(output, (tuple, list)) else (output,):
+        if type(plain) in _MARKED and plain.layout is torch.strided and not inside_transform():
+            aliases = _aliases_of(plain, [arg for arg in args if isinstance(arg, Recomputable)])  # type: ignore[misc]
+            if aliases is not None:
+                aliases.add_stranger(plain)
+
+
 def _is_quiet(func: Callable[..., Any]) -> bool:
     return func in _QUIET or getattr(func, "__name__", "") == "__get__"
 
@@ -203,16 +243,10 @@ def _writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     """Whether a function may write into its first argument, or into ``out``."""
     name: str = getattr(func, "__name__", "")
     if name.startswith("__"):
-        return name.startswith("__i") or name == "__setitem__"
+        return name == "__setitem__" or (name.startswith("__i") and name not in _READERS)
     return name.endswith("_") or bool(kwargs.get("inplace")) or "out" in kwargs
 
 
 def _before_write(tensor: object) -> None:
-    value = value_of(tensor)
-    if value is not None:
-        value.before_write()
-
-
-def _leave(tensor: object) -> None:
-    _before_write(tensor)
-    unmark(tensor)
+    if isinstance(tensor, Recomputable):
+        tensor._value.aliases.before_write()  # type: ignore[union-attr]

@@ -24,10 +24,49 @@ Compute = Callable[..., Tensor]
 
 
 class Loan(list[Source]):
-    """What a concatenation is made of. It is kept for the concatenation, as soon as that is relied on.
+    """What a concatenation or a view is made of. It is kept in its place, as soon as that is relied on.
 
     The tensor holds it; so it goes when the tensor goes.
     """
+
+
+class Aliases:
+    """The values of all tensors that share one storage. A write to one of these tensors is a write to all of them."""
+
+    __slots__ = ("_left", "_strangers", "_values")
+
+    def __init__(self) -> None:
+        self._left = False
+        self._values: list[ReferenceType[Value]] = []
+        self._strangers: list[ReferenceType[Tensor]] = []
+
+    def add(self, value: Value) -> None:
+        """Take in the value of one more tensor."""
+        value.aliases = self
+        self._values.append(ref(value))
+
+    def add_stranger(self, tensor: Tensor) -> None:
+        """Note a tensor that may be written unseen. Nothing is computed from the storage while it is alive."""
+        self.before_write()
+        self._strangers.append(ref(tensor))
+
+    def leave(self) -> None:
+        """Compute nothing from the storage from now on: what is written to it may not even count as a version."""
+        self.before_write()
+        self._left = True
+
+    @property
+    def are_followed(self) -> bool:
+        """Whether every write to the storage is seen."""
+        self._strangers = [stranger for stranger in self._strangers if stranger() is not None]
+        return not self._strangers and not self._left
+
+    def before_write(self) -> None:
+        """Keep what is computed from these values, because they are about to be written in place."""
+        for reference in self._values:
+            value = reference()
+            if value is not None:
+                value.settle_followers()
 
 
 class Value:
@@ -40,6 +79,7 @@ class Value:
         loan: The data of ``inputs``, if they may be kept for this value.
 
     Attributes:
+        aliases: The values that share a storage with these; None while no tensor is known to have them.
         frozen: Whether they come from layers whose parameters want no gradients. What follows will hardly save them.
         own: The holder by which the function that made them keeps its input, or them, to see where it was clipped.
         users: How many holders and other values rely on them.
@@ -57,6 +97,7 @@ class Value:
         "_relies",
         "_remembered",
         "_source",
+        "aliases",
         "frozen",
         "own",
         "users",
@@ -69,6 +110,7 @@ class Value:
         passes: int = 1,
         loan: Loan | None = None,
     ) -> None:
+        self.aliases: Aliases | None = None
         self.frozen = False
         self.own: Callable[[], Holder | None] = _none
         self.users = 0
@@ -114,14 +156,14 @@ class Value:
         self.secure(tensor)
         return Holder(self)
 
-    def secure(self, tensor: Tensor) -> None:
+    def secure(self, tensor: Tensor | Source) -> None:
         """See to it that the values can be had in the backward pass, at the least cost."""
         own = self.own()
         if own is not None and (own.value is self or not (own.sees_bits or own.value.has_one_user)):
             own = None
         if not self.is_known:
             if self.passes() is None or (own is not None and not own.sees_bits):
-                self._keep(Source(tensor))
+                self._keep(tensor if isinstance(tensor, Source) else Source(tensor))
             else:
                 self._rely_on_inputs()
         if own is not None:  # it goes by the output from now on, which is kept for others, too
@@ -165,12 +207,15 @@ class Value:
             self._remembered, self._asked = None, 0
         return result
 
-    def before_write(self) -> None:
-        """Keep what is computed from these values, because they are about to be written in place."""
+    def settle_followers(self) -> None:
+        """Keep what is computed from these values, except for what shares their storage: it is written with them."""
         followers, self._followers = self._followers, []
         for reference in followers:
             value = reference()
             if value is None:
+                continue
+            if value.aliases is not None and value.aliases is self.aliases:
+                self._followers.append(reference)
                 continue
             if value._relies:
                 value._source = Source(value.get())
@@ -210,8 +255,8 @@ class Value:
         for index, value in enumerate(self._inputs):
             value.users += 1
             if not value.is_known:
-                if value.passes() is None:
-                    value._keep(loan[index])
+                if loan:
+                    value.secure(loan[index])
                 else:
                     value._rely_on_inputs()
 

@@ -16,6 +16,7 @@ from fuzz.interpreter import Interpreter, build
 from fuzz.models import build_model
 from fuzz.network import Action, Scenario
 from fuzz.outcomes import Outcome, Wrong, arguments_of, autocast, compare, draw_inputs, finite, run
+from fuzz.recomputation import compare_recomputation
 from torch import nn
 
 from lightning_convbn import ConvBNPairs, find_conv_bn_pairs, fuse_for_deploy, set_mode
@@ -89,6 +90,7 @@ class Trial:
         self.replaced: set[str] = set()
         self.pairs: ConvBNPairs | None = None
         self.folded = False
+        self.mode = "train"
 
     def flags(self) -> dict[str, bool]:
         return {name: module.training for name, module in self.ours.named_modules()}
@@ -123,6 +125,7 @@ class Trial:
         if ids != [id(parameter) for parameter in self.ours.parameters()]:
             raise Wrong("parameter", "set_mode has replaced a parameter")
         self.folded = action.mode in ("tune", "deploy") and len(chosen) > 0
+        self.mode = action.mode
         if action.mode == "train":
             self.compare_restored()
         else:
@@ -194,6 +197,8 @@ class Trial:
     def do_run(self, action: Action) -> None:
         expected = self.compare_pass(self.ours, self.twin, action)
         self.report.runs += self.folded
+        if self.mode in ("eval", "tune") and action.grad == "grad":
+            compare_recomputation(self.ours, self.mode, self.scenario, action)
         with torch.no_grad():
             for (name, one), other in zip(self.ours.named_parameters(), self.twin.parameters(), strict=True):
                 gradient = expected[f"gradient.{name}"]
