@@ -3,8 +3,8 @@
 **The bound.** Let ``u`` be the largest relative rounding error of the numbers that a layer multiplies. In each of
 the ``DEPTH`` layers that are one behind the other, both modes round the input, the weight and the output, and Tune mode
 also the folded weight and the folded bias: eight roundings. If products are added up in numbers of that same precision,
-the sum of up to ``PRODUCTS`` of them adds that many roundings in each mode. The backward pass has as many once more. The
-signs of the errors have nothing to do with each other, so they add up as the root of their number, and each is ``u`` at
+the sum of up to ``PRODUCTS`` of them adds that many roundings in each mode. The backward pass has as many once more.
+The signs of the errors have nothing to do with each other, so they add up as the root of their number. Each is ``u`` at
 most. Four times that root leaves room for signs that agree by chance.
 
 Float32 and float64 add up in their own precision; TF32, bf16 and fp16 are multiplied in a lower one than they are added
