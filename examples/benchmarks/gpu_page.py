@@ -57,11 +57,14 @@ NOT_MEASURED = f"""**Not measured on a GPU yet.** Wherever there is a GPU, this 
 {COMMAND}
 ```
 
-The tests of the same behaviours run on the CPU in every test run, and on a GPU if there is one:
+Without an installation, `python -m examples.benchmarks.gpu` does the same at the root of the repository. The tests of
+the same behaviours run on the CPU in every test run, and on a GPU if there is one:
 
 ```bash
-python3 .ci/in_venv.py pytest tests/gpu
-```"""
+python -m pytest tests/gpu
+```
+
+Neither needs a network."""
 LEGEND = """- *Kept* is what the allocator has counted after one forward pass. *Peak* is `max_memory_allocated` of
   forward and backward, gradients included. What was allocated before the step does not count for either.
 - *Step* is the median of interleaved rounds, as a ratio to Eval's, with the quartiles of the ratios of single rounds.

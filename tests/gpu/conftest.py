@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
+from torch import nn
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -15,7 +17,10 @@ HAS_GPU = torch.cuda.is_available()
 )
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where a test runs."""
-    return torch.device(request.param)
+    device = torch.device(request.param)
+    if device.type == "cuda":
+        _warm_up(device)
+    return device
 
 
 @pytest.fixture
@@ -24,6 +29,14 @@ def cuda() -> torch.device:
     if not HAS_GPU:
         pytest.skip("no GPU")
     return torch.device("cuda")
+
+
+@cache
+def _warm_up(device: torch.device) -> None:
+    """Have libraries allocate their workspaces, which stay: in this thread, and in autograd's own."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 6 * 6, 4)).to(device)
+    for dtype in (torch.float32, torch.float64):
+        net.to(dtype)(torch.ones(2, 3, 8, 8, device=device, dtype=dtype)).sum().backward()
 
 
 @pytest.fixture(autouse=True)

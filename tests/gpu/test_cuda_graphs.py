@@ -16,7 +16,7 @@ and the backward pass is checked during the capture alone, as autograd's own che
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_convbn import Recompute, set_mode
 
 NETWORKS = ["smooth", "resnet18", "mobilenet_v3_small", "googlenet"]
-pytestmark = pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # that of the warm-up
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream"),  # that of the warm-up
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "elementwise")
 # What waits for the device, or has an output whose shape depends on values.
 WAITS = {"_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "masked_select", "unique", "_unique2"}
@@ -86,7 +89,30 @@ def gradients_of(net: nn.Module, batch: Tensor) -> list[Tensor]:
     net.zero_grad(set_to_none=True)
     output = net(batch)
     output.square().mean().backward()
-    return [output.detach(), *(parameter.grad for parameter in net.parameters())]
+    return [output.detach(), *(parameter.grad for parameter in net.parameters() if parameter.grad is not None)]
+
+
+def captured(net: nn.Module, batch: Tensor) -> Callable[[], list[Tensor]]:
+    """Capture a step; return what replays it. Where there are no graphs, the step is made anew."""
+    if batch.device.type != "cuda":
+        return lambda: gradients_of(net, batch)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            gradients_of(net, batch)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    net.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        found = gradients_of(net, batch)
+
+    def replay() -> list[Tensor]:
+        torch.empty(2**26, device=batch.device).fill_(float("nan"))  # whatever was freed by mistake is overwritten
+        graph.replay()
+        return found
+
+    return replay
 
 
 def change(net: nn.Module, seed: int) -> None:
@@ -102,44 +128,33 @@ def assert_alike(found: list[Tensor], expected: list[Tensor]) -> None:
     assert max(relative(one, other) for one, other in zip(found, expected, strict=True)) <= BACKWARD
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_captured_step_is_evals_at_each_replay(cuda: torch.device, name: str, recompute: Recompute) -> None:
+def test_a_captured_step_is_evals_at_each_replay(device: torch.device, name: str, recompute: Recompute) -> None:
     """Forward and backward in one graph, replayed for other images and with other weights and statistics."""
-    net, twin = (build(name, cuda, torch.float64) for _ in range(2))
+    net, twin = (build(name, device, torch.float64) for _ in range(2))
     set_mode(twin, "eval")
     set_mode(net, "tune", recompute=recompute)
-    batch = images(2, 3, 64, 64, dtype=torch.float64).to(cuda)
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            gradients_of(net, batch)
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    net.zero_grad(set_to_none=True)
-    with torch.cuda.graph(graph):
-        found = gradients_of(net, batch)
+    batch = images(2, 3, 64, 64, dtype=torch.float64).to(device)
+    replay = captured(net, batch)
     for seed in range(3):
         batch.copy_(images(2, 3, 64, 64, dtype=torch.float64, seed=seed))
         for model in (net, twin):
             change(model, seed)
-        torch.empty(2**26, device=cuda).fill_(float("nan"))  # whatever was freed by mistake is overwritten
-        graph.replay()
-        assert_alike(found, gradients_of(twin, batch))
+        assert_alike(replay(), gradients_of(twin, batch))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("name", ["smooth", "resnet18"])
-def test_graphed_callables_are_evals(cuda: torch.device, name: str, recompute: Recompute) -> None:
+def test_graphed_callables_are_evals(device: torch.device, name: str, recompute: Recompute) -> None:
     """`torch.cuda.make_graphed_callables`: a graph for the forward and one for the backward pass."""
-    net, twin = (build(name, cuda, torch.float64) for _ in range(2))
+    net, twin = (build(name, device, torch.float64) for _ in range(2))
     set_mode(twin, "eval")
     set_mode(net, "tune", recompute=recompute)
-    batch = images(2, 3, 64, 64, dtype=torch.float64).to(cuda)
-    graphed = torch.cuda.make_graphed_callables(net, (batch.clone(),))
+    batch = images(2, 3, 64, 64, dtype=torch.float64).to(device)
+    graphed = net
+    if device.type == "cuda":
+        graphed = torch.cuda.make_graphed_callables(net, (batch.clone(),))
     for seed in range(3):
         batch.copy_(images(2, 3, 64, 64, dtype=torch.float64, seed=seed))
         for model in (net, twin):

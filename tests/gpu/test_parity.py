@@ -148,7 +148,11 @@ def test_a_wrong_fold_would_be_noticed(
 def test_recomputing_changes_no_bit(
     device: torch.device, name: str, precision_of_network: str, channels_last: bool
 ) -> None:
-    """With all kinks: what is computed again is computed by the same kernel from the same values."""
+    """With all kinks: what is computed again is computed by the same kernel from the same values.
+
+    In channels_last, CUDA's backward pass of a max-pool adds in an order of its own in each run. No bit can be asked of
+    gradients then.
+    """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     batch = images(2, 3, 64, 64).to(device=device, memory_format=layout)
     found = []
@@ -160,8 +164,11 @@ def test_recomputing_changes_no_bit(
             output = net(batch)
         output.float().square().mean().backward()
         found.append([output.detach(), *(parameter.grad for parameter in net.parameters())])
-    differing = [number for number, (one, other) in enumerate(zip(*found, strict=True)) if not torch.equal(one, other)]
-    assert differing == []
+    assert torch.equal(found[0][0], found[1][0])
+    if device.type == "cuda" and channels_last:
+        assert max(map(relative, found[1], found[0])) <= bound(precision_of_network)
+    else:
+        assert [number for number, pair in enumerate(zip(*found, strict=True)) if not torch.equal(*pair)] == []
 
 
 @pytest.mark.parametrize("trained", ["all", "nothing", "shifts and scales"])
