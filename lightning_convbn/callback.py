@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -157,26 +158,19 @@ class ConvBNModeCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when the strategy has set up the module: find the parts, after the checks that need the Trainer.
 
-        They are converted at the first batch, because others may change the model until then. Only for a finder, which
-        runs its trials now, they are converted now.
+        They are converted at the first batch, because others may change the model until then; and for the trials that
+        a finder runs now.
         """
         other_callbacks.check_no_weight_averaging(trainer)
         self._run.parts = self._find_parts(pl_module)
         if self._run.export is not None:
             self._run.export.prepare(trainer, pl_module, [part.path for part in self._run.parts])
-        if other_callbacks.has_finder(trainer, "on_fit_start"):
-            self._enter_training(trainer, pl_module)
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called before the first epoch: give back plain modules until the first batch, if a finder has run trials."""
-        self._run.give_back()
+        self._convert_for_trials(trainer, pl_module, "on_fit_start")
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called at the start of each epoch: count the peak memory anew. A finder may run its trials at this time."""
-        if other_callbacks.has_finder(trainer, "on_train_epoch_start"):
-            self._enter_training(trainer, pl_module)
+        self._convert_for_trials(trainer, pl_module, "on_train_epoch_start")
         if self.log_memory and pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
@@ -282,6 +276,10 @@ class ConvBNModeCallback(Callback):
     def _enter_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._follow_changes(pl_module)
         self._run.train_in(self._training_mode(trainer), freeze_untrained=self.freeze_untrained)
+
+    def _convert_for_trials(self, trainer: Trainer, pl_module: LightningModule, hook: str) -> None:
+        enter = partial(self._enter_training, trainer, pl_module)
+        other_callbacks.convert_for_trials(trainer, hook, enter, self._run.give_back)
 
     def _enter_evaluation(self, pl_module: LightningModule) -> None:
         if not self._run.parts:

@@ -28,6 +28,7 @@ __all__ = [
     "compiled_by_lightning",
     "fake_tensor_mode",
     "inside_transform",
+    "is_compiled",
     "load_as",
     "other_saved_tensor_hooks",
     "outside_fake_mode",
@@ -106,6 +107,11 @@ HOOKS = frozenset(name for name in vars(nn.Module()) if "hooks" in name)
 
 COMPILED_CALL = "_compiled_call_impl"
 """The attribute in which ``module.compile()`` has put the compiled call, which is bound to the module."""
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module was compiled by itself: in place, by ``module.compile()``."""
+    return module._compiled_call_impl is not None
 
 
 def watches_output(module: nn.Module) -> bool:

@@ -139,6 +139,15 @@ def test_hooks_are_seen() -> None:
         assert any(vars(module)[name] for name in compat.HOOKS)
 
 
+def test_what_is_compiled_in_place_is_seen() -> None:
+    module = nn.Linear(1, 1)
+    assert not compat.is_compiled(module)
+    torch.compile(module)
+    assert not compat.is_compiled(module)
+    module.compile()
+    assert compat.is_compiled(module)
+
+
 def test_no_other_file_of_the_package_has_a_private_name_of_pytorch() -> None:
     """As `torch._C` or `torch.utils._pytree`; the names of attributes are up to whoever reads a change."""
     package = Path(compat.__file__).parent

@@ -2,9 +2,9 @@
 
     python examples/benchmarks/against_revision.py REVISION
 
-writes `docs/benchmarks/against-revision.json` and the table in `docs/changelog.md`. Both revisions are imported into
-one process. In each round they take turns in random order, and the ratio of their times counts, so that other work
-slows down both alike. Kept bytes are counted by the package of this revision, for both.
+writes `docs/benchmarks/against-revision.json` and the table in `docs/understand/design-decisions.md`. Both revisions
+are imported into one process. In each round they take turns in random order, and the ratio of their times counts, so
+that other work slows down both alike. Kept bytes are counted by the package of this revision, for both.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lightning_convbn.memory import MIB, count_saved_bytes
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0")
 RESULTS = BENCHMARKS / "against-revision.json"
-PAGE, MARK = ROOT / "docs" / "changelog.md", "against-revision"
+PAGE, MARK = ROOT / "docs" / "understand" / "design-decisions.md", "against-revision"
 WARM_UP = 2
 PACKAGE = "lightning_convbn"
 

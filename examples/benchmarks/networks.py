@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,6 +36,8 @@ MODELS = [
 ]
 # The modules that activation checkpointing wraps: stages, or blocks if a network has no stages.
 STAGE = re.compile(r"(backbone\.body\.)?layer\d|stage\d|(features|trunk_output|blocks|stages)\.\w+")
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass
@@ -83,9 +86,26 @@ class Workload:
 
     @cached_property
     def stages(self) -> list[str]:
-        """Qualified names of the modules for activation checkpointing."""
+        """Qualified names of the stages for activation checkpointing."""
         modules = self.model.named_modules()
         return [name for name, module in modules if STAGE.fullmatch(name) and any(module.children())]
+
+    @cached_property
+    def blocks(self) -> list[str]:
+        """Qualified names of the blocks for activation checkpointing: members of a container that are of one class.
+
+        A member that is a container itself is a stage, and its own members are the blocks.
+        """
+        names: list[str] = []
+        for parent, container in self.model.named_modules():
+            within = any(f"{parent}.".startswith(f"{name}.") for name in names)
+            if not within and isinstance(container, CONTAINERS):
+                members = container.named_children()
+                found = [(name, type(one)) for name, one in members if not isinstance(one, CONTAINERS)]
+                classes = Counter(kind for name, kind in found)
+                repeated = [name for name, kind in found if classes[kind] > 1]
+                names += [f"{parent}.{name}" for name in repeated if any(container.get_submodule(name).children())]
+        return names
 
 
 def build(name: str) -> tuple[nn.Module, bool]:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from examples.benchmarks.networks import Workload
+from examples.benchmarks.networks import Workload, loss_of
 from lightning_convbn import Mode, Recompute, set_mode
 
 INDUCTOR_PASS = "inductor_pass"
@@ -72,11 +73,21 @@ def _mmengine(workload: Workload) -> nn.Module:
     return model
 
 
-def _checkpointed(workload: Workload) -> nn.Module:
-    if not workload.stages:
-        raise ValueError("no stages are known to checkpoint; see STAGE in networks.py")
+def _compiled_in_half(workload: Workload) -> nn.Module:
+    """The partitioner recomputes until about half of the activations are kept. The model is compiled here for that."""
+    model = _compiled(workload, _eval)
+    with functorch_config.patch(activation_memory_budget=0.5):
+        loss_of(model(*workload.inputs)).backward()
+    model.zero_grad(set_to_none=True)
+    return model
+
+
+def _checkpointed(workload: Workload, units: str) -> nn.Module:
+    names: list[str] = getattr(workload, units)
+    if not names:
+        raise ValueError(f"no {units} are known to checkpoint; see networks.py")
     model = workload.copy(workload.model)
-    for name in workload.stages:
+    for name in names:
         stage = model.get_submodule(name)
         stage.forward = partial(_checkpoint, stage.forward)
     return model
@@ -93,7 +104,7 @@ VARIANTS: dict[str, Variant] = {
     "train": Variant("Train", _train, "#7c8594", has_evals_gradients=False),
     "eval": Variant("Eval", _eval, "#d9772b"),
     "tune": Variant("Tune", partial(_mode, mode="tune"), "#12998c"),
-    "tune_recompute": Variant("Tune + recompute", partial(_mode, mode="tune", recompute="elementwise"), "#5fbf5a"),
+    "tune_recompute": Variant("Tune + elementwise", partial(_mode, mode="tune", recompute="elementwise"), "#5fbf5a"),
     "tune_compiled": Variant(
         "Tune, compiled", partial(_compiled, build=partial(_mode, mode="tune")), "#2f7fd0", compiled=True
     ),
@@ -109,7 +120,9 @@ VARIANTS: dict[str, Variant] = {
         compiled=True,
     ),
     "compiled": Variant("torch.compile alone", partial(_compiled, build=_eval), "#b5893c", compiled=True),
-    "checkpoint": Variant("checkpoint per stage", _checkpointed, "#d1495b"),
+    "compiled_half": Variant("torch.compile, memory budget 0.5", _compiled_in_half, "#8a6d1f", compiled=True),
+    "checkpoint": Variant("checkpoint per stage", partial(_checkpointed, units="stages"), "#d1495b"),
+    "checkpoint_blocks": Variant("checkpoint per block", partial(_checkpointed, units="blocks"), "#8f2d3c"),
 }
 
 

@@ -55,14 +55,15 @@ class PlainCopy:
         """
         with torch.enable_grad():
             pairs = find_conv_bn_pairs(self.model, example_inputs=example_inputs)
-        left: dict[str, str] = {}
         if example_inputs is None:
             with torch.no_grad():
                 without = find_conv_bn_pairs(self.model)
-            left = {bn: reason for bn, reason in without.unpaired.items() if bn not in pairs.unpaired}
-        if self.in_force is not None:
-            left |= {pair.bn: reasons.NOT_GIVEN for pair in pairs if pair not in self.in_force}
-        return pairs.unfold(left)
+            others = [pair for pair in pairs if pair not in without]
+            reason_of = {pair.bn: reasons.GRADIENTS_ASKED.format(conv=pair.conv) for pair in others}
+            pairs = pairs.unfuse({**reason_of, **without.unpaired})
+        if self.in_force is None:
+            return pairs
+        return pairs.unfold({pair.bn: reasons.NOT_GIVEN for pair in pairs if pair not in self.in_force})
 
     def without_hooked(self, pairs: ConvBNPairs) -> ConvBNPairs:
         """Return pairs without those whose hooks would see other values in the copy, or would be lost."""

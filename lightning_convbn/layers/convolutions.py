@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_convbn.compat import inside_transform, version_of
-from lightning_convbn.layers.marks import Call, Marked, has_watching_hooks, mark, plain_output, seen_through
+from lightning_convbn.layers.calls import Call
+from lightning_convbn.layers.graphs import DecidesForGraphs
+from lightning_convbn.layers.marks import has_watching_hooks, mark, marked_plain, seen_through, unmarked
 from lightning_convbn.layers.norms import affine_of, frozen_batch_norm, only_gamma_is_trained
-from lightning_convbn.layers.swap import Converted, run_plain
+from lightning_convbn.layers.swap import run_plain
 from lightning_convbn.ops.convolution import autocast, conv_bn, folded_conv, output_numel
 from lightning_convbn.ops.fold import ConvSpec, fold_conv_bn, layout
 
 
-class ConvBNLayer(Converted):
+class ConvBNLayer(DecidesForGraphs):
     """Base of the convolutions that apply the BatchNorm behind them, too.
 
     A subclass is made of `Tune` or `Deploy`, a geometry, and the plain layer, in this order.
@@ -40,22 +42,19 @@ class ConvBNLayer(Converted):
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Return the normalised output, marked for the BatchNorm of the pair; or the plain output, unmarked."""
-        if isinstance(input, Marked):
-            input = plain_output(input)
+        input = unmarked(input)
         arguments = () if output_size is None else (output_size,)
         pair = self.__dict__.get("_bn")
         if pair is not None and seen_through():
             return self._output_in_graph(pair[0], input, arguments)
-        if pair is not None and not has_watching_hooks(self, pair[0]):
-            output = self._folded_output(pair[0], input, arguments)
-            if output is not None:
-                call = Call.of(self, pair[0], input, arguments)
-                marked = mark(output, call, channels=1 if input.dim() == self.dims else 2)
-                if marked is not None:
-                    return marked
-        return run_plain(self, input, *arguments)  # type: ignore[no-any-return]
+        if pair is None or has_watching_hooks(self, pair[0]):
+            return run_plain(self, input, *arguments)  # type: ignore[no-any-return]
+        output = self.folded_output(pair[0], input, arguments)
+        call = Call.of(self, pair[0], input, arguments)
+        marked = None if output is None else mark(output, call, channels=1 if input.dim() == self.dims else 2)
+        return marked_plain(run_plain(self, input, *arguments), call) if marked is None else marked
 
-    def _folded_output(self, bn: nn.Module, input: Tensor, arguments: tuple[Any, ...]) -> Tensor | None:
+    def folded_output(self, bn: nn.Module, input: Tensor, arguments: tuple[Any, ...]) -> Tensor | None:
         """Run the folded pair; return None if the plain layers do it better, or if the input is not a batch."""
         rows = self._rows and input.dim() == self.dims + 1
         if not rows and input.dim() != self.dims:
@@ -68,12 +67,12 @@ class ConvBNLayer(Converted):
 
     def _output_in_graph(self, bn: nn.Module, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         """Go by the proof. In a graph there are no marks, and a folded BatchNorm returns what it gets."""
-        watched = has_watching_hooks(self, bn)
-        output = None if watched else self._folded_output(bn, input, arguments)
+        folds = not has_watching_hooks(self, bn) and self.folds_in_graph()
+        output = self.folded_output(bn, input, arguments) if folds else None
         if output is not None:
             return output
         plain: Tensor = run_plain(self, input, *arguments)
-        return plain if watched else frozen_batch_norm(bn, plain)
+        return frozen_batch_norm(bn, plain) if folds else plain
 
     def operands(self) -> tuple[Any, Any, Any, Any, Any, Any, float]:
         """What is folded: weight and bias, and the affine map of the BatchNorm with its epsilon."""

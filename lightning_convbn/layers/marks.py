@@ -14,8 +14,7 @@ The mark is a subclass of Tensor. It shares the storage of the folded output, so
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,75 +22,27 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lightning_convbn.compat import (
     FakeTensor,
+    is_compiled,
     tree_map_only,
-    version_of,
     watches_input,
     watches_output,
     without_torch_function,
 )
-from lightning_convbn.layers.swap import class_name, plain_class
-from lightning_convbn.ops.convolution import autocast_dtype
+from lightning_convbn.layers.calls import Call, described
+from lightning_convbn.layers.graphs import may_be_normalised
 
 Applied = tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]
-
-
-class Call(NamedTuple):
-    """A call of a folded convolution: all that its plain output can be computed from."""
-
-    conv: nn.Module
-    bn: nn.Module
-    input: Tensor
-    arguments: tuple[Any, ...]  # beside the input
-    versions: tuple[int | None, ...]  # of the input and the parameters
-    with_grad: bool
-    autocast: torch.dtype | None  # its dtype; None if it was off
-
-    @classmethod
-    def of(cls, conv: nn.Module, bn: nn.Module, input: Tensor, arguments: tuple[Any, ...]) -> Call:
-        """Describe the call that is running."""
-        versions, autocast = versions_of(conv, input), autocast_dtype(input.device.type)
-        return cls(conv, bn, input, arguments, versions, torch.is_grad_enabled(), autocast)
-
-    def plain_output(self) -> Tensor:
-        """Run the plain convolution, as it would have run in that call.
-
-        Raises:
-            RuntimeError: If its input or its parameters were written since.
-        """
-        if versions_of(self.conv, self.input) != self.versions:
-            raise RuntimeError(
-                f"{described(self.conv)} is folded with its BatchNorm. Its own output is read, but its input or its "
-                "weight was written in place since. Read the output before that, or leave this pair out: "
-                "set_mode(model, mode, pairs=...)"
-            )
-        device = self.input.device.type
-        casting: AbstractContextManager[Any] = nullcontext()
-        if autocast_dtype(device) is not self.autocast:
-            casting = torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None)
-        with torch.set_grad_enabled(self.with_grad), casting:
-            output: Tensor = plain_class(self.conv).forward(self.conv, self.input, *self.arguments)
-            return output
-
-
-def described(conv: nn.Module) -> str:
-    """Class and geometry of a convolution, to find it in ``print(model)``. It does not know its qualified name."""
-    return f"{class_name(conv)}({conv.extra_repr()})"
 
 
 class Outcome:
     """What has become of the output of a call. Views of a marked tensor share it."""
 
-    __slots__ = ("plain", "taken")
+    __slots__ = ("folded", "plain", "taken")
 
-    def __init__(self) -> None:
+    def __init__(self, folded: Tensor) -> None:
+        self.folded = folded
         self.plain: Tensor | None = None  # the plain output, once somebody has asked for it
         self.taken = False  # whether the BatchNorm has the folded output
-
-
-def versions_of(conv: nn.Module, input: Tensor) -> tuple[int | None, ...]:
-    """How often the tensors of a call were written in place."""
-    bias: Any = conv.bias
-    return version_of(input), version_of(conv.weight), None if bias is None else version_of(bias)  # type: ignore[arg-type]
 
 
 class Marked:
@@ -117,6 +68,10 @@ class Marked:
                 viewed = _viewed(args[0], (func, args[1:], kwargs))
                 if viewed is not None:
                     return viewed
+            if func in _TAKES_ONLY_THE_SHAPE and len(args) > 1 and isinstance(args[1], Marked):
+                args = args[0], args[1]._folded
+            if func in _ASKS_FOR_GRADIENTS:
+                _check_gradients(func, args, kwargs)
             args, kwargs = tree_map_only(Marked, plain_output, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -141,6 +96,8 @@ _READS_NO_VALUES = {
     Tensor.__len__,
     *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_meta")),
 }
+_TAKES_ONLY_THE_SHAPE = {Tensor.reshape_as, Tensor.view_as, Tensor.expand_as}  # of the second argument
+_ASKS_FOR_GRADIENTS = {torch.autograd.grad, Tensor.retain_grad, Tensor.register_hook}
 _VIEWS = {Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.transpose, torch.flatten, torch.reshape, torch.transpose}
 
 
@@ -152,7 +109,7 @@ def mark(output: Tensor, call: Call, channels: int) -> Tensor | None:
         call: The call that it comes from.
         channels: The dimension that holds the channels.
     """
-    return _marked(output, call, Outcome(), channels, ())
+    return _marked(output, call, Outcome(output), channels, ())
 
 
 def _marked(folded: Tensor, call: Call, outcome: Outcome, channels: int, views: tuple[Applied, ...]) -> Tensor | None:
@@ -163,6 +120,15 @@ def _marked(folded: Tensor, call: Call, outcome: Outcome, channels: int, views: 
     marked.__class__ = kind
     marked._call, marked._outcome, marked._folded = call, outcome, folded
     marked._channels, marked._views, marked._plain = channels, views, None
+    return marked  # type: ignore[no-any-return]
+
+
+def marked_plain(output: Tensor, call: Call) -> Tensor:
+    """Mark the plain output of a convolution that is folded in graphs, so that nobody takes it for a folded one."""
+    marked: Any = mark(output, call, channels=1) if may_be_normalised(call.conv) else None
+    if marked is None:
+        return output
+    marked._outcome.plain = output
     return marked  # type: ignore[no-any-return]
 
 
@@ -196,12 +162,34 @@ def plain_output(marked: Marked, *, noted: bool = True) -> Tensor:
         check.note_plain(marked._call.bn)
     if marked._plain is None:
         if marked._outcome.plain is None:
-            marked._outcome.plain = marked._call.plain_output()
+            marked._outcome.plain = marked._call.plain_output(marked._outcome.folded)
         output = marked._outcome.plain
         for func, args, kwargs in marked._views:
             output = func(output, *args, **kwargs)
         marked._plain = output
     return marked._plain
+
+
+def _check_gradients(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Check that a gradient can be had with respect to marked tensors.
+
+    Raises:
+        RuntimeError: If the BatchNorm has had the folded output, and what is differentiated depends on that.
+    """
+    wanted = args[:1]
+    if func is torch.autograd.grad:
+        wanted, options = args[1], {**kwargs, "retain_graph": True, "allow_unused": True, "materialize_grads": False}
+        outputs = tree_map_only(Marked, plain_output, args[0])
+    for marked in wanted:
+        if not isinstance(marked, Marked) or not marked._outcome.taken:
+            continue
+        if func is torch.autograd.grad and torch.autograd.grad(outputs, marked._outcome.folded, **options)[0] is None:
+            continue
+        raise RuntimeError(
+            f"{described(marked._call.conv)} is folded with its BatchNorm, which has run since. The gradient with "
+            "respect to the output between the two is wanted too late: call its retain_grad() before the BatchNorm "
+            "runs, or leave this pair out: set_mode(model, mode, pairs=...)"
+        )
 
 
 def taken_off(marked: Marked, bn: nn.Module) -> Tensor | None:
@@ -229,9 +217,47 @@ def taken_off(marked: Marked, bn: nn.Module) -> Tensor | None:
     return None
 
 
+def is_normalised(input: Tensor, conv: nn.Module, bn: nn.Module) -> bool:
+    """Whether what a BatchNorm gets is normalised already, although no mark was taken off it: in a graph, by the proof.
+
+    Raises:
+        RuntimeError: If it may be, and nobody knows: outside of a graph, while the convolution is folded in graphs.
+    """
+    if isinstance(input, Marked) or has_watching_hooks(conv, bn):
+        return False
+    if seen_through():
+        return conv.is_folded_in_graphs()  # type: ignore[operator, no-any-return]
+    if may_be_normalised(conv) and type(input) in _MARKED:
+        raise RuntimeError(
+            f"{described(bn)} got a tensor without a mark, and its {described(conv)} is folded in a graph "
+            "(torch.compile). If the graph ends between the two, the tensor is normalised already; else it is not. "
+            "Compile a block that holds both layers, before the switch; or leave this pair out: "
+            "set_mode(model, mode, pairs=...)"
+        )
+    return False
+
+
+def unmarked(input: Tensor) -> Tensor:
+    """What a layer gets: the plain output in the place of a marked tensor, and anything else as it is.
+
+    If a marked tensor has come into a graph, the graph ends, and goes on with the plain output.
+    """
+    if not isinstance(input, Marked):
+        return input
+    return _plain_outside_of_graph(input) if seen_through() else plain_output(input)
+
+
+@torch.compiler.disable(reason="a folded convolution was compiled without the layer that reads its output")  # type: ignore[untyped-decorator]
+def _plain_outside_of_graph(input: Marked) -> Tensor:
+    return plain_output(input)
+
+
 def has_watching_hooks(conv: nn.Module, bn: nn.Module) -> bool:
-    """Whether hooks want to see what passes from the convolution to its BatchNorm, or the gradient of that."""
-    return watches_output(conv) or watches_input(bn)
+    """Whether somebody wants what passes from the convolution to its BatchNorm, or the gradient of that.
+
+    Hooks may, and so does a compiler that was given one of the two alone, by ``module.compile()``.
+    """
+    return watches_output(conv) or watches_input(bn) or is_compiled(conv) or is_compiled(bn)
 
 
 def seen_through() -> bool:

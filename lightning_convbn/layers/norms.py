@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_convbn.layers.marks import Marked, has_watching_hooks, seen_through, taken_off
+from lightning_convbn.layers.marks import Marked, is_normalised, taken_off, unmarked
 from lightning_convbn.layers.swap import Converted, Recompute, class_name, run_plain, swap_of
 from lightning_convbn.ops.recomputable import follow, follow_function
 
@@ -120,11 +120,11 @@ class FoldedNorm(FrozenNorm):
         swap = swap_of(self)
         if swap is None:
             return run_plain(self, input)  # type: ignore[no-any-return]
-        if seen_through() and swap.conv is not None and not has_watching_hooks(swap.conv[0], self):
+        if swap.conv is not None and is_normalised(input, swap.conv[0], self):
             return input
         if check is not None:
             check.note_plain(self)
-        return frozen_batch_norm(self, input, followed=self._recompute != "none")
+        return frozen_batch_norm(self, unmarked(input), followed=self._recompute != "none")
 
 
 def _is_frozen_pair(bn: nn.Module) -> bool:

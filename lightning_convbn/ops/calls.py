@@ -121,6 +121,11 @@ class Call:
 
     def _from_tensors(self, compute: Function, fixed: Sequence[Source | None], index: int | None) -> Function:
         """Return the call as a function of its tensors, without those that are fixed. It holds no other tensor."""
+        if len(self._tensors) == 1 and self._args[0] is self._tensors[0]:
+            rest, kwargs = self._args[1:], self._kwargs
+            if index is None:
+                return lambda tensor: compute(tensor, *rest, **kwargs)
+            return lambda tensor: compute(tensor, *rest, **kwargs)[index]
         parts = len(self._args[0]) if self._row.kind == "parts" else 0
         given = [*self._args[0], *self._args[1:]] if parts else self._args
         args = [_HOLE if isinstance(leaf, Tensor) else leaf for leaf in given]

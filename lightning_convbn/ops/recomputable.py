@@ -19,7 +19,7 @@ from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_convbn.compat import (
@@ -53,7 +53,7 @@ class Recomputable:
         if torch.compiler.is_compiling():  # a compiled part of a model decides by itself what it saves
             with without_torch_function():
                 return func(*args, **kwargs)
-        if not all(issubclass(kind, Recomputable) for kind in types):
+        if any(_is_foreign(kind) for kind in types):
             for leaf in tree_leaves((args, kwargs)):
                 unmark(leaf)
             return func(*args, **kwargs)  # the other subclass decides
@@ -80,9 +80,15 @@ class RecomputableFakeTensor(Recomputable, FakeTensor):
 
 _MARKED: dict[type[Tensor], type[Tensor]] = {Tensor: RecomputableTensor, FakeTensor: RecomputableFakeTensor}
 _PLAIN = {marked: plain for plain, marked in _MARKED.items()}
+_OURS = {*_MARKED, *_PLAIN}
 # A write through `.data` does not count as a new version, so it could make a recipe wrong without a notice.
 _LEAVES = {Tensor.data.__get__, Tensor.data.__set__}  # type: ignore[attr-defined]
 _QUIET = {Tensor.dim, Tensor.size, Tensor.numel, Tensor.backward, torch.autograd.grad, torch.autograd.backward}
+
+
+def _is_foreign(kind: type[Any]) -> bool:
+    """Whether a subclass of Tensor handles functions by itself. Parameters don't."""
+    return kind not in _OURS and kind.__torch_function__ is not nn.Parameter.__torch_function__  # type: ignore[comparison-overlap]
 
 
 def follow(output: Tensor, *, frozen: bool) -> Tensor:
@@ -107,7 +113,7 @@ def follow(output: Tensor, *, frozen: bool) -> Tensor:
 def follow_function(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a function of the table as on a recomputable tensor: its output is one, if recipes can work."""
     plain = torch.compiler.is_compiling() or torch.jit.is_tracing() or inside_transform()  # type: ignore[attr-defined]
-    if plain or not torch.is_grad_enabled() or type(args[0]) not in (*_MARKED, *_PLAIN):
+    if plain or not torch.is_grad_enabled() or type(args[0]) not in _OURS:
         return func(*args, **kwargs)
     with without_torch_function():
         return run(func, args, kwargs)
@@ -127,9 +133,10 @@ def recipe_of(tensor: Tensor, dtype: torch.dtype) -> Recipe | None:
 
 def value_of(tensor: object) -> Value | None:
     """The value of a recomputable tensor; None for any other, and for one that was written since."""
-    if isinstance(tensor, Recomputable) and tensor._marked_at == version_of(tensor):  # type: ignore[arg-type]
-        return tensor._value
-    return None
+    if not isinstance(tensor, Recomputable):
+        return None
+    with without_torch_function():
+        return tensor._value if tensor._marked_at == version_of(tensor) else None  # type: ignore[arg-type]
 
 
 def unmark(tensor: object) -> None:
@@ -168,7 +175,7 @@ def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _mark(output: Any, value: Value, loan: Loan | None = None) -> None:
     kind = type(output)
-    if kind in _MARKED or kind in _PLAIN:
+    if kind in _OURS:
         output._value, output._loan, output._marked_at = value, loan, version_of(output)
         output.__class__ = _MARKED.get(kind, kind)
 

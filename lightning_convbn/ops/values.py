@@ -49,6 +49,7 @@ class Value:
         "__weakref__",
         "_asked",
         "_compute",
+        "_depth",
         "_followers",
         "_inputs",
         "_loan",
@@ -76,6 +77,7 @@ class Value:
         self._passes = passes
         self._loan: Callable[[], Loan | None] = _none if loan is None else ref(loan)
         self._relies = False  # on the inputs: they are kept, or can be computed
+        self._depth = 0  # if it relies on them: the passes that it takes
         self._source: Source | None = None
         self._followers: list[ReferenceType[Value]] = []  # the values that are made of these
         self._asked = 0
@@ -129,6 +131,8 @@ class Value:
         """How many passes over the data it takes to have the values; None if they can't be had, or at too many."""
         if self._source is not None:
             return 0
+        if self._relies:
+            return self._depth
         if self._compute is None:
             return None
         borrows = self._loan() is not None
@@ -201,6 +205,7 @@ class Value:
 
     def _rely_on_inputs(self) -> None:
         loan = self._loan() or ()
+        self._depth = self.passes() or 0
         self._relies = True
         for index, value in enumerate(self._inputs):
             value.users += 1

@@ -19,6 +19,7 @@ from lightning_convbn.layers.norms import affine_of
 from lightning_convbn.layers.swap import class_name, plain_class, swap_of
 from lightning_convbn.layers.table import FROZEN, NORM_LAYERS, conv_layer, is_norm, norm_layer
 from lightning_convbn.pairs import reasons
+from lightning_convbn.pairs.compiled import compiled_unit
 from lightning_convbn.pairs.data_flow import DataFlow
 from lightning_convbn.pairs.fsdp import fsdp_unit
 from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
@@ -176,6 +177,8 @@ def mismatch(model: nn.Module, conv_name: str, bn_name: str) -> str | None:
     conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
     if fsdp_unit(model, conv_name) != fsdp_unit(model, bn_name):
         return reasons.OTHER_FSDP_UNIT.format(conv=conv_name)
+    if compiled_unit(model, conv_name) != compiled_unit(model, bn_name):
+        return reasons.OTHER_COMPILED_UNIT.format(conv=conv_name)
     for name, module in ((conv_name, conv), (bn_name, bn)):
         if "forward" in vars(module):
             return reasons.OWN_FORWARD.format(name=name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 # We compare class names. Importing the classes takes long, and only a model that uses them needs them.
@@ -22,8 +24,19 @@ def fsdp_unit(model: nn.Module, name: str) -> str | None:
         model: The model.
         name: Qualified name of the module within it.
     """
+    return innermost(model, name, is_fsdp_unit)
+
+
+def innermost(model: nn.Module, name: str, wanted: Callable[[nn.Module], bool]) -> str | None:
+    """Return the qualified name of the innermost module that is wanted, of a module and those around it, or None.
+
+    Args:
+        model: The model.
+        name: Qualified name of the module within it.
+        wanted: Says whether a module is.
+    """
     while True:
-        if is_fsdp_unit(model.get_submodule(name)):
+        if wanted(model.get_submodule(name)):
             return name
         if not name:
             return None

@@ -68,6 +68,15 @@ class ConvBNPairs(Sequence[ConvBNPair]):
 
     __hash__ = None  # type: ignore[assignment]
 
+    def unfuse(self, reasons: Mapping[str, str]) -> ConvBNPairs:
+        """Return the same pairs, of which a Deploy copy keeps some more.
+
+        Args:
+            reasons: Qualified name of a BatchNorm -> why. Names that are in no pair do not matter.
+        """
+        unfused = {**reasons, **self.unfused}
+        return ConvBNPairs(self._pairs, self.unpaired, self.unfrozen, self.flattened, self.untraced, unfused)
+
     @property
     def frozen(self) -> dict[str, str]:
         """The BatchNorms that are frozen but not folded: qualified name -> why."""

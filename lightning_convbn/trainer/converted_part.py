@@ -13,6 +13,7 @@ from lightning_convbn.compat import inside_transform
 from lightning_convbn.layers.swap import Mode, Recompute, UncopiedHook, swap_of
 from lightning_convbn.memory import as_mib, measure_memory_abstractly
 from lightning_convbn.modes import RECOMPUTING_MODES, get_mode, restore_modules, set_mode
+from lightning_convbn.pairs.compiled import is_wrapped_by_compile
 from lightning_convbn.pairs.find import (
     find_conv_bn_pairs,
     find_recorded_pairs,
@@ -264,9 +265,7 @@ def _function(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _without_compile(module: nn.Module) -> nn.Module:
     """Return what ``torch.compile`` has wrapped, its one child; any other module as it is."""
-    if any(cls.__name__ == "OptimizedModule" for cls in type(module).__mro__):
-        return next(module.children())
-    return module
+    return next(module.children()) if is_wrapped_by_compile(module) else module
 
 
 def _nothing() -> None:

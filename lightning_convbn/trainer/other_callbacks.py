@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 from lightning_convbn.trainer.lightning_api import Callback, Trainer
 
 FINDERS = ("BatchSizeFinder", "LearningRateFinder")
@@ -40,10 +44,33 @@ def put_behind_others(trainer: Trainer, callback: Callback) -> None:
     set_callbacks(trainer, [*rest, callback, *finders, *checkpoints])
 
 
-def has_finder(trainer: Trainer, hook: str) -> bool:
-    """Whether a Trainer has a callback that finds a batch size or a learning rate by trials, and does so in a hook."""
-    finders = [callback for callback in callbacks_of(trainer) if _is_a(callback, *FINDERS)]
-    return any(hook in vars(cls) for finder in finders for cls in type(finder).__mro__ if cls.__name__ != "Callback")
+def convert_for_trials(trainer: Trainer, hook: str, convert: Callable[[], None], give_back: Callable[[], None]) -> None:
+    """Convert modules while a finder of batch size or learning rate tries them in a hook, and not a moment longer.
+
+    Other hooks of this name come afterwards: the LightningModule's own. They find plain modules.
+
+    Args:
+        trainer: The Trainer.
+        hook: The name of the hook, which Lightning calls next.
+        convert: Called before the finder's hook.
+        give_back: Called after it, also if it raises: the finder has taken the callbacks away, so none hears of that.
+    """
+    for finder in callbacks_of(trainer):
+        if _is_a(finder, *FINDERS) and any(
+            hook in vars(cls) for cls in type(finder).__mro__ if cls.__name__ != "Callback"
+        ):
+            setattr(finder, hook, partial(_try, finder, hook, convert, give_back))
+
+
+def _try(
+    finder: Callback, hook: str, convert: Callable[[], None], give_back: Callable[[], None], *args: Any, **kwargs: Any
+) -> None:
+    delattr(finder, hook)  # its own method comes to light
+    convert()
+    try:
+        getattr(finder, hook)(*args, **kwargs)
+    finally:
+        give_back()
 
 
 def check_no_weight_averaging(trainer: Trainer) -> None:

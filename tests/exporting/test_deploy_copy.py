@@ -190,6 +190,24 @@ def test_a_pair_whose_parameters_are_read_elsewhere_stays_as_it_is(cls: type[nn.
         assert_close([net(input)], [expected], 1e-12)
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_pair_that_is_one_only_while_gradients_are_wanted_stays_as_it_is(given: bool) -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.bn = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, input: Tensor) -> Tensor:
+            output = self.first(input)
+            return self.bn(self.second(output) if torch.is_grad_enabled() else output)
+
+    model, input = randomized(Asks()).eval(), images(2, 3, 4, 4)
+    fused = fuse_for_deploy(model, pairs=find_conv_bn_pairs(model) if given else None)
+    for wanted in (True, False):
+        with torch.set_grad_enabled(wanted):
+            assert torch.equal(fused(input), model(input))
+
+
 def test_other_pairs_of_a_tied_decoder_are_folded() -> None:
     assert type(fuse_for_deploy(TiedDecoder()).last_bn) is nn.Identity
 

@@ -35,9 +35,11 @@ def in_parts(*between: Step, **options: Any) -> Network:
     return network(Step("call", layer="s.0"), *between, Step("call", (1,), "s.1"), layers=SEQUENTIAL, **options)
 
 
-def checkpointed(guard: str) -> Network:
-    """A pair in a checkpointed block, whose convolution may be skipped."""
-    body = network(Step("call", (0,), "a", guard=guard), Step("call", (1,), "b"))
+def checkpointed(guard: str, *more: Step, norm_guard: str = "") -> Network:
+    """A pair in a checkpointed block, whose convolution or BatchNorm may be skipped, and more steps of the block."""
+    layers = {**TWO, "d": Layer("act", "ELU")}
+    steps = (Step("call", (0,), "a", guard=guard), Step("call", (1,), "b", guard=norm_guard), *more)
+    body = network(*steps, layers=layers if more else TWO)
     return network(Step("checkpoint", layer="c"), layers={"c": Layer("block", body=body)})
 
 
@@ -130,5 +132,8 @@ FOUND: dict[str, Scenario] = {
     "Deploy copy: BatchNorm is skipped without gradients": Scenario(pair("grad"), (Action("fuse", grad="no_grad"),)),
     "Deploy copy: the convolution is skipped at random": Scenario(
         checkpointed("torch_random"), (Action("fuse"),), seed=461
+    ),
+    "Python's random numbers decide a branch in a checkpoint": Scenario(
+        checkpointed("", Step("call", (2,), "d"), norm_guard="random"), seed=3528
     ),
 }

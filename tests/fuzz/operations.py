@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,25 @@ def pick(frame: Frame, step: Step, x: Any) -> Any:
 
 
 def checkpointed(frame: Frame, step: Step, x: Any) -> Any:
-    return checkpoint(frame.model.layer(step.layer, x), x, use_reentrant=False)
+    """Run a layer that is run again in the backward pass.
+
+    PyTorch gives the second run the same random numbers of its own, and asks that it computes the same. Python's random
+    numbers are up to the network. Without them a branch goes another way the second time. Then Eval mode, too, raises
+    or computes a gradient of something else, as the number of saved tensors happens to be.
+    """
+    state = random.getstate()
+
+    @contextmanager
+    def same_numbers() -> Iterator[None]:
+        now = random.getstate()
+        random.setstate(state)
+        try:
+            yield
+        finally:
+            random.setstate(now)
+
+    contexts = nullcontext(), same_numbers()
+    return checkpoint(frame.model.layer(step.layer, x), x, use_reentrant=False, context_fn=lambda: contexts)
 
 
 def rows(frame: Frame, step: Step, x: Any) -> Any:

@@ -6,12 +6,14 @@ import random
 from collections.abc import Callable
 
 import pytest
+import torch
 from fuzz import network
 from fuzz.drawing_scenarios import draw_scenario
 from fuzz.network import Action, Layer, Network, Scenario, Step
 from fuzz.shrinking import shrunk
 from fuzz.trial import try_scenario
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from lightning_convbn.layers import convolutions
 
@@ -128,3 +130,17 @@ def test_an_error_of_plain_pytorch_ends_a_scenario() -> None:
     report = try_scenario(Scenario(network, actions=(Action("run"),), input_grad=True))
     assert report.wrong is None
     assert "modified by an inplace operation" in report.ended
+
+
+def test_a_checkpoint_that_goes_another_way_the_second_time_fails_in_eval_mode_by_itself() -> None:
+    """So networks here get Python's random numbers again, as `fuzz.operations.checkpointed` says."""
+    conv, bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3).eval()
+    ways = iter([True, False])
+
+    def block(x: Tensor) -> Tensor:
+        y = conv(x)
+        return nn.functional.elu(bn(y) if next(ways) else y)
+
+    output = checkpoint(block, torch.ones(2, 3, 4, 4), use_reentrant=False)
+    with pytest.raises(CheckpointError, match="A different number of tensors was saved"):
+        output.sum().backward()

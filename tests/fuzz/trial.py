@@ -25,6 +25,7 @@ from lightning_convbn.pairs.find import statistics_missing
 # Errors of the package that may end a scenario -> why they are right. The model must be plain and whole afterwards.
 REFUSALS = {
     "has no BatchNorm, so there is nothing to put in": "all norms of the network are of other kinds",
+    "Its own output is read in inference mode": "an activation in place has left nothing to compare with",
     "computes its weight anew in every forward": "fuse_for_deploy can't fold into weight_norm for good",
     "can't be folded for good by its code alone": "fuse_for_deploy wants example inputs of what can't be traced",
 }

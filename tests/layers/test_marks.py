@@ -267,7 +267,7 @@ def test_a_write_to_the_input_before_the_output_is_read_is_an_error_that_names_t
     image = images(2, 3, 8, 8, dtype=torch.float64)
     output = net[0](image)
     image.add_(1)
-    with pytest.raises(RuntimeError, match=r"Conv2d\(3, 4, .*its input or its weight was written in place since"):
+    with pytest.raises(RuntimeError, match=r"Conv2d\(3, 4, .*its input or its weight was written or replaced since"):
         output.mean()
 
 
@@ -291,6 +291,8 @@ def test_what_a_mark_says_of_shape_and_dtype_needs_no_computation() -> None:
         4,
         2,
     )
+    flat: Any = torch.ones(2 * 4 * 8 * 8)
+    assert flat.view_as(output).shape == flat.reshape_as(output).shape == torch.ones(1).expand_as(output).shape
     assert output._plain is None
 
 

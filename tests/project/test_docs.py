@@ -60,6 +60,8 @@ def test_blocks_run_elsewhere_are_read_there() -> None:
     assert marked == {
         ("flags-yaml-environment.md", "tests/trainer/test_cli.py"),
         ("export.md", "tests/project/test_docs.py"),
+        ("other-trainers.md", "tests/examples/test_other_trainers.py"),
+        ("other-trainers.md", "tests/examples/test_ultralytics_yolo.py"),
     }
 
 

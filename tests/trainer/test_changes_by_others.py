@@ -130,7 +130,7 @@ def test_a_finder_tries_the_quantised_model(tmp_path: Path, ours_first: bool) ->
     assert set(seen) == {(3, "tune")}
 
 
-@pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start"])
+@pytest.mark.parametrize("hook", STARTS[1:])
 def test_after_a_finder_the_module_itself_can_quantise(tmp_path: Path, hook: str) -> None:
     """The finder's trials have these hooks, too, so the module waits until they are over."""
     module = FindsBatchSize()
@@ -143,6 +143,25 @@ def test_after_a_finder_the_module_itself_can_quantise(tmp_path: Path, hook: str
     finder = BatchSizeFinder(max_trials=2, steps_per_trial=2)
     make_trainer(finder, quick(), default_root_dir=tmp_path).fit(module)
     assert quantised(module) == 3
+    assert "on_fit_start" not in vars(finder)
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_epoch_start"])
+def test_after_a_finder_that_fails_the_module_is_plain(tmp_path: Path, hook: str) -> None:
+    """The finder has taken the callbacks away, so that none of them hears of the error."""
+
+    def fails(self: Any, trainer: Any, module: Any) -> None:
+        assert get_mode(module) == "tune"
+        trainer.callbacks = []
+        raise RuntimeError("boom")
+
+    hooks = {"on_fit_start": lambda *args: None, hook: fails}
+    module, finder = BoringModule(), type("Finder", (LearningRateFinder,), hooks)()
+    trainer = make_trainer(quick(), finder, default_root_dir=tmp_path)
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer.fit(module)
+    assert is_plain(module)
+    assert hook not in vars(finder)
 
 
 def test_the_order_of_callbacks() -> None:

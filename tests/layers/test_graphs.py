@@ -1,0 +1,174 @@
+"""Layers of a pair that are compiled alone, before and after the switch: right, or an error that names both layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers.comparing import assert_close
+from helpers.model_checks import randomized
+from helpers.networks import images
+from torch import Tensor, nn
+
+from lightning_convbn import find_conv_bn_pairs, set_mode
+from lightning_convbn.layers.norms import FoldedBatchNorm2d
+
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # what the compiler hides itself
+
+Compile = Callable[[nn.Sequential], Any]
+
+
+@pytest.fixture(autouse=True)
+def _no_past() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def two_blocks() -> nn.Sequential:
+    """``0.0`` and ``1.0`` are a pair over the border of two blocks, ``1.2`` and ``1.3`` one within a block."""
+    torch.manual_seed(0)
+    second = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5))
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), second)
+    return randomized(net.double().eval())  # type: ignore[return-value]
+
+
+def wrap(parent: nn.Module, index: int) -> None:
+    parent[index] = torch.compile(parent[index], backend="eager")  # type: ignore[operator, index]
+
+
+def both_by_themselves(net: nn.Sequential) -> None:
+    wrap(net[0], 0)
+    wrap(net[1], 0)
+
+
+ALONE: dict[str, Compile] = {
+    "convolution in place": lambda net: net[0][0].compile(backend="eager"),
+    "convolution wrapped": lambda net: wrap(net[0], 0),
+    "norm in place": lambda net: net[1][0].compile(backend="eager"),
+    "norm wrapped": lambda net: wrap(net[1], 0),
+    "block of the convolution in place": lambda net: net[0].compile(backend="eager"),
+    "block of the convolution wrapped": lambda net: wrap(net, 0),
+    "block of the norm in place": lambda net: net[1].compile(backend="eager"),
+    "block of the norm wrapped": lambda net: wrap(net, 1),
+    "both by themselves": both_by_themselves,
+}
+NOT_SEEN_BY_THE_NORM = ("convolution wrapped", "block of the convolution in place", "block of the convolution wrapped")
+
+
+def evals(net: nn.Module) -> tuple[Tensor, Tensor]:
+    image = images(2, 3, 8, 8, dtype=torch.float64)
+    return image, net(image)
+
+
+@pytest.mark.parametrize("mode", ["tune", "deploy"])
+@pytest.mark.parametrize("alone", ALONE)
+def test_a_pair_that_is_not_compiled_together_is_not_folded(alone: str, mode: Any) -> None:
+    image, expected = evals(two_blocks())
+    net = two_blocks()
+    ALONE[alone](net)
+    pairs = set_mode(net, mode)
+    assert len(pairs) == 1
+    assert [reason.partition("`")[0] for reason in pairs.unpaired.values()] == [
+        "it is not compiled together with its convolution "
+    ]
+    assert_close([net(image)], [expected], 1e-12)
+
+
+@pytest.mark.parametrize("mode", ["tune", "deploy"])
+@pytest.mark.parametrize("alone", ALONE)
+def test_a_layer_that_is_compiled_alone_after_the_switch_gives_evals_result_or_an_error(alone: str, mode: Any) -> None:
+    image, expected = evals(two_blocks())
+    net = two_blocks()
+    set_mode(net, mode)
+    net(image)
+    ALONE[alone](net)
+    if alone in NOT_SEEN_BY_THE_NORM:
+        with pytest.raises(
+            RuntimeError, match=r"BatchNorm2d\(4.*its Conv2d\(3, 4.* is folded in a graph .*Compile a b"
+        ):
+            net(image)
+        set_mode(net, "train")
+        net.eval()
+    for _ in range(2):
+        assert_close([net(image)], [expected], 1e-12)
+    if "wrapped" not in alone:  # names that the wrappers have changed
+        return
+    set_mode(net, "train")
+    set_mode(net, mode)
+    assert_close([net(image)], [expected], 1e-12)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_pair_that_is_compiled_together_is_folded(wrapped: bool) -> None:
+    image, expected = evals(two_blocks())
+    net = two_blocks()
+    model = torch.compile(net, backend="eager", fullgraph=True) if wrapped else net
+    if not wrapped:
+        net.compile(backend="eager", fullgraph=True)
+    assert len(find_conv_bn_pairs(model)) == 2
+    assert len(set_mode(model, "tune")) == 2
+    assert_close([model(image)], [expected], 1e-12)
+    with torch.compiler.set_stance("force_eager"):
+        assert_close([model(image)], [expected], 1e-12)
+
+
+def test_a_graph_that_ends_between_the_two_layers_does_not_matter() -> None:
+    class Breaks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = two_blocks()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.net[0](x)
+            torch._dynamo.graph_break()
+            return self.net[1](x)
+
+    image, expected = evals(two_blocks())
+    model = Breaks()
+    set_mode(model, "tune", pairs=find_conv_bn_pairs(Breaks(), example_inputs=(image,)))
+    assert isinstance(model.net[1][0], FoldedBatchNorm2d)
+    assert_close([torch.compile(model, backend="eager")(image)], [expected], 1e-12)
+
+
+def test_a_norm_left_out_of_the_graph_does_not_take_a_folded_output_for_a_plain_one() -> None:
+    class LeavesOut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = two_blocks()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.outside(self.net[0](x))
+
+        @torch.compiler.disable
+        def outside(self, x: Tensor) -> Tensor:
+            return self.net[1](x)
+
+    image, _ = evals(two_blocks())
+    model = LeavesOut()
+    set_mode(model, "tune", pairs=find_conv_bn_pairs(model, example_inputs=(image,)))
+    with pytest.raises(RuntimeError, match="got a tensor without a mark"):
+        torch.compile(model, backend="eager")(image)
+
+
+def test_what_ran_in_a_graph_is_run_without_it_unfolded() -> None:
+    """Only gamma is trained, and the output is smaller: the pair runs unfolded outside of graphs, too."""
+    net = nn.Sequential(nn.Conv2d(8, 2, 3).requires_grad_(False), nn.BatchNorm2d(2)).double().eval()
+    randomized(net)
+    image = images(2, 8, 8, 8, dtype=torch.float64)
+    expected = net(image)
+    set_mode(net, "tune")
+    for run in (torch.compile(net, backend="eager"), net):
+        assert_close([run(image)], [expected], 1e-12)
+
+
+@pytest.mark.parametrize("mode", ["tune", "deploy"])
+def test_a_compiled_reader_of_a_folded_output_reads_evals(mode: Any) -> None:
+    net = two_blocks()
+    image = images(2, 3, 8, 8, dtype=torch.float64)
+    expected = net[0](image).relu() + 1
+    set_mode(net, mode)
+    reader = torch.compile(lambda x: x.relu() + 1, backend="eager")
+    assert_close([reader(net[0](image))], [expected], 1e-12)

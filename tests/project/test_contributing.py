@@ -1,0 +1,92 @@
+"""What contributors are told agrees with the project: support policy, CI, citation, forms, changelog."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs" / "contributing"
+SECTIONS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}  # of Keep a Changelog
+
+in_the_repository = pytest.mark.skipif(not (ROOT / ".github").exists(), reason="the sdist is without it")
+
+
+def policy() -> dict[str, list[str]]:
+    """Read the table of versions: name -> lowest, newest, how long."""
+    rows = re.findall(
+        r"^\| (\w+) \| (.*?) \| (.*?) \| (.*?) \|$", (DOCS / "support-policy.md").read_text(), re.MULTILINE
+    )
+    return {name: cells for name, *cells in rows}
+
+
+def ci_jobs() -> list[dict[str, str]]:
+    """Read the runs of the tests in the workflow."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    jobs: list[dict[str, str]] = workflow["jobs"]["tests"]["strategy"]["matrix"]["include"]
+    return jobs
+
+
+def test_the_support_policy_has_the_versions_of_the_project(project: dict[str, Any]) -> None:
+    about, lowest = project["project"], {name: cells[0] for name, cells in policy().items()}
+    assert about["requires-python"] == f">={lowest['Python']}"
+    assert set(about["dependencies"]) == {f"torch>={lowest['PyTorch']}", f"lightning>={lowest['Lightning']}"}
+
+
+@in_the_repository
+def test_ci_runs_what_the_support_policy_says() -> None:
+    lowest, newest, _ = policy()["Python"]
+    runs = {(job["python"], job["command"]) for job in ci_jobs()}
+    assert runs == {
+        (lowest, "bash .ci/run"),
+        (newest, "bash .ci/run"),
+        (lowest, "python3 .ci/in_venv.py --lowest pytest"),
+    }
+    pins = (ROOT / ".ci" / "lowest.txt").read_text()
+    for package, name in (("torch", "PyTorch"), ("lightning", "Lightning"), ("pytorch-lightning", "Lightning")):
+        (pinned,) = re.findall(rf"^{package}==(.*)$", pins, re.MULTILINE)
+        assert pinned.removesuffix(".0") == policy()[name][0]
+
+
+@in_the_repository
+def test_the_citation_is_that_of_the_readme() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    paper = citation["preferred-citation"]
+    bibtex = dict(re.findall(r"^  (\w+) += \{(.*)\},?$", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert paper["title"] == bibtex["title"]
+    names = [f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]]
+    assert " and ".join(names) == bibtex["author"]
+    assert paper["conference"]["name"] == bibtex["booktitle"]
+    assert str(paper["year"]) == bibtex["year"]
+    assert paper["identifiers"][0]["value"] == bibtex["note"]
+
+
+@in_the_repository
+def test_forms_can_be_filled_in() -> None:
+    for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"):
+        asked = yaml.safe_load(form.read_text())
+        assert asked.keys() == {"name", "description", "labels", "body"}
+        fields = [field for field in asked["body"] if field["type"] != "markdown"]
+        assert len({field["id"] for field in fields}) == len(fields) > 1
+        assert all(field["attributes"]["label"] for field in fields)
+
+
+def test_paths_in_the_guide_exist() -> None:
+    text = (DOCS / "contributing.md").read_text()
+    paths = re.findall(r"`((?:lightning_convbn|tests|examples|docs|\.ci)/[\w./-]*)`", text)
+    assert len(paths) > 15
+    assert [path for path in paths if not (ROOT / path).exists() and not path.startswith(".ci")] == []
+
+
+def test_the_changelog_is_in_the_form_of_keep_a_changelog() -> None:
+    text = (ROOT / "docs" / "changelog.md").read_text()
+    for heading in re.findall(r"^## (.*)$", text, re.MULTILINE):
+        assert re.fullmatch(r"\d+\.\d+\.\d+ \((unreleased|\d{4}-\d\d-\d\d)\)", heading)
+    for version in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        sections = re.findall(r"^### (.*)$", version, re.MULTILINE)
+        assert len(set(sections)) == len(sections)
+        assert set(sections) <= SECTIONS
