@@ -32,7 +32,7 @@ INTRODUCTION = f"""# Deploy copies
 
 For users who want to know how fast inference is after folding. The table compares the CPU time of one thread for one
 image of {PIXELS} px, in float32, without gradients. The networks are torchvision's classifiers with random weights
-and statistics. It is written by `python examples/benchmarks/deploy.py`. Not measured on a GPU.
+and statistics. It is written by `python examples/benchmarks/deploy.py`. Not measured on a GPU yet.
 
 - Times are ratios: medians of interleaved rounds, with the smallest and the largest ratio of a round.
 - *Deploy / Eval* compares the Deploy copy with the model in Eval mode.

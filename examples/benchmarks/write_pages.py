@@ -3,7 +3,8 @@
     python examples/benchmarks/write_pages.py
 
 writes `docs/benchmarks/modes.md` with its pictures from `docs/benchmarks/modes.json`, and `docs/benchmarks/scaling.md`
-with its picture from `docs/benchmarks/scale.json` and `processes.json`. A page without measurements is left out.
+with its picture from `docs/benchmarks/scale.json` and `processes.json`. A page without measurements is left out, but
+for `docs/benchmarks/gpu.md`, which says then that nothing was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.benchmarks import modes_page, scale_page
+from examples.benchmarks import gpu_page, modes_page, scale_page
 from examples.benchmarks.summary import Row, bytes_ratio, measured, time_ratio
 from examples.benchmarks.variants import VARIANTS
 from examples.results_file import BENCHMARKS
@@ -43,6 +44,9 @@ def main() -> None:
         "--processes", type=Path, default=BENCHMARKS / "processes.json", help="measurements of several processes"
     )
     parser.add_argument("--scale-page", type=Path, default=scale_page.PAGE, help="the page of scale")
+    parser.add_argument(
+        "--gpu", type=Path, default=BENCHMARKS / "gpu.json", help="measurements on a GPU, which need not exist"
+    )
     arguments = parser.parse_args()
     written = []
     if arguments.modes.exists():
@@ -61,6 +65,7 @@ def main() -> None:
         parser.error(
             f"neither {arguments.modes} nor {arguments.scale} exists; write one with examples/benchmarks/all_modes.py"
         )
+    written.append(gpu_page.write(arguments.gpu))
     print("wrote", *written, sep="\n  ")
 
 

@@ -16,7 +16,7 @@ from helpers.tiny_training import LIGHTNING_SAYS
 from matplotlib.image import imread
 
 from examples import results_file
-from examples.benchmarks import adversarial, modes_page, scale_page, segmentation, summary, write_pages
+from examples.benchmarks import adversarial, gpu, gpu_page, modes_page, scale_page, segmentation, summary, write_pages
 from examples.benchmarks import all_modes as script
 from examples.benchmarks.networks import Workload, workload
 from examples.benchmarks.training_step import Step, allocations, deviation
@@ -165,6 +165,107 @@ class TestRun:
         assert row["variants"]["inductor_pass"]["note"] == "folded 20 of 20 blocks"
 
 
+@pytest.fixture(scope="module")
+def measured_quickly(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a quick run of the script for a GPU leaves behind."""
+    path = tmp_path_factory.mktemp("gpu") / "quick.json"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run(monkeypatch, gpu, "--device", "cpu", "--quick", "--output", path)
+    return path
+
+
+class TestGpuScript:
+    """On a CPU, where it runs the same code; what it writes there never gets into the docs."""
+
+    def test_every_cell_is_measured_in_every_mode(self, measured_quickly: Path) -> None:
+        written = json.loads(measured_quickly.read_text())
+        assert written["device"] == "cpu"
+        assert written["quick"] is True
+        assert {"python", "torch", "torchvision"} <= set(written["versions"])
+        assert [row["model"] for row in written["rows"]] == list(gpu.QUICK_NETWORKS)
+        assert all(row["equal"] for row in written["parity"])
+        for row in written["rows"]:
+            assert set(row["variants"]) == set(gpu.MODES)
+            for found in row["variants"].values():
+                assert found["kept_bytes"] < found["peak_bytes"]
+                assert len(found["step_ms"]) == gpu.QUICK_ROUNDS
+
+    def test_its_page_is_drawn_and_says_that_it_is_of_a_cpu(self, measured_quickly: Path) -> None:
+        page = measured_quickly.with_suffix(".md").read_text()
+        assert "**This was run on a CPU**" in page
+        assert "not measured on a GPU yet" not in page.lower()
+        assert page.count("| Tune + recompute |") == len(gpu.QUICK_NETWORKS)
+
+    @pytest.mark.parametrize("quick", [[], ["--quick"]])
+    @pytest.mark.parametrize("output", [[], ["--output", gpu.RESULTS]])
+    def test_a_cpu_never_writes_the_file_of_the_docs(
+        self,
+        quick: list[str],
+        output: list[object],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(gpu, "compare", None)
+        with pytest.raises(SystemExit):
+            run(monkeypatch, gpu, "--device", "cpu", *quick, *output)
+        assert "--output: gpu.json of the docs is for a whole run on a GPU" in capsys.readouterr().err
+
+    def test_nothing_is_measured_if_tune_is_not_eval(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setitem(VARIANTS, "tune", VARIANTS["tune"]._replace(build=VARIANTS["train"].build))
+        with pytest.raises(SystemExit, match="Tune mode differs from Eval mode in mobilenet_v2; nothing was measured"):
+            run(monkeypatch, gpu, "--device", "cpu", "--quick", "--output", tmp_path / "out.json")
+        assert not list(tmp_path.iterdir())
+
+    def test_a_cell_that_fails_or_is_too_late_is_a_result(
+        self, measured_quickly: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        def fails(*arguments: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12 GiB\nand more")
+
+        parity = json.loads(measured_quickly.read_text())["parity"]
+        monkeypatch.setattr(gpu, "compare", lambda *arguments: parity[0])
+        monkeypatch.setattr(gpu.all_modes, "measure", fails)
+        for minutes, error in (
+            (8, "OutOfMemoryError: CUDA out of memory. Tried to allocate 12 GiB"),
+            (0, "not begun: 0 minutes were over"),
+        ):
+            path = tmp_path / f"{minutes}.json"
+            run(monkeypatch, gpu, "--device", "cpu", "--quick", "--output", path, "--minutes", minutes)
+            assert [row["failed"] for row in json.loads(path.read_text())["rows"]] == [error] * 2
+            assert f"- resnet18, batch 2, 32 px, cpu: {error}" in path.with_suffix(".md").read_text()
+
+    def test_all_that_was_asked_for_is_among_the_cells(self) -> None:
+        cells = [(tuple(setting.values()), tuple(variants)) for setting, variants in gpu.all_cells("cuda")]
+        assert len({setting for setting, _ in cells}) == len(cells)
+        variants = dict(cells)
+        assert variants["resnet50", 64, 224, "cuda", "fp32", False] == (*gpu.MODES, "inductor_pass", "compiled")
+        assert variants["resnet50", 48, 448, "cuda", "fp32", False] == gpu.MODES
+        for name in gpu.NETWORKS:
+            for batch in (1, 64):
+                for precision in ("fp32", "bf16"):
+                    for channels_last in (False, True):
+                        assert (name, batch, 224, "cuda", precision, channels_last) in variants
+
+    def test_published_figures_stand_beside_what_was_measured(self, measured_quickly: Path) -> None:
+        measurements = json.loads(measured_quickly.read_text())
+        row = measurements["rows"][1]
+        row |= {"model": "resnet50", "batch": 48, "pixels": 448, "device": "cuda"}
+        row["variants"] = {name: row["variants"][name] for name in ("eval", "train", "tune")}
+        for name, total in (("train", 20e9), ("tune", 12e9)):
+            row["variants"][name] |= {"peak_bytes": int(total), "resident_bytes": 0}
+        measurements |= {"device": "cuda", "float32": {"convolutions": "tf32"}}
+        page = gpu_page.as_markdown(measurements)
+        assert "| resnet50, batch 48, 448 px | Tune | 12.32 | 0.62 | 12.00 | 0.60 |" in page
+        assert "convolutions: tf32" in page
+        assert "CPU**" not in page
+
+    def test_the_page_comes_from_the_committed_measurements_or_says_that_there_are_none(self) -> None:
+        page = gpu.RESULTS.with_suffix(".md").read_text()
+        found = json.loads(gpu.RESULTS.read_text()) if gpu.RESULTS.exists() else None
+        assert gpu_page.as_markdown(found) == page
+        assert found is None or (found["device"] == "cuda" and not found["quick"])
+
+
 class TestMeasuring:
     @pytest.mark.parametrize("mode", ["eval", "tune"])
     def test_kept_bytes_are_those_that_measure_memory_counts(self, mode: str) -> None:
@@ -219,7 +320,9 @@ class TestResults:
         found = json.loads(measured.read_text())
         found["rows"][0]["variants"]["mmengine"] = {"failed": "KeyError: 'input'"}
         (tmp_path / "tiny.json").write_text(json.dumps(found))
-        run(monkeypatch, write_pages, "--modes", tmp_path / "tiny.json", "--scale", tmp_path / "none.json")
+        missing = ("--scale", tmp_path / "none.json", "--gpu", tmp_path / "gpu.json")
+        run(monkeypatch, write_pages, "--modes", tmp_path / "tiny.json", *missing)
+        assert (tmp_path / "gpu.md").read_text() == gpu_page.as_markdown(None)
         page = (tmp_path / "tiny.md").read_text()
         assert "- resnet18, batch 2, 32 px, cpu: mmengine failed: KeyError: 'input'" in page
         assert "not measured on a GPU yet" in page

@@ -1,0 +1,180 @@
+"""The page `docs/benchmarks/gpu.md`: what `gpu.py` has measured; or, as long as it has not run, that it has not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from examples.benchmarks.summary import Row, Spread, bytes_ratio, measured, notes, spread_text, time_ratio, title
+from examples.benchmarks.variants import INDUCTOR_PASS, VARIANTS
+from lightning_convbn.memory import MIB
+
+
+class Published(NamedTuple):
+    """Figures that others have published.
+
+    Attributes:
+        source: Where, as a link.
+        setting: Network, batch and pixels. For the paper, what comes to about its figures.
+        gigabytes: Variant -> memory in GB, as it was published.
+        reference: The variant that the others are set in relation to.
+    """
+
+    source: str
+    setting: tuple[str, int, int]
+    gigabytes: Mapping[str, float]
+    reference: str
+
+
+PUBLISHED = (
+    Published(
+        "[PyTorch PR #108757](https://github.com/pytorch/pytorch/pull/108757)",
+        ("resnet50", 64, 224),
+        {"eval": 5.18, "compiled": 5.46, INDUCTOR_PASS: 2.88},
+        "eval",
+    ),
+    Published(
+        "[the paper](https://arxiv.org/abs/2305.11624), CUB-200",
+        ("resnet50", 48, 448),
+        {"train": 19.967, "tune": 12.323},
+        "train",
+    ),
+)
+COMMAND = "python examples/benchmarks/gpu.py"
+INTRODUCTION = """# On a GPU
+
+For users who train on a GPU. The script `examples/benchmarks/gpu.py` needs at most eight minutes on one card:
+
+1. It compares Tune mode, without and with recomputing, with Eval mode in float64: outputs and all gradients.
+2. It measures ResNet-50 in the settings of published figures: inductor's pass, and the paper's classification.
+3. It measures ResNet-50, EfficientNet-B0, DenseNet-121 and MobileNetV2 at 224 px, with batches of 64 and 1, in float32
+   and under bf16 autocast, in both memory formats: Train, Eval and Tune mode and the trainable Deploy copy."""
+NOT_MEASURED = f"""**Not measured on a GPU yet.** Wherever there is a GPU, this command measures and draws this page:
+
+```bash
+{COMMAND}
+```
+
+Without an installation, `python -m examples.benchmarks.gpu` does the same at the root of the repository. The tests of
+the same behaviours run on the CPU in every test run, and on a GPU if there is one:
+
+```bash
+python -m pytest tests/gpu
+```
+
+Neither needs a network."""
+LEGEND = """- *Kept* is what the allocator has counted after one forward pass. *Peak* is `max_memory_allocated` of
+  forward and backward, gradients included. What was allocated before the step does not count for either.
+- *Step* is the median of interleaved rounds, as a ratio to Eval's, with the quartiles of the ratios of single rounds.
+- All parameters are trained, without an optimizer. Weights and statistics are random."""
+
+
+def write(path: Path) -> Path:
+    """Draw the page beside a JSON file of `gpu.py`, which need not exist; return its path."""
+    page = path.with_suffix(".md")
+    page.write_text(as_markdown(json.loads(path.read_text()) if path.exists() else None))
+    return page
+
+
+def as_markdown(measurements: Mapping[str, Any] | None) -> str:
+    """Draw the page; without measurements it says so."""
+    if measurements is None:
+        return f"{INTRODUCTION}\n\n{NOT_MEASURED}\n"
+    rows: Sequence[Row] = measurements["rows"]
+    machine = measurements["machine"]
+    known = ", ".join(f"{name} {version}" for name, version in measurements["versions"].items())
+    lines = [INTRODUCTION, "", f"Measured on: {machine.get('gpu', machine['cpu'])}; {known}."]
+    if measurements["device"] != "cuda":
+        lines += ["", "**This was run on a CPU**, to try the script. Nothing here says anything about a GPU."]
+        lines += ["Peaks come from the memory events of PyTorch's profiler."]
+    if measurements["float32"]:
+        how = ", ".join(f"{name}: {setting}" for name, setting in measurements["float32"].items())
+        lines += ["", f"How float32 is multiplied, by PyTorch's own setting: {how}."]
+    lines += ["", "The command:", "", f"    {measurements['command']}"]
+    lines += ["", "## Tune against Eval, in float64", "", *_parity(measurements["parity"])]
+    if any(_row_of(rows, published) for published in PUBLISHED):
+        lines += ["", "## Beside published figures", "", *_beside_published(rows)]
+    lines += ["", "## All cells", "", LEGEND, "", *_cells(rows)]
+    if failed := list(_failures(rows)):
+        lines += ["", "## What failed, and what was folded", "", *failed]
+    return "\n".join(lines) + "\n"
+
+
+def _parity(compared: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield "| network | image | largest relative deviation of the output | of a gradient |"
+    yield "|---|---:|---:|---:|"
+    for row in compared:
+        yield f"| {row['model']} | {row['pixels']} px | {row['output']:.0e} | {row['gradients']:.0e} |"
+
+
+def _beside_published(rows: Sequence[Row]) -> Iterator[str]:
+    yield "Published is what the source calls memory, in its GB. Measured are parameters, buffers and the peak, in GB"
+    yield "of 10⁹ bytes. How the sources counted is not known here, so compare the ratios. Batch and image size of the"
+    yield "paper's rows are assumed: with these, ResNet-50 comes to about its figures."
+    yield ""
+    yield "| source | setting | variant | published, GB | ratio | measured, GB | ratio | step / Eval |"
+    yield "|---|---|---|---:|---:|---:|---:|---|"
+    for published in PUBLISHED:
+        row = _row_of(rows, published)
+        if row is None:
+            continue
+        model, batch, pixels = published.setting
+        reference = _total(row, published.reference)
+        for name in row["variants"]:
+            total, given = _total(row, name), published.gigabytes.get(name)
+            cells = [
+                published.source,
+                f"{model}, batch {batch}, {pixels} px",
+                VARIANTS[name].title,
+                "-" if given is None else f"{given:.2f}",
+                "-" if given is None else f"{given / published.gigabytes[published.reference]:.2f}",
+                "failed" if total is None else f"{total / 1e9:.2f}",
+                "-" if total is None or reference is None else f"{total / reference:.2f}",
+                _time(row, name),
+            ]
+            yield f"| {' | '.join(cells)} |"
+
+
+def _row_of(rows: Sequence[Row], published: Published) -> Row | None:
+    """The row of plain float32 in the setting of published figures."""
+    for row in rows:
+        plain = row["precision"] == "fp32" and not row["channels_last"]
+        if plain and (row["model"], row["batch"], row["pixels"]) == published.setting:
+            return row
+    return None
+
+
+def _total(row: Row, variant: str) -> int | None:
+    """Parameters, buffers, and the peak."""
+    found = measured(row, variant)
+    return None if found is None else found["resident_bytes"] + found["peak_bytes"]
+
+
+def _cells(rows: Sequence[Row]) -> Iterator[str]:
+    yield "| network | setting | variant | kept, MiB | / Eval | peak, MiB | / Eval | step, ms | step / Eval |"
+    yield "|---|---|---|---:|---:|---:|---:|---:|---|"
+    for row in rows:
+        for name in row["variants"]:
+            found = measured(row, name)
+            cells = [row["model"], title(row), VARIANTS[name].title]
+            if found is None:
+                cells += ["failed", *["-"] * 5]
+            else:
+                for what in ("kept_bytes", "peak_bytes"):
+                    ratio = bytes_ratio(row, name, "eval", what)
+                    cells += [f"{found[what] / MIB:.1f}", "-" if ratio is None else f"{ratio:.2f}"]
+                cells += [f"{Spread.of(found['step_ms']).median:.1f}", _time(row, name)]
+            yield f"| {' | '.join(cells)} |"
+
+
+def _time(row: Row, variant: str) -> str:
+    ratio = time_ratio(row, variant, "eval")
+    return "-" if ratio is None else spread_text(ratio, 2)
+
+
+def _failures(rows: Sequence[Row]) -> Iterator[str]:
+    for row in rows:
+        for note in ([row["failed"]] if "failed" in row else []) + notes(row):
+            yield f"- {row['model']}, {title(row)}: {note}"
