@@ -29,7 +29,7 @@ BARS = {  # key of the counts -> colour and name
     "eval": (COLOURS["eval"], "Eval mode"),
     "tune_by_autograd": ("#e0a458", "Tune as published"),
     "tune": (COLOURS["tune"], "Tune"),
-    "tune_recompute": ("#5eaaa2", "Tune + recompute"),
+    "tune_recompute": ("#5eaaa2", "Tune + elementwise"),
 }
 # An opaque light panel, so that the text can be read on light and on dark pages; the same bytes on every run.
 PAPER, INK, FAINT = "#f8fafc", "#1e293b", "#64748b"

@@ -1,4 +1,4 @@
-"""Count the bytes that torchvision's classifiers keep for the backward pass in each mode.
+"""Count the bytes that classifiers of torchvision and timm keep for the backward pass in each mode.
 
     python examples/benchmarks/memory.py
 
@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import timm
 import torch
 import torchvision
+from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from examples import results_file
@@ -41,7 +43,13 @@ NAMES = [
     "efficientnet_b0",
     "efficientnet_v2_s",
     "regnet_y_400mf",
+    "regnet_y_3_2gf",
+    "timm:seresnet50",
+    "timm:mixnet_s",
+    "timm:nasnetalarge",
 ]
+FROZEN = ["resnet50", "mobilenet_v2", "vgg16_bn", "densenet121", "efficientnet_b0"]
+IMAGES = 10  # of the input gradients
 SIZES = [(1, 64), (1, 224), (8, 224)]  # batch, pixels
 INTRODUCTION = """# Memory kept for the backward pass
 
@@ -51,13 +59,23 @@ counts them; nothing is estimated.
 
 - *Tune as published* leaves the folding to autograd, which keeps every folded weight. The published implementations do
   this.
-- *Tune + recompute* is Tune mode with `recompute="elementwise"`. Of activations such as SiLU, Hardswish and ReLU6
-  it keeps either the input or the output, not both.
+- *Tune + elementwise* is Tune mode with `recompute="elementwise"`. It does not keep what can be computed again,
+  elementwise, from what is kept anyway.
 - *Deploy copy* is the trainable copy that `fuse_for_deploy` makes. It is the lower limit for every method that keeps
   the inputs of the convolutions."""
+FROZEN_SAYS = """No parameter wants a gradient, as for adversarial examples or a saliency map. ReLU and its kin
+then keep one bit for each value."""
 EXCERPTS = {  # the mark of a table in a page -> the models in it
     "memory": ["resnet50", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "densenet121"],
-    "recompute": ["mobilenet_v2", "efficientnet_b0", "efficientnet_v2_s", "mobilenet_v3_large", "mnasnet1_0"],
+    "recompute": [
+        "resnet50",
+        "vgg16_bn",
+        "densenet121",
+        "googlenet",
+        "efficientnet_b0",
+        "mobilenet_v2",
+        "mobilenet_v3_large",
+    ],
 }
 MARKS = {
     ROOT / "docs" / "understand" / "what-is-saved.md": "memory",
@@ -67,7 +85,7 @@ COLUMNS = {
     "eval": "Eval",
     "tune_by_autograd": "Tune as published",
     "tune": "**Tune**",
-    "tune_recompute": "**Tune + recompute**",
+    "tune_recompute": "**Tune + elementwise**",
     "deploy": "Deploy copy",
 }
 
@@ -76,9 +94,11 @@ def main() -> None:
     """Count, write the JSON, write the table."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = [row for name in NAMES for row in count(name)]
+    frozen = [count_frozen(name) for name in FROZEN]
     unit = "MiB kept for backward by one forward, float32, parameters and buffers excluded"
-    results_file.write_json(BENCHMARKS / "memory.json", rows, ("torch", "torchvision"), unit=unit)
-    (BENCHMARKS / "memory.md").write_text(as_markdown(rows))
+    packages = ("torch", "torchvision", "timm")
+    results_file.write_json(BENCHMARKS / "memory.json", rows, packages, unit=unit, input_gradients=frozen)
+    (BENCHMARKS / "memory.md").write_text(as_markdown(rows, frozen))
     for page, mark in MARKS.items():
         page.write_text(with_table(page.read_text(), mark, rows))
     print(f"wrote memory.json and memory.md in {BENCHMARKS}, and the tables in {', '.join(map(str, MARKS))}")
@@ -86,8 +106,7 @@ def main() -> None:
 
 def count(name: str) -> Iterator[dict[str, Any]]:
     """Yield a row per input size of one classifier."""
-    arguments = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    model = torchvision.models.get_model(name, weights=None, **arguments).eval()
+    model = build(name)
     fused = fuse_for_deploy(model)
     for batch, pixels in SIZES:
         pixels = max(pixels, 96) if name == "inception_v3" else pixels  # it takes nothing smaller
@@ -104,6 +123,32 @@ def count(name: str) -> Iterator[dict[str, Any]]:
         yield {"model": name, "batch": batch, "pixels": pixels, **mib}
 
 
+def count_frozen(name: str) -> dict[str, Any]:
+    """Return what is kept for the gradient of the images alone, if no parameter wants one."""
+    model = build(name).requires_grad_(False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images = torch.empty(IMAGES, 3, 224, 224, requires_grad=True)
+        kept = {
+            "eval": measure_memory(model, images, mode="eval"),
+            "tune": measure_memory(model, images, mode="tune"),
+            "tune_recompute": measure_memory(model, images, mode="tune", recompute="elementwise"),
+        }
+    return {
+        "model": name,
+        "batch": IMAGES,
+        "pixels": 224,
+        **{key: round(use.saved_mib, 3) for key, use in kept.items()},
+    }
+
+
+def build(name: str) -> nn.Module:
+    """Build a network of torchvision or timm in its eval state."""
+    if name.startswith("timm:"):
+        return timm.create_model(name.removeprefix("timm:")).eval()
+    arguments = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(name, weights=None, **arguments).eval()
+
+
 @contextmanager
 def folding_by_autograd() -> Iterator[None]:
     """Leave no recipe in the graph, as published. Autograd then keeps every folded weight."""
@@ -111,12 +156,16 @@ def folding_by_autograd() -> Iterator[None]:
         yield
 
 
-def as_markdown(rows: list[dict[str, Any]]) -> str:
+def as_markdown(rows: list[dict[str, Any]], frozen: list[dict[str, Any]]) -> str:
     """Draw the page of the docs."""
     lines = [INTRODUCTION]
     for batch, pixels in SIZES:
         chosen = [row for row in rows if row["batch"] == batch and (row["pixels"] == 224) == (pixels == 224)]
         lines += ["", f"## Batch {batch}, {pixels} px", "", *table(chosen, pixels)]
+    lines += ["", f"## Gradients of the input alone, batch {IMAGES}, 224 px", "", FROZEN_SAYS, ""]
+    lines += ["| model | Eval | **Tune** | **Tune + elementwise** |", "|---|---:|---:|---:|"]
+    keys = ("eval", "tune", "tune_recompute")
+    lines += [f"| {row['model']} | {' | '.join(f'{row[key]:.1f}' for key in keys)} |" for row in frozen]
     return "\n".join(lines) + "\n"
 
 
@@ -128,7 +177,7 @@ def with_table(page: str, mark: str, rows: list[dict[str, Any]]) -> str:
 
 def table(rows: list[dict[str, Any]], pixels: int) -> list[str]:
     """Draw one table. A model that needs larger images has their size beside its name."""
-    headers = [*COLUMNS.values(), "Tune / Deploy", "with recompute", "saved against Eval", "with recompute"]
+    headers = [*COLUMNS.values(), "Tune / Deploy", "elementwise", "saved against Eval", "elementwise"]
     lines = [f"| model | {' | '.join(headers)} |", "|---|" + "---:|" * len(headers)]
     for row in rows:
         name = row["model"] if row["pixels"] == pixels else f"{row['model']} ({row['pixels']} px)"
