@@ -99,7 +99,7 @@ class Call:
         if compute is None or (self._func is F.batch_norm and _uses_batch_statistics(*self._args, **self._kwargs)):
             return Value()
         if self._row.kind == "parts":
-            return self._concatenation(compute, output)
+            return self._concatenation(compute)
         if _holds_tensors(self._args[1:]):  # an index
             return Value()
         inputs: list[Value] = []
@@ -114,14 +114,10 @@ class Call:
             self.loan = self.loan or Loan([Source(self.tensors[0])])  # a view: who keeps it, keeps what it shows
         return Value(self._from_tensors(compute, fixed, index), inputs, self._row.passes, self.loan)
 
-    def _concatenation(self, compute: Function, output: Tensor) -> Value:
-        """Each part is kept once, in however many concatenations it is; unless that holds larger tensors alive."""
+    def _concatenation(self, compute: Function) -> Value:
+        """Each part is kept once, in however many concatenations it is."""
         inputs = [value for value in self._values if value is not None]
         if len(inputs) < len(self._values):
-            return Value()
-        parts = zip(self.tensors, inputs, strict=True)
-        unknown = [tensor for tensor, value in parts if value.passes() is None]
-        if sum({storage_id(part): part.untyped_storage().nbytes() for part in unknown}.values()) > output.nbytes:
             return Value()
         self.loan = Loan(Source(tensor) for tensor in self.tensors)
         return Value(self._from_tensors(compute, [None] * len(inputs), None), inputs, self._row.passes, self.loan)

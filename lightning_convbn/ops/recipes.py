@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from lightning_convbn.compat import FakeTensor, inside_transform, replace_saved, version_of
+from lightning_convbn.compat import FakeTensor, inside_transform, replace_saved, storage_id, version_of
 from lightning_convbn.ops.fold import ConvSpec
 
 Recipe = Callable[[], Tensor]
@@ -34,6 +34,11 @@ class Source:
         self._version = version_of(tensor)
         # A leaf itself, so that its storage is free to go while the leaf is given another one, as sharding does.
         self._tensor = tensor if tensor.is_leaf else tensor.detach()
+
+    @property
+    def storage(self) -> tuple[int, int]:
+        """What identifies the storage that is kept, and its bytes."""
+        return storage_id(self._tensor), self._tensor.untyped_storage().nbytes()
 
     def value(self) -> Tensor:
         """Return the tensor, detached.

@@ -62,10 +62,7 @@ class Recomputable:
         with without_torch_function():
             if func in _LEAVES:
                 unmark(args[0])
-            if _is_quiet(func):
-                output = func(*args, **kwargs)
-            else:
-                output = run(func, args, kwargs)
+            output = func(*args, **kwargs) if _is_quiet(func) else run(func, args, kwargs)
             _note_strangers(args, output)
             return output
 
@@ -132,7 +129,7 @@ def recipe_of(tensor: Tensor, dtype: torch.dtype) -> Recipe | None:
     Also None if the cast tensor is to be saved as it is, because it is smaller than what it would be computed from.
     """
     value = value_of(tensor)
-    if value is None or (tensor.dtype is not dtype and value.passes() is None):
+    if value is None or (tensor.dtype is not dtype and not value.can_be_had(tensor.numel() * dtype.itemsize)):
         return None
     holder = value.save(tensor)
     return holder if tensor.dtype is dtype else lambda: holder().to(dtype)
@@ -212,10 +209,10 @@ def _unpack(recipe: Recipe) -> Tensor:
 
 def _follow_part(part: object) -> None:
     """Make a part of a concatenation recomputable, so that a write to it is seen."""
-    kind = type(part)
-    if kind in _MARKED or (kind in _PLAIN and part._marked_at != version_of(part)):  # type: ignore[attr-defined, arg-type]
-        if part.is_floating_point() and part.grad_fn is not None:  # type: ignore[attr-defined]
-            _mark(part, Value(), None, _aliases_of(part, [part]))  # type: ignore[list-item, arg-type]
+    if not isinstance(part, Tensor) or part.grad_fn is None or not part.is_floating_point():
+        return
+    if not isinstance(part, Recomputable) or part._marked_at != version_of(part):
+        _mark(part, Value(), None, _aliases_of(part, [part]))
 
 
 def _aliases_of(output: Tensor, tensors: Sequence[Tensor]) -> Aliases | None:

@@ -162,27 +162,39 @@ class Value:
         if own is not None and (own.value is self or not (own.sees_bits or own.value.has_one_user)):
             own = None
         if not self.is_known:
-            if self.passes() is None or (own is not None and not own.sees_bits):
-                self._keep(tensor if isinstance(tensor, Source) else Source(tensor))
-            else:
+            source = tensor if isinstance(tensor, Source) else Source(tensor)
+            if self.can_be_had(source.storage[1]) and (own is None or own.sees_bits):
                 self._rely_on_inputs()
+            else:
+                self._keep(source)
         if own is not None:  # it goes by the output from now on, which is kept for others, too
             own.take(self)
 
-    def passes(self) -> int | None:
-        """How many passes over the data it takes to have the values; None if they can't be had, or at too many."""
+    def can_be_had(self, limit: int) -> bool:
+        """Whether the values are kept, or can be computed if no more than ``limit`` bytes are kept for that."""
+        debts: dict[int, int] = {}
+        return self._count_passes(debts) is not None and sum(debts.values()) <= limit
+
+    def _count_passes(self, debts: dict[int, int]) -> int | None:
+        """How many passes over the data it takes to have the values; None if they can't be had, or at too many.
+
+        What must be kept for them is written to ``debts``: the storages and their bytes.
+        """
         if self._source is not None:
             return 0
         if self._relies:
             return self._depth
         if self._compute is None:
             return None
-        borrows = self._loan() is not None
+        loan = self._loan()
         most = 0
-        for value in self._inputs:
-            passes = value.passes()
-            if passes is None and not borrows:
+        for index, value in enumerate(self._inputs):
+            passes = value._count_passes(debts)
+            if passes is None and loan is None:
                 return None
+            if passes is None and loan is not None:
+                storage, size = loan[index].storage
+                debts[storage] = size
             most = max(most, passes or 0)
         return most + self._passes if most + self._passes <= PASSES else None
 
@@ -216,6 +228,7 @@ class Value:
                 continue
             if value.aliases is not None and value.aliases is self.aliases:
                 self._followers.append(reference)
+                value._loan = _none
                 continue
             if value._relies:
                 value._source = Source(value.get())
@@ -243,7 +256,7 @@ class Value:
     def _reconsider(self) -> None:
         """Compute the values instead of keeping them, now that more of the inputs is kept."""
         source, self._source = self._source, None
-        if source is not None and self.users and not self._relies and self.passes() is not None:
+        if source is not None and self.users and not self._relies and self.can_be_had(source.storage[1]):
             self._rely_on_inputs()
         else:
             self._source = source
@@ -256,7 +269,7 @@ class Value:
             value.users += 1
             if not value.is_known:
                 if loan:
-                    value.secure(loan[index])
+                    value.secure(loan[index])  # computes it if it can
                 else:
                     value._rely_on_inputs()
 

@@ -14,6 +14,7 @@ from fuzz.outcomes import Outcome, Wrong, arguments_of, autocast, draw_inputs, k
 from torch import Tensor, nn
 
 from lightning_convbn import Recompute, set_mode
+from lightning_convbn.layers.table import is_norm
 from lightning_convbn.memory import count_saved_bytes
 from lightning_convbn.pairs.find import pairs_in_force
 
@@ -37,7 +38,9 @@ def compare_recomputation(model: nn.Module, mode: Any, scenario: Scenario, actio
 
 
 def copy_in_mode(model: nn.Module, mode: Any, recompute: Recompute) -> nn.Module | None:
-    """Return a copy of a model in a mode; None if it can't be copied."""
+    """Return a copy of a model in a mode; None if it can't be copied, or has no BatchNorm any more."""
+    if not any(is_norm(module) for module in model.modules()):
+        return None
     forget(model)  # tensors of a graph can't be copied
     try:
         copied = copy.deepcopy(model)

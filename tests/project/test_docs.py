@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 import types
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -25,7 +27,8 @@ from examples.benchmarks import memory as memory_table
 from examples.benchmarks import overhead as overhead_table
 from examples.results_file import with_table
 from lightning_convbn import measure_memory
-from lightning_convbn.layers import activations, table
+from lightning_convbn.layers import table
+from lightning_convbn.ops import elementwise
 from lightning_convbn.pairs import reasons
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +48,7 @@ pytestmark = LIGHTNING_SAYS
 @pytest.mark.parametrize("block", BLOCKS)
 def test_code_block_runs(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    tables = (table.CONV_LAYERS, table.NORM_LAYERS, activations.ACTIVATION_LAYERS)
+    tables: tuple[dict[Any, Any], ...] = (table.CONV_LAYERS, table.NORM_LAYERS, elementwise.ROWS)
     with mock.patch.dict(tables[0]), mock.patch.dict(tables[1]), mock.patch.dict(tables[2]):
         exec(compile(block, "docs", "exec"), types.ModuleType("docs").__dict__)
 
@@ -104,10 +107,13 @@ def test_links_lead_somewhere() -> None:
     [
         ("convolutions", table.CONV_LAYERS),
         ("BatchNorms", table.NORM_LAYERS),
-        ("activations recomputed", activations.ACTIVATION_LAYERS),
+        ("activations", elementwise.ACTIVATIONS),
+        ("arithmetic", (*elementwise.PRODUCTS, *elementwise.SUMS)),
+        ("concatenations", elementwise.CONCATENATIONS),
+        ("views and copies", (*elementwise.VIEWS, *elementwise.COPIES)),
     ],
 )
-def test_the_page_of_supported_layers_names_the_table(row: str, rows: dict[type | str, object]) -> None:
+def test_the_page_of_supported_layers_names_the_table(row: str, rows: Iterable[type | str]) -> None:
     page = (ROOT / "docs" / "use" / "supported-layers.md").read_text()
     (claim,) = re.findall(rf"^\| {row} \| (.*) \|$", page, re.MULTILINE)
     supported = {key.rpartition(".")[2] if isinstance(key, str) else key.__name__ for key in rows}
@@ -126,7 +132,10 @@ def test_memory_tables_come_from_the_committed_counts() -> None:
     rows = counts["rows"]
     for page, mark in memory_table.MARKS.items():
         assert memory_table.with_table(page.read_text(), mark, rows) == page.read_text()
-    assert memory_table.as_markdown(rows, counts["input_gradients"]) == (ROOT / "docs" / "benchmarks" / "memory.md").read_text()
+    assert (
+        memory_table.as_markdown(rows, counts["input_gradients"])
+        == (ROOT / "docs" / "benchmarks" / "memory.md").read_text()
+    )
 
 
 def test_the_comparison_with_the_earlier_core_comes_from_its_results() -> None:
