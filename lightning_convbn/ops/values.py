@@ -263,7 +263,7 @@ class Value:
 
     def _rely_on_inputs(self) -> None:
         loan = self._loan() or ()
-        self._depth = self.passes() or 0
+        self._depth = self._count_passes({}) or 0
         self._relies = True
         for index, value in enumerate(self._inputs):
             value.users += 1
