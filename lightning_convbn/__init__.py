@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
     from lightning_convbn.exporting.export import export
     from lightning_convbn.layers.swap import Mode, Recompute
-    from lightning_convbn.memory import MemoryUse, measure_memory
+    from lightning_convbn.memory.measure import measure_memory
+    from lightning_convbn.memory.use import MemoryUse
     from lightning_convbn.modes import conv_bn_mode, get_mode, set_mode
     from lightning_convbn.pairs.find import find_conv_bn_pairs
     from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
@@ -34,7 +35,7 @@ _HOMES = {
     "ConvBNModeCallback": "callback",
     "ConvBNPair": "pairs.pair",
     "ConvBNPairs": "pairs.pair",
-    "MemoryUse": "memory",
+    "MemoryUse": "memory.use",
     "Mode": "layers.swap",
     "Recompute": "layers.swap",
     "conv_bn_mode": "modes",
@@ -42,7 +43,7 @@ _HOMES = {
     "find_conv_bn_pairs": "pairs.find",
     "fuse_for_deploy": "exporting.deploy_copy",
     "get_mode": "modes",
-    "measure_memory": "memory",
+    "measure_memory": "memory.measure",
     "set_mode": "modes",
 }
 

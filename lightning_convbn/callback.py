@@ -37,7 +37,8 @@ class ConvBNModeCallback(Callback):
     At the first training batch the callback compares Tune mode with Eval mode and counts the bytes that each keeps for
     the backward pass. It prints a table: what is folded, what is not, and why. It logs
     ``convbn/activations_eval_mib``, ``convbn/activations_tune_mib``, ``convbn/activations_saved_mib`` and
-    ``convbn/activations_saved_percent`` to every logger; on CUDA also ``convbn/peak_allocated_mib`` and
+    ``convbn/activations_saved_percent`` to every logger, and if there is one target ``convbn/predicted_peak_eval_mib``
+    and ``convbn/predicted_peak_tune_mib``; on CUDA also ``convbn/peak_allocated_mib`` and
     ``convbn/peak_reserved_mib`` at the end of every epoch.
 
     It does not work together with ``StochasticWeightAveraging``, which needs BatchNorms in Train mode.

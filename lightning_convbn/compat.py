@@ -22,13 +22,16 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 __all__ = [
     "COMPILED_CALL",
     "HOOKS",
+    "RUNS_ENGINE",
     "FakeTensor",
     "TorchDispatchMode",
     "assert_in_graph",
     "compiled_by_lightning",
     "fake_tensor_mode",
+    "has_gradient_hooks",
     "inside_transform",
     "is_compiled",
+    "is_of_compiler",
     "load_as",
     "other_saved_tensor_hooks",
     "outside_fake_mode",
@@ -81,6 +84,20 @@ def replace_saved(node: Any, name: str, recipe: Callable[[], Tensor]) -> bool:
 def storage_id(tensor: Tensor) -> int:
     """What tells storages apart that are alive (``_cdata``); also those of tensors without data."""
     return tensor.untyped_storage()._cdata
+
+
+RUNS_ENGINE = "_engine_run_backward"
+"""The name of the Python function that calls autograd's engine, in ``torch.autograd.graph``."""
+
+
+def is_of_compiler(module: str) -> bool:
+    """Whether a module belongs to ``torch.compile`` (``torch._dynamo``, ``torch._compile``), by its name."""
+    return module.startswith(("torch._dynamo", "torch._compile"))
+
+
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Whether hooks get the gradient of a parameter (``_backward_hooks``): those of ``register_hook``."""
+    return bool(parameter._backward_hooks)
 
 
 def other_saved_tensor_hooks() -> bool:

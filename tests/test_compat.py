@@ -161,3 +161,17 @@ def test_no_other_file_of_the_package_has_a_private_name_of_pytorch() -> None:
         or ("modules.batchnorm import _") in line
     ]
     assert not [line for line in lines if "`torch._subclasses" not in line]
+
+
+def test_the_engine_is_called_by_the_function_of_that_name() -> None:
+    """A dispatch mode sees who has called an operation."""
+    assert callable(getattr(torch.autograd.graph, compat.RUNS_ENGINE))
+
+
+def test_hooks_on_a_gradient_are_seen() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    assert not compat.has_gradient_hooks(parameter)
+    handle = parameter.register_hook(lambda gradient: None)
+    assert compat.has_gradient_hooks(parameter)
+    handle.remove()
+    assert not compat.has_gradient_hooks(parameter)

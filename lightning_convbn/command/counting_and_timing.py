@@ -1,4 +1,4 @@
-"""Counts the kept bytes of each variant of a model, and times its steps."""
+"""Counts the peak and the kept bytes of each variant of a model, and times its steps."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from lightning_convbn.command.bytes_per_block import sum_by_block
 from lightning_convbn.command.largest_batch import largest_batch
-from lightning_convbn.command.model_checks import check_has_batchnorm, check_takes
+from lightning_convbn.command.model_checks import check_has_batchnorm, check_names, check_takes, is_within
 from lightning_convbn.command.results import TITLES, VARIANTS, Measurement, Variant, VariantResult
 from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
-from lightning_convbn.layers.swap import Mode
+from lightning_convbn.layers.swap import Mode, Recompute
 from lightning_convbn.layers.table import takes_other_dimensions
-from lightning_convbn.memory import forward_and_backward, measure_memory, measure_memory_abstractly
+from lightning_convbn.memory.measure import forward_and_backward, measure_memory, measure_memory_abstractly
+from lightning_convbn.memory.optimizers import Optimizer
+from lightning_convbn.memory.use import MemoryUse, as_mib
 from lightning_convbn.modes import set_mode
 from lightning_convbn.pairs.find import find_conv_bn_pairs
 from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
@@ -25,25 +27,39 @@ from lightning_convbn.text import first_line
 class ModelMeasurer:
     """Measures one model in several variants, on inputs of one shape, in its eval state.
 
-    Eval and Tune are modes of the model. The Deploy copy is the copy that `fuse_for_deploy` makes, measured as if it
-    were trained. Every parameter that wants a gradient gets one.
+    Eval and Tune are modes of the model, Tune also with recomputation. The Deploy copy is the copy that
+    `fuse_for_deploy` makes, measured as if it were trained. Every parameter that wants a gradient gets one.
 
     Args:
         model: Any module that takes one tensor. It is moved to ``device`` and ``dtype``.
         shape: Shape of the input. The batch is first.
         dtype: Dtype of the input, the parameters and the buffers.
         device: The device to run on.
+        optimizer: The optimizer whose state and step are in the peak.
+        freeze: Names of modules or parameters. Their parameters want no gradient.
 
     Raises:
-        CommandError: If the model has no BatchNorm or does not take this input.
+        CommandError: If the model has no BatchNorm, does not take this input, or has no parameter of a name to freeze.
     """
 
-    def __init__(self, model: nn.Module, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        optimizer: Optimizer = "none",
+        freeze: Sequence[str] = (),
+    ) -> None:
         check_has_batchnorm(model)
         self.model = model.eval().to(device=device, dtype=dtype)
         self.batch, *self.sample = shape
         self.dtype = dtype
         self.device = device
+        self.optimizer: Optimizer = optimizer
+        self.freeze = freeze
+        check_names(model, freeze)
         check_takes(model, self._input(self.batch))
         self.pairs = find_conv_bn_pairs(model)
         if self.pairs.untraced:
@@ -67,7 +83,8 @@ class ModelMeasurer:
             What was measured. The model is in Train mode again.
         """
         chosen = [variant for variant in VARIANTS if variant in ("eval", *variants)]
-        found = Measurement(self.pairs, (self.batch, *self.sample), self.dtype, self.device)
+        found = Measurement(self.pairs, (self.batch, *self.sample), self.dtype, self.device, self.optimizer)
+        self._freeze(found, chosen)
         self._count(found, chosen, progress, with_peak=self.device.type == "cuda" and rounds > 0)
         if budget is not None:
             for variant in chosen:
@@ -80,11 +97,44 @@ class ModelMeasurer:
     def _modules_of(self, pair: ConvBNPair) -> tuple[nn.Module, nn.Module]:
         return self.model.get_submodule(pair.conv), self.model.get_submodule(pair.bn)
 
-    def _variant(self, variant: Variant) -> tuple[nn.Module, Mode, ConvBNPairs]:
-        """Return the module to run, its mode and its pairs."""
+    def _freeze(self, found: Measurement, chosen: Sequence[Variant]) -> None:
+        """Freeze the parameters that were named, and note the peaks without that."""
+        if not self.freeze:
+            return
+        peaks = {variant: self._use(variant, self.batch).peak_bytes for variant in chosen}
+        before = ", ".join(f"{TITLES[name]} {as_mib(peak)}" for name, peak in peaks.items() if peak is not None)
+        frozen = [parameter for name, parameter in self.model.named_parameters() if is_within(name, self.freeze)]
+        count = sum(parameter.numel() for parameter in frozen if parameter.requires_grad)
+        found.notes.append(
+            f"--freeze {' '.join(self.freeze)}: {count:,} parameters want no gradient. Without it, the peak of a step: "
+            f"{before}."
+        )
+        for model in (self.model, self.deploy_copy):
+            for name, parameter in model.named_parameters():
+                if is_within(name, self.freeze):
+                    parameter.requires_grad_(False)
+
+    def _variant(self, variant: Variant) -> tuple[nn.Module, Mode, ConvBNPairs, Recompute]:
+        """Return the module to run, its mode, its pairs and what it recomputes."""
         if variant == "deploy-copy":
-            return self.deploy_copy, "train", ConvBNPairs([])  # Train mode does not convert any module
-        return self.model, variant, self.pairs
+            return self.deploy_copy, "train", ConvBNPairs([]), "none"  # Train mode does not convert any module
+        if variant == "tune-elementwise":
+            return self.model, "tune", self.pairs, "elementwise"
+        return self.model, variant, self.pairs, "none"
+
+    def _use(self, variant: Variant, batch: int, *, allow_real_run: bool = True) -> MemoryUse:
+        """Count a variant, without data if it can."""
+        model, mode, pairs, recompute = self._variant(variant)
+        return measure_memory_abstractly(
+            model,
+            (self._input(batch),),
+            {},
+            mode=mode,
+            pairs=pairs,
+            recompute=recompute,
+            optimizer=self.optimizer,
+            allow_real_run=allow_real_run,
+        )
 
     def _input(self, batch: int) -> Tensor:
         """Return an input in which all samples share the memory of one. So a large batch takes no more memory."""
@@ -94,37 +144,39 @@ class ModelMeasurer:
     def _count(
         self, found: Measurement, chosen: Sequence[Variant], progress: Callable[[str], None], *, with_peak: bool
     ) -> None:
-        """Count the kept bytes of each variant and of each block."""
+        """Count the peak and the kept bytes of each variant, and the kept bytes of each block."""
         by_module: dict[Variant, Mapping[str, int]] = {}
         for variant in chosen:
             progress(f"counting {TITLES[variant]}")
-            model, mode, pairs = self._variant(variant)
-            use = measure_memory_abstractly(model, (self._input(self.batch),), {}, mode=mode, pairs=pairs)
+            use = self._use(variant, self.batch)
             by_module[variant] = use.saved_by_module
-            found.variants[variant] = VariantResult(use.saved_bytes, _fixed_bytes(model))
+            fixed = _fixed_bytes(self._variant(variant)[0])
+            found.variants[variant] = VariantResult(use.saved_bytes, fixed, use.peak_bytes)
+            if use.peak_bytes is None:
+                found.notes.append(f"{TITLES[variant]}: no peak, because its backward pass fails")
             if with_peak:
                 found.variants[variant].peak_allocated_bytes = self._peak(variant, found)
         found.blocks = sum_by_block(self.model, self.pairs, by_module)
 
     def _peak(self, variant: Variant, found: Measurement) -> int | None:
-        model, mode, pairs = self._variant(variant)
+        model, mode, pairs, recompute = self._variant(variant)
         try:
-            return measure_memory(model, self._input(self.batch), mode=mode, pairs=pairs).peak_allocated_bytes
+            use = measure_memory(model, self._input(self.batch), mode=mode, pairs=pairs, recompute=recompute)
         except torch.OutOfMemoryError as error:
             found.notes.append(f"{TITLES[variant]}: no peak, {first_line(error)}")
             return None
+        return use.peak_allocated_bytes
 
     def _largest_batch(self, variant: Variant, budget: int, found: Measurement) -> int | None:
-        model, mode, pairs = self._variant(variant)
-
-        def kept(batch: int) -> int:
-            inputs = (self._input(batch),)
-            use = measure_memory_abstractly(model, inputs, {}, mode=mode, pairs=pairs, allow_real_run=False)
-            return use.saved_bytes
+        def needed(batch: int) -> int:
+            peak = self._use(variant, batch, allow_real_run=False).peak_bytes
+            if peak is None:
+                raise RuntimeError("its backward pass fails")
+            return peak
 
         try:
-            largest = largest_batch(kept, budget - found.variants[variant].fixed_bytes)
-            why_none = "a larger batch keeps no more bytes"
+            largest = largest_batch(needed, budget - found.variants[variant].fixed_bytes)
+            why_none = "a larger batch takes no more bytes"
         except Exception as error:  # a user's forward may raise anything if a tensor has no data
             largest = None
             why_none = f"the model can't run on tensors without data: {type(error).__name__}: {first_line(error)}"
@@ -139,8 +191,8 @@ class ModelMeasurer:
         for number in range(rounds + 1 if rounds else 0):
             progress(f"timing round {number} of {rounds}" if number else "warming up")
             for variant in running[:] if number % 2 else running[::-1]:
-                model, mode, pairs = self._variant(variant)
-                set_mode(model, mode, pairs=pairs)
+                model, mode, pairs, recompute = self._variant(variant)
+                set_mode(model, mode, pairs=pairs, recompute=recompute)
                 try:
                     seconds = step_seconds(model, batch)
                 except torch.OutOfMemoryError as error:
@@ -170,5 +222,4 @@ def step_seconds(model: nn.Module, batch: Tensor) -> float:
 
 
 def _fixed_bytes(model: nn.Module) -> int:
-    parameters = sum(parameter.nbytes * (2 if parameter.requires_grad else 1) for parameter in model.parameters())
-    return parameters + sum(buffer.nbytes for buffer in model.buffers())
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

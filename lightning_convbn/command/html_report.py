@@ -12,7 +12,7 @@ from string import Template
 
 from lightning_convbn.command.bytes_per_block import sum_by_section
 from lightning_convbn.command.results import TITLES, Block, Measurement, Variant
-from lightning_convbn.memory import MIB
+from lightning_convbn.memory.use import MIB
 
 
 def render_report(
@@ -54,9 +54,14 @@ def _card(variant: Variant, found: Measurement, budget: str) -> str:
     result, change, ratio = found.variants[variant], found.kept_change(variant), found.step_time_ratio(variant)
     details = []
     if change is not None:
-        details.append(("Against Eval", f"{change:+.1f} %".replace("-", "−")))
+        details.append(("Kept, against Eval", f"{change:+.1f} %".replace("-", "−")))
+    if result.peak_bytes is not None:
+        details.append(("Peak of a step", f"{result.peak_bytes / MIB:,.1f} MiB"))
+    peak_change = found.peak_change(variant)
+    if peak_change is not None:
+        details.append(("Peak, against Eval", f"{peak_change:+.1f} %".replace("-", "−")))
     if result.peak_allocated_bytes is not None:
-        details.append(("Peak, forward and backward", f"{result.peak_allocated_bytes / MIB:,.1f} MiB"))
+        details.append(("Peak of the allocator", f"{result.peak_allocated_bytes / MIB:,.1f} MiB"))
     if result.median_seconds is not None and variant == "eval":
         details.append(("Step time", f"{1000 * result.median_seconds:,.1f} ms"))
     if ratio is not None and variant != "eval":

@@ -2,44 +2,53 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 
+FIRST = 8  # the second batch that is counted
+FACTOR = 64  # by how much a batch may grow from one count to the next
+MOST = 2**24
+BISECT_FROM = 12  # counts, from which on the search no longer interpolates
 
-def largest_batch(kept: Callable[[int], int], room: int) -> int | None:
-    """Find the largest batch that keeps at most ``room`` bytes, by counting.
 
-    The kept bytes grow with the batch, by almost the same amount for each sample. So the first guess, from batch 1 and
-    batch 2, is close. The search ends when a batch was counted to fit and the next larger one was counted not to fit.
+def largest_batch(needed: Callable[[int], int], room: int) -> int | None:
+    """Find the largest batch that needs at most ``room`` bytes, by counting.
+
+    The needed bytes are constant for small batches, where the gradients of parameters decide, and then grow by almost
+    the same amount for each sample. So the search extrapolates until a batch does not fit, and then interpolates. It
+    ends when a batch was counted to fit and the next larger one was counted not to fit.
 
     Args:
-        kept: Batch -> kept bytes.
+        needed: Batch -> needed bytes.
         room: The number of bytes.
 
     Returns:
-        The batch. 0 if not even one sample fits. None if a larger batch keeps nothing more.
+        The batch. 0 if not even one sample fits. None if larger batches need nothing more.
 
     Example:
-        >>> largest_batch(lambda batch: 10 + 3 * batch, 101)
+        >>> largest_batch(lambda batch: max(70, 10 + 3 * batch), 101)
         30
     """
-    kept = cache(kept)
-    if kept(1) > room:
+    needed = cache(needed)
+    if needed(1) > room:
         return 0
-    per_sample = kept(2) - kept(1)
-    if per_sample <= 0:
-        return None
-    fits, too_large, step = 1, math.inf, 1
-    guess = max(2, 1 + (room - kept(1)) // per_sample)
-    while too_large - fits > 1:
-        if kept(guess) <= room:
-            fits = guess
-            guess = fits + step
-        else:
+    before, fits, guess, counts = 1, 1, FIRST, 0
+    too_large: int | None = None
+    while too_large is None or too_large - fits > 1:
+        counts += 1
+        if needed(guess) > room:
             too_large = guess
-            guess = guess - step
-        if not fits < guess < too_large:
-            guess = int(fits + too_large) // 2
-        step *= 2
+        else:
+            before, fits = fits, guess
+        if too_large is None:
+            if fits >= MOST:
+                return None
+            grown = needed(fits) - needed(before)
+            more = (room - needed(fits)) * (fits - before) // grown if grown > 0 else FACTOR * fits
+            guess = fits + min(max(more, 1), FACTOR * fits)
+        elif counts < BISECT_FROM:
+            share = (room - needed(fits)) / (needed(too_large) - needed(fits))
+            guess = min(max(fits + int(share * (too_large - fits)), fits + 1), too_large - 1)
+        else:
+            guess = (fits + too_large) // 2
     return fits

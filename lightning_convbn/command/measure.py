@@ -28,12 +28,14 @@ from lightning_convbn.command.results import TITLES, VARIANTS, Measurement, Vari
 from lightning_convbn.command.shared_options import add_command, add_input, add_json, not_negative
 from lightning_convbn.command.terminal import print_notes, print_table, progress_bar
 from lightning_convbn.command.versions import used_versions
-from lightning_convbn.memory import as_mib
+from lightning_convbn.memory.optimizers import OPTIMIZERS
+from lightning_convbn.memory.use import as_mib
 
 EXAMPLES = """\
 examples:
   lightning-convbn measure torchvision:resnet50 --batch-size 32
   lightning-convbn measure torchvision:resnet50 --rounds 0 --budget 8GiB      (only counts: no data, no waiting)
+  lightning-convbn measure torchvision:resnet50 --rounds 0 --budget 8GiB --optimizer adamw --freeze conv1 layer1
   lightning-convbn measure timm:efficientnet_b0 --html report.html --plot report.png
 """
 
@@ -65,7 +67,20 @@ def add_parser(commands: Any) -> None:
         default=7,
         help="how many steps to time for each variant, interleaved; default: 7; 0 times nothing",
     )
-    parser.add_argument("--budget", help="find the largest batch that fits into this memory: 8GiB, 500MB")
+    parser.add_argument("--budget", help="find the largest batch whose step fits into this memory: 8GiB, 500MB")
+    parser.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="none",
+        help="the optimizer that is in the peak and in the budget: its state and its step; default: %(default)s",
+    )
+    parser.add_argument(
+        "--freeze",
+        nargs="+",
+        default=(),
+        metavar="PREFIX",
+        help="modules or parameters that want no gradients, as conv1 layer1; the peaks without that are noted",
+    )
     add_json(parser)
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw what each section of the model keeps: .png, .svg, .pdf"
@@ -83,9 +98,10 @@ def measure_model(options: Namespace) -> None:
         check_plottable(options.plot)
     check_output_files(options)
     model = load_model(options.model, options.checkpoint_class, options.trust_checkpoint)
+    chosen: dict[str, Any] = {"optimizer": options.optimizer, "freeze": options.freeze}
     steps = count_progress_steps(options.variants, rounds=options.rounds, budget=budget)
     with errors_in_one_line(), progress_bar(steps) as progress:
-        measurer = ModelMeasurer(model, shape, DTYPES[options.dtype], device)
+        measurer = ModelMeasurer(model, shape, DTYPES[options.dtype], device, **chosen)
         found = measurer.measure(options.variants, rounds=options.rounds, budget=budget, progress=progress)
     _write(options, found, model, budget)
 
@@ -117,14 +133,14 @@ def _write(options: Namespace, found: Measurement, model: nn.Module, budget: int
 
 def _print_results(options: Namespace, found: Measurement) -> None:
     """Print a row for each variant. A column is left out if nothing was measured for it."""
-    has_peak = any(result.peak_allocated_bytes is not None for result in found.variants.values())
-    columns = ["variant", "kept for backward", "against Eval"]
-    columns += ["peak"] if has_peak else []
+    was_allocated = any(result.peak_allocated_bytes is not None for result in found.variants.values())
+    columns = ["variant", "kept for backward", "against Eval", "peak of a step", "against Eval"]
+    columns += ["peak of the allocator"] if was_allocated else []
     columns += ["step time", "ratio to Eval (rounds)"] if options.rounds else []
     columns += [f"largest batch in {options.budget}"] if options.budget else []
     rows = []
     for variant in found.variants:
-        row = _memory_cells(variant, found, has_peak=has_peak)
+        row = _memory_cells(variant, found, was_allocated=was_allocated)
         row += _time_cells(variant, found) if options.rounds else []
         if options.budget:
             largest = found.variants[variant].largest_batch
@@ -133,12 +149,19 @@ def _print_results(options: Namespace, found: Measurement) -> None:
     print_table(columns, rows, numbers=columns[1:])
 
 
-def _memory_cells(variant: Variant, found: Measurement, *, has_peak: bool) -> list[str]:
-    result, change = found.variants[variant], found.kept_change(variant)
-    cells = [TITLES[variant], as_mib(result.saved_bytes), "-" if change is None else f"{change:+.1f} %"]
-    if has_peak:
-        cells.append("-" if result.peak_allocated_bytes is None else as_mib(result.peak_allocated_bytes))
-    return cells
+def _memory_cells(variant: Variant, found: Measurement, *, was_allocated: bool) -> list[str]:
+    result = found.variants[variant]
+    cells = [TITLES[variant], as_mib(result.saved_bytes), _percent(found.kept_change(variant))]
+    cells += [_size(result.peak_bytes), _percent(found.peak_change(variant))]
+    return [*cells, _size(result.peak_allocated_bytes)] if was_allocated else cells
+
+
+def _size(size: int | None) -> str:
+    return "-" if size is None else as_mib(size)
+
+
+def _percent(change: float | None) -> str:
+    return "-" if change is None else f"{change:+.1f} %"
 
 
 def _time_cells(variant: Variant, found: Measurement) -> list[str]:

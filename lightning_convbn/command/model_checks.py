@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from lightning_convbn.command.errors import CommandError
 from lightning_convbn.command.option_values import dtype_name
 from lightning_convbn.layers.table import is_norm
-from lightning_convbn.memory import measure_memory_abstractly
+from lightning_convbn.memory.measure import measure_memory_abstractly
 from lightning_convbn.pairs.pair import ConvBNPairs
 from lightning_convbn.text import first_line
 
@@ -43,3 +44,17 @@ def check_takes(model: nn.Module, batch: Tensor) -> None:
             f"{type(error).__name__}: {first_line(error)}; --input-shape gives any other, as 8x3 "
             "(--size N is an image, 3 × N × N)"
         ) from error
+
+
+def check_names(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise a `CommandError` if a name to freeze has no parameter that wants a gradient."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for prefix in names:
+        if not any(is_within(name, [prefix]) for name in trained):
+            parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in trained)) or "no parameters that do"
+            raise CommandError(f"--freeze {prefix}: nothing of that name wants a gradient; the model has {parts}")
+
+
+def is_within(name: str, prefixes: Sequence[str]) -> bool:
+    """Whether a qualified name is one of some others, or lies within it: ``layer1.0.weight`` within ``layer1``."""
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)

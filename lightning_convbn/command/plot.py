@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING
 from lightning_convbn.command.bytes_per_block import sum_by_section
 from lightning_convbn.command.errors import CommandError
 from lightning_convbn.command.results import TITLES, Block, Measurement, Variant
-from lightning_convbn.memory import MIB
+from lightning_convbn.memory.use import MIB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS: dict[Variant, str] = {"eval": "#c2570c", "tune": "#0f766e", "deploy-copy": "#94a3b8"}
+COLOURS: dict[Variant, str] = {
+    "eval": "#c2570c",
+    "tune": "#0f766e",
+    "tune-elementwise": "#1d4ed8",
+    "deploy-copy": "#94a3b8",
+}
 
 
 def check_plottable(path: Path) -> None:
@@ -45,7 +50,7 @@ def write_plot(path: Path, title: str, found: Measurement) -> None:
     axes = figure.add_subplot()
     for place, variant in enumerate(variants):
         total = found.variants[variant].saved_bytes / MIB
-        _draw_bars(axes, sections, variant, place, len(variants), f"{TITLES[variant]}, {total:,.1f} MiB in total")
+        _draw_bars(axes, sections, variant, place, len(variants), f"{TITLES[variant]}, {total:,.1f} MiB kept in total")
     axes.set_yticks(range(len(sections)), [_literal(section.name) for section in sections])
     axes.invert_yaxis()
     axes.set_xlabel("MiB kept for the backward pass")

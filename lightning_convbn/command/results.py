@@ -9,12 +9,18 @@ from typing import Any, Literal
 import torch
 
 from lightning_convbn.command.option_values import dtype_name
+from lightning_convbn.memory.optimizers import Optimizer
 from lightning_convbn.pairs.pair import ConvBNPairs
 
-# What is compared: two modes of the model, and its Deploy copy.
-Variant = Literal["eval", "tune", "deploy-copy"]
-VARIANTS: tuple[Variant, ...] = ("eval", "tune", "deploy-copy")
-TITLES: dict[Variant, str] = {"eval": "Eval", "tune": "Tune", "deploy-copy": "Deploy copy"}
+# What is compared: two modes of the model, Tune mode with recomputation, and the model's Deploy copy.
+Variant = Literal["eval", "tune", "tune-elementwise", "deploy-copy"]
+VARIANTS: tuple[Variant, ...] = ("eval", "tune", "tune-elementwise", "deploy-copy")
+TITLES: dict[Variant, str] = {
+    "eval": "Eval",
+    "tune": "Tune",
+    "tune-elementwise": "Tune + recompute",
+    "deploy-copy": "Deploy copy",
+}
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,9 @@ class VariantResult:
 
     Attributes:
         saved_bytes: Bytes that one forward pass keeps for the backward pass.
-        fixed_bytes: Bytes that do not depend on the batch: the parameters, one gradient for each parameter that wants
-            one, and the buffers.
+        fixed_bytes: Bytes of the parameters and the buffers.
+        peak_bytes: The most bytes that are alive at once in a step, beyond ``fixed_bytes``: inputs, forward pass,
+            backward pass, gradients, and the optimizer that was named. None if the backward pass fails.
         peak_allocated_bytes: On CUDA, the most bytes that are allocated at once in forward and backward pass. Bytes
             that were allocated before do not count. None on other devices, without rounds, and if the device ran out
             of memory.
@@ -51,6 +58,7 @@ class VariantResult:
 
     saved_bytes: int
     fixed_bytes: int
+    peak_bytes: int | None = None
     peak_allocated_bytes: int | None = None
     step_seconds: list[float] = field(default_factory=list)
     largest_batch: int | None = None
@@ -70,6 +78,7 @@ class Measurement:
         shape: Shape of the input. The batch is first.
         dtype: Dtype of the input, the parameters and the buffers.
         device: The device that the steps ran on.
+        optimizer: The optimizer that is in the peak.
         variants: Variant -> what was measured of it.
         blocks: What each block keeps, in the order of the model.
         notes: What could not be measured, and why.
@@ -79,6 +88,7 @@ class Measurement:
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    optimizer: Optimizer = "none"
     variants: dict[Variant, VariantResult] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -89,6 +99,13 @@ class Measurement:
         if variant == "eval" or not reference:
             return None
         return 100 * (self.variants[variant].saved_bytes / reference - 1)
+
+    def peak_change(self, variant: Variant) -> float | None:
+        """Return by how many percent the peak differs from Eval's. None for Eval, and if a peak is not known."""
+        own, reference = self.variants[variant].peak_bytes, self.variants["eval"].peak_bytes
+        if variant == "eval" or own is None or not reference:
+            return None
+        return 100 * (own / reference - 1)
 
     def step_time_ratio(self, variant: Variant) -> tuple[float, float, float] | None:
         """Return the median step time divided by Eval's, and the smallest and the largest ratio of a round."""
@@ -105,6 +122,7 @@ class Measurement:
             "input": list(self.shape),
             "dtype": dtype_name(self.dtype),
             "device": str(self.device),
+            "optimizer": self.optimizer,
             "threads": torch.get_num_threads(),
             "variants": {
                 variant: {**asdict(result), "step_time_ratio": self.step_time_ratio(variant)}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_convbn.compat import inside_transform
 from lightning_convbn.layers.swap import Mode, Recompute, UncopiedHook, swap_of
-from lightning_convbn.memory import as_mib, measure_memory_abstractly
+from lightning_convbn.memory.measure import measure_memory_abstractly
+from lightning_convbn.memory.use import MemoryUse, as_mib
 from lightning_convbn.modes import RECOMPUTING_MODES, get_mode, restore_modules, set_mode
 from lightning_convbn.pairs.compiled import is_wrapped_by_compile
 from lightning_convbn.pairs.find import (
@@ -43,6 +44,8 @@ class ConvertedPart:
         untrained: Untrained BatchNorms, which stay in Train mode. None until they are named, at the first freeze.
         wrong: BatchNorms that are not folded any more, by what the first batch has shown -> why.
         kept_bytes: Bytes kept for the backward pass in Eval and in Tune mode; None if they were not counted.
+        peak_bytes: The most bytes alive at once in a step of the part alone, in the same modes; None as above, and if
+            a backward pass of the sum of its outputs fails.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class ConvertedPart:
         self.untrained = untrained
         self.wrong: dict[str, str] = {}
         self.kept_bytes: dict[Mode, int] | None = None
+        self.peak_bytes: dict[Mode, int] | None = None
         self._called = module
         self._module = _without_compile(module)
         self._recompute: Recompute = recompute
@@ -163,7 +167,7 @@ class ConvertedPart:
             self._verification.stop()
 
     def check_first_batch(self, inputs: tuple[Any, ...], kwargs: dict[str, Any], *, measure: bool) -> None:
-        """Look at the pairs in force with real inputs, and count what Eval and Tune mode keep for the backward pass.
+        """Look at the pairs in force with real inputs, and count what Eval and Tune mode keep, and their peaks.
 
         If something could not be traced, the data flow of these inputs is recorded first. If the shadow of the part
         can't run, or memory does not suffice, that is noted for the table, and nothing is raised: it is only a look.
@@ -171,7 +175,7 @@ class ConvertedPart:
         Args:
             inputs: Positional arguments of the part's forward.
             kwargs: Keyword arguments of the part's forward.
-            measure: Whether to count the kept bytes.
+            measure: Whether to count the kept bytes and the peaks.
         """
         self._checked = True
         try:
@@ -189,16 +193,18 @@ class ConvertedPart:
         if any(is_fsdp_unit(module) for module in self._module.modules()):
             self._notes.append("not counted: FSDP gathers parameters in its forward")
             return
-        self.kept_bytes = {mode: self._count_kept_bytes(mode, pairs, inputs, kwargs) for mode in RECOMPUTING_MODES}
+        uses = {mode: self._count(mode, pairs, inputs, kwargs) for mode in RECOMPUTING_MODES}
+        self.kept_bytes = {mode: use.saved_bytes for mode, use in uses.items()}
+        peaks = {mode: use.peak_bytes for mode, use in uses.items() if use.peak_bytes is not None}
+        self.peak_bytes = peaks if len(peaks) == len(uses) else None
         tensors = (leaf for leaf in leaves_of((inputs, kwargs)) if isinstance(leaf, Tensor))
         shape = next((tensor.shape for tensor in tensors), ())
         self._notes.append(f"counted on an input of {' × '.join(map(str, shape))}")
 
-    def _count_kept_bytes(self, mode: Mode, pairs: ConvBNPairs, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    def _count(self, mode: Mode, pairs: ConvBNPairs, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> MemoryUse:
         """Count for a mode. Tune's count is compared with Eval mode without this package, so without recomputation."""
         recompute = self._recompute if mode in ("tune", get_mode(self._module)) else "none"
-        use = measure_memory_abstractly(self._module, inputs, kwargs, mode=mode, pairs=pairs, recompute=recompute)
-        return use.saved_bytes
+        return measure_memory_abstractly(self._module, inputs, kwargs, mode=mode, pairs=pairs, recompute=recompute)
 
     def merge_findings(self, processes: int) -> None:
         """Unfold what any of the processes has found wrong. Every process must call this.
@@ -231,12 +237,7 @@ class ConvertedPart:
         name = f"`{self.path}`" if self.path else "the whole module"
         heading = f"ConvBN: {name} trains in {mode.title()} mode and is evaluated in {eval_mode.title()} mode"
         body = self._in_force.summary()
-        if self.kept_bytes is not None:
-            before, after = self.kept_bytes["eval"], self.kept_bytes["tune"]
-            saved = f"{100 * (before - after) / before:.1f} % saved" if before else "no parameter wants a gradient"
-            tune = "Tune" if mode == "tune" else "Tune would keep"
-            recomputing = " (activations recomputed)" if self._recompute == "elementwise" else ""
-            body.append(f"kept for backward: Eval {as_mib(before)}, {tune} {as_mib(after)}{recomputing}, {saved}")
+        body += self._describe_memory(mode)
         verified = self._verification
         if verified is not None and verified.deviation is not None:
             word = "differs from" if verified.wrong else "equals"
@@ -245,6 +246,20 @@ class ConvertedPart:
             also = "" if verified is not None and verified.compared else "neither verified nor "
             body.append(f"{also or 'not '}counted: the first batch did not pass through its forward")
         return [heading, *(f"  {line}" for line in (*body, *self._notes))]
+
+    def _describe_memory(self, mode: Mode) -> list[str]:
+        if self.kept_bytes is None:
+            return []
+        before, after = self.kept_bytes["eval"], self.kept_bytes["tune"]
+        saved = f"{100 * (before - after) / before:.1f} % saved" if before else "no parameter wants a gradient"
+        keeps, takes = ("Tune", "Tune") if mode == "tune" else ("Tune would keep", "Tune would take")
+        recomputing = " (activations recomputed)" if self._recompute == "elementwise" else ""
+        lines = [f"kept for backward: Eval {as_mib(before)}, {keeps} {as_mib(after)}{recomputing}, {saved}"]
+        if self.peak_bytes is not None:
+            before, after = self.peak_bytes["eval"], self.peak_bytes["tune"]
+            change = f"{100 * abs(after - before) / before:.1f} % {'more' if after > before else 'less'}"
+            lines.append(f"peak of a step: Eval {as_mib(before)}, {takes} {as_mib(after)}{recomputing}, {change}")
+        return lines
 
 
 def runs_its_forward(module: nn.Module) -> bool:

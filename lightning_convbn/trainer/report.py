@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from lightning_convbn.layers.swap import Mode
-from lightning_convbn.memory import MIB
+from lightning_convbn.memory.use import MIB
 from lightning_convbn.pairs.reasons import UNTRAINED
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import Trainer, rank_zero_info, rank_zero_warn
@@ -64,7 +64,10 @@ def _causes(wrong: Mapping[str, str]) -> list[tuple[list[str], str]]:
 
 
 def log_kept_bytes(trainer: Trainer, parts: Sequence[ConvertedPart]) -> None:
-    """Log what Eval and Tune mode keep for the backward pass, summed over the parts that were counted."""
+    """Log what Eval and Tune mode keep for the backward pass, summed over the parts that were counted.
+
+    If there is one part, its peaks are logged, too. The peaks of several parts are not those of their step.
+    """
     counted = [part.kept_bytes for part in parts if part.kept_bytes is not None]
     if not counted:
         return
@@ -75,6 +78,8 @@ def log_kept_bytes(trainer: Trainer, parts: Sequence[ConvertedPart]) -> None:
         "activations_saved_mib": before - after,
         "activations_saved_percent": 100 * (before - after) / before if before else 0.0,
     }
+    if len(parts) == 1 and parts[0].peak_bytes is not None:
+        metrics |= {f"predicted_peak_{mode}_mib": peak / MIB for mode, peak in parts[0].peak_bytes.items()}
     _log(trainer, metrics)
 
 

@@ -42,4 +42,4 @@ class TestDocs:
     def test_the_readme_has_the_batches_of_the_page(self) -> None:
         batches = re.search(r"batch (\d+) in Eval mode, (\d+) in Tune mode", (ROOT / "README.md").read_text())
         assert batches is not None
-        assert re.findall(r"^(?:Eval|Tune) .* (\d+)$", self.PAGE, re.MULTILINE) == list(batches.groups())
+        assert re.findall(r"^(?:Eval|Tune)  .* (\d+)$", self.PAGE, re.MULTILINE) == list(batches.groups())

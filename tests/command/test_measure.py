@@ -19,9 +19,14 @@ from lightning_convbn import fuse_for_deploy, measure_memory
 from lightning_convbn.command import measure
 from lightning_convbn.command.counting_and_timing import ModelMeasurer
 from lightning_convbn.command.main import main
-from lightning_convbn.memory import MIB, count_saved_bytes
+from lightning_convbn.memory import MIB, as_mib, count_saved_bytes
 
 BATCH = 4
+ASKED = {
+    "eval": {"mode": "eval"},
+    "tune": {"mode": "tune"},
+    "tune-elementwise": {"mode": "tune", "recompute": "elementwise"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,9 @@ class TestMeasure:
     def test_counts_are_those_of_measure_memory(self, found: Any) -> None:
         net, batch = small_net().eval(), images(BATCH, 3, 8, 8)
         for mode in ("eval", "tune"):
-            assert found["variants"][mode]["saved_bytes"] == measure_memory(net, batch, mode=mode).saved_bytes
+            use = measure_memory(net, batch, mode=mode)
+            assert found["variants"][mode]["saved_bytes"] == use.saved_bytes
+            assert found["variants"][mode]["peak_bytes"] == use.peak_bytes
         assert found["variants"]["deploy-copy"]["saved_bytes"] == count_saved_bytes(fuse_for_deploy(net), batch)
 
     def test_blocks_add_up_and_pairs_are_one_block(self, found: Any) -> None:
@@ -49,7 +56,12 @@ class TestMeasure:
         output = BATCH * 6 * 8 * 8 * 4
         # Eval keeps the convolution's output for BatchNorm; ReLU keeps its own, and not what it gets.
         vectors = 2 * 6 * 4  # two values for each of six channels
-        assert blocks["0 + 1"]["saved_bytes"] == {"eval": output, "tune": vectors, "deploy-copy": 0}
+        assert blocks["0 + 1"]["saved_bytes"] == {
+            "eval": output,
+            "tune": vectors,
+            "tune-elementwise": vectors,
+            "deploy-copy": 0,
+        }
         assert blocks["0 + 1"]["about"] == "Conv2d and BatchNorm2d, folded"
         assert "frozen: its input comes from" in blocks["3"]["about"]
 
@@ -65,29 +77,61 @@ class TestMeasure:
 
     def test_the_largest_batch_fits_and_the_next_one_does_not(self, found: Any) -> None:
         net = small_net().eval()
-        for mode in ("eval", "tune"):
-            result = found["variants"][mode]
-            parameters = sum(parameter.nbytes for parameter in net.parameters())
-            assert result["fixed_bytes"] == 2 * parameters + sum(buffer.nbytes for buffer in net.buffers())
-            kept = [
-                measure_memory(net, images(result["largest_batch"] + more, 3, 8, 8), mode=mode).saved_bytes
+        for variant, asked in ASKED.items():
+            result = found["variants"][variant]
+            assert result["fixed_bytes"] == sum(tensor.nbytes for tensor in (*net.parameters(), *net.buffers()))
+            peaks = [
+                measure_memory(net, images(result["largest_batch"] + more, 3, 8, 8), **asked).peak_bytes  # type: ignore[arg-type]
                 for more in (0, 1)
             ]
-            assert kept[0] <= MIB - result["fixed_bytes"] < kept[1]
-        assert found["variants"]["tune"]["largest_batch"] > found["variants"]["eval"]["largest_batch"]
+            assert peaks[0] <= MIB - result["fixed_bytes"] < peaks[1]  # type: ignore[operator]
+        largest = [found["variants"][variant]["largest_batch"] for variant in ASKED]
+        assert largest == sorted(largest)
+        assert largest[0] < largest[-1]
+
+    def test_an_optimizer_takes_memory(self, found: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = ["--batch-size", str(BATCH), "--rounds", "0", "--budget", "1MiB", "--optimizer", "adamw"]
+        with_state = run_json(capsys, "measure", *SMALL, *arguments)
+        assert (found["optimizer"], with_state["optimizer"]) == ("none", "adamw")
+        state = 2 * sum(parameter.nbytes for parameter in small_net().parameters())
+        for variant, asked in ASKED.items():
+            with_optimizer, without = with_state["variants"][variant], found["variants"][variant]
+            assert with_optimizer["peak_bytes"] > without["peak_bytes"] + state
+            assert with_optimizer["largest_batch"] <= without["largest_batch"]
+            expected = measure_memory(small_net().eval(), images(BATCH, 3, 8, 8), optimizer="adamw", **asked)  # type: ignore[arg-type]
+            assert with_optimizer["peak_bytes"] == expected.peak_bytes
+
+    def test_frozen_parameters_get_no_gradient_and_the_peaks_before_are_noted(
+        self, found: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = ["--batch-size", str(BATCH), "--rounds", "0", "--freeze", "0", "1", "4"]
+        frozen = run_json(capsys, "measure", *SMALL, *arguments)
+        for variant in found["variants"]:
+            assert frozen["variants"][variant]["saved_bytes"] < found["variants"][variant]["saved_bytes"]
+            assert frozen["variants"][variant]["peak_bytes"] <= found["variants"][variant]["peak_bytes"]
+        peak = as_mib(found["variants"]["eval"]["peak_bytes"])
+        count = 6 * 3 * 9 + 2 * 6 + 6 * 2 * 9 + 6
+        (note,) = frozen["notes"]
+        assert (
+            f"--freeze 0 1 4: {count} parameters want no gradient. Without it, the peak of a step: Eval {peak}" in note
+        )
 
     def test_the_report_says_what_it_holds_and_what_not(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["measure", *SMALL, "--rounds", "1", "--budget", "1 mib", "--variants", "tune"]) == 0
         out = capsys.readouterr().out
         assert "largest batch in 1 mib" in out
         for said in (
-            "not include the optimizer's state",
+            "one gradient for each parameter that wants one",
+            "No optimizer is included",
+            "The budget holds the parameters, the buffers and the peak of a step",
             "expect noise",
             "training it is unstable",
             "in 1 interleaved",
         ):
             assert said in re.sub(r"\s+", " ", out)
-        assert re.search(r"^Tune +[\d.]+ MiB +-\d+\.\d % +[\d.]+ ms +[\d.]+ \(", out, re.MULTILINE)
+        assert re.search(
+            r"^Tune +[\d.]+ MiB +-\d+\.\d % +[\d.]+ MiB +[+-]\d+\.\d % +[\d.]+ ms +[\d.]+ \(", out, re.MULTILINE
+        )
         assert not re.search(r"^Deploy copy", out, re.MULTILINE)
 
     def test_without_rounds_and_peaks_nothing_is_computed(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,10 +158,13 @@ class TestMeasure:
         assert "Tune: no largest batch, because the model can't run on tensors without data" in " ".join(out.split())
         assert "1 of 1 BatchNorms folded" in out  # proven by running it
 
-    def test_without_gradients_there_is_nothing_to_keep(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_without_gradients_the_forward_pass_decides(self, capsys: pytest.CaptureFixture[str]) -> None:
         write_module("frozen", "from helpers.networks import small_net\nnet = small_net().requires_grad_(False)")
-        assert main(["measure", "frozen:net", "--size", "8", "--rounds", "1", "--budget", "1GiB"]) == 0
-        assert "no largest batch, because a larger batch keeps no more bytes" in capsys.readouterr().out
+        found = run_json(capsys, "measure", "frozen:net", "--size", "8", "--rounds", "1", "--budget", "1MiB")
+        for result in found["variants"].values():
+            assert result["saved_bytes"] == 0
+            assert result["peak_bytes"] > BATCH * 3 * 8 * 8 * 4
+            assert 8 < result["largest_batch"] < 1000
 
     @pytest.mark.parametrize(("shape", "folded"), [("8x3", 1), ("8x4x3", 0)])
     def test_an_input_may_have_any_shape(self, shape: str, folded: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,6 +189,7 @@ class TestMeasure:
         ),
         (["--budget", "8 apples"], "--budget '8 apples' is no amount of memory, as 8GiB"),
         (["--budget", "0GiB"], "--budget '0GiB' is no amount of memory"),
+        (["--freeze", "layer9"], "--freeze layer9: nothing of that name wants a gradient; the model has 0, 1, 3, 4, 7"),
         (["--device", "cuda:99"], "--device 'cuda:99' can't be used"),
         (["--plot", "a.docx"], "--plot a.docx: the suffix must be one of "),
         (["--plot", "no/a.png"], "--plot no/a.png: there is no folder "),

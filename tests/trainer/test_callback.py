@@ -41,7 +41,10 @@ from lightning_convbn.layers import convolutions
 
 pytestmark = LIGHTNING_SAYS
 
-KEYS = {f"convbn/activations_{name}" for name in ("eval_mib", "tune_mib", "saved_mib", "saved_percent")}
+KEYS = {
+    *(f"convbn/activations_{name}" for name in ("eval_mib", "tune_mib", "saved_mib", "saved_percent")),
+    *(f"convbn/predicted_peak_{mode}_mib" for mode in ("eval", "tune")),
+}
 
 
 # ------------------------------------------------------------------------------------------------ modes in force
@@ -613,6 +616,8 @@ def test_each_metric_is_logged_once(tmp_path: Path, mode: Any, start_epoch: int)
     ours = {key: values for key, values in csv_metrics(logger).items() if key.startswith("convbn")}
     assert ours.keys() == KEYS
     assert {len(values) for values in ours.values()} == {1}
+    for name in ("eval", "tune"):  # what is kept, and the batch, is alive at the peak
+        assert ours[f"convbn/predicted_peak_{name}_mib"][0] > ours[f"convbn/activations_{name}_mib"][0]
     before, after, saved, percent = (
         ours[f"convbn/activations_{name}"][0] for name in ("eval_mib", "tune_mib", "saved_mib", "saved_percent")
     )
@@ -687,14 +692,14 @@ def lines_of_table(**arguments: Any) -> list[str]:
 
 def test_the_table_counts_and_groups_the_reasons() -> None:
     """Printed once, through the progress bar."""
-    heading, folded, frozen, reason, unfrozen, kept, verified, counted = lines_of_table()
+    heading, folded, frozen, reason, unfrozen, kept, peak, verified, counted = lines_of_table()
     assert heading == "ConvBN: `backbone` trains in Tune mode and is evaluated in Deploy mode"
     assert folded == "  folded         3 of 4 BatchNorms"
     assert frozen == "  frozen         1"
     assert re.fullmatch(r" +1 × its input comes from .+ \(ReLU\), not from a convolution: lone", reason)
     assert unfrozen == "  unfrozen       0"
     assert re.fullmatch(r"  kept for backward: Eval 0\.\d{3} MiB, Tune 0\.\d{3} MiB, \d\d\.\d % saved", kept)
-    assert kept.endswith(" % saved")
+    assert re.fullmatch(r"  peak of a step: Eval 0\.\d{3} MiB, Tune 0\.\d{3} MiB, \d+\.\d % (less|more)", peak)
     assert verified.startswith("  verified: Tune equals Eval, relative deviation ")
     assert counted == "  counted on an input of 2 × 3 × 8 × 8"
 

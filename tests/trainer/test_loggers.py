@@ -16,7 +16,10 @@ from lightning_convbn import ConvBNModeCallback
 
 pytestmark = LIGHTNING_SAYS
 
-KEYS = {f"convbn/activations_{name}" for name in ("eval_mib", "tune_mib", "saved_mib", "saved_percent")}
+KEYS = {
+    *(f"convbn/activations_{name}" for name in ("eval_mib", "tune_mib", "saved_mib", "saved_percent")),
+    *(f"convbn/predicted_peak_{mode}_mib" for mode in ("eval", "tune")),
+}
 
 
 def tensorboard_metrics(logger: TensorBoardLogger) -> dict[str, list[float]]:

@@ -1,0 +1,93 @@
+"""What an optimizer needs: compared with what PyTorch's own optimizers allocate."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.networks import images, small_net
+from helpers.peak_by_allocator import peak_by_allocator
+from torch import Tensor, nn
+
+from lightning_convbn import measure_memory
+from lightning_convbn.memory.optimizers import optimizer_bytes
+
+FLOAT = 4
+REAL: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters),
+}
+
+
+def parameters() -> list[Tensor]:
+    return [torch.zeros(1000, requires_grad=True), torch.zeros(20, 30, requires_grad=True)]
+
+
+class TestByHand:
+    def test_none_needs_nothing(self) -> None:
+        assert optimizer_bytes(parameters(), "none") == (0, 0)
+
+    def test_sgd_has_a_momentum_for_each_parameter(self) -> None:
+        assert optimizer_bytes(parameters(), "sgd") == (1600 * FLOAT, 0)
+
+    def test_adamw_has_two_and_a_counter_and_two_temporary_tensors(self) -> None:
+        assert optimizer_bytes(parameters(), "adamw") == (2 * 1600 * FLOAT + 2 * 4, 2 * 1000 * FLOAT)
+
+    def test_on_a_device_adamw_handles_all_parameters_at_once(self) -> None:
+        on_device = [parameter.detach().to("meta") for parameter in parameters()]
+        assert optimizer_bytes(on_device, "adamw").temporary == 1600 * FLOAT
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_state_and_step_are_those_of_pytorch(name: Any) -> None:
+    model = nn.ParameterList([torch.zeros(100_000), torch.zeros(20, 30)])
+    for parameter in model:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = REAL[name](model.parameters())
+    optimizer.step()
+    held = {id(value): value.nbytes for state in optimizer.state.values() for value in state.values()}
+    state, temporary = optimizer_bytes([*model.parameters()], name)
+    assert state == sum(held.values())
+    if temporary:
+        assert peak_by_allocator(optimizer.step) == pytest.approx(temporary, abs=2000)  # and some scalars
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("width", [8, 400])
+def test_the_peak_of_a_later_step_agrees_with_the_allocator(name: Any, width: int) -> None:
+    """Of small images the optimizer's step decides, of large ones the passes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Conv2d(64, 64, 3)).eval()
+    batch = images(2, 3, 8, width)
+
+    def later_step() -> object:
+        """As Lightning does it: the gradients of the step before are freed after the forward pass."""
+        twin = torch.nn.Sequential(*[type(module)(*arguments) for module, arguments in zip(model, LAYERS, strict=True)])
+        twin.load_state_dict(model.state_dict())
+        optimizer = REAL[name](twin.eval().parameters())
+        given = batch.clone()
+        for _ in range(2):
+            loss = twin(given).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return twin, optimizer, given
+
+    gc.collect()
+    later_step()
+    own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    seen = peak_by_allocator(later_step, own_of_kernels=False) - own
+    counted = measure_memory(model, batch, mode="eval", optimizer=name).peak_bytes
+    assert counted == pytest.approx(seen, rel=0.03)
+    assert counted > measure_memory(model, batch, mode="eval").peak_bytes  # type: ignore[operator]
+
+
+LAYERS: list[tuple[int, ...]] = [(3, 64, 3), (64,), (64, 64, 3)]
+
+
+def test_an_unknown_optimizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="optimizer='adam' is unknown; it must be one of 'none', 'sgd', 'adamw'"):
+        measure_memory(small_net(), images(2, 3, 8, 8), mode="tune", optimizer="adam")  # type: ignore[arg-type]
