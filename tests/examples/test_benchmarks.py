@@ -194,7 +194,7 @@ class TestGpuScript:
         page = measured_quickly.with_suffix(".md").read_text()
         assert "**This was run on a CPU**" in page
         assert "not measured on a GPU yet" not in page.lower()
-        assert page.count("| Tune + recompute |") == len(gpu.QUICK_NETWORKS)
+        assert page.count(f"| {VARIANTS['tune_recompute'].title} |") == len(gpu.QUICK_NETWORKS)
 
     @pytest.mark.parametrize("quick", [[], ["--quick"]])
     @pytest.mark.parametrize("output", [[], ["--output", gpu.RESULTS]])
