@@ -253,7 +253,7 @@ class ConvertedPart:
         before, after = self.kept_bytes["eval"], self.kept_bytes["tune"]
         saved = f"{100 * (before - after) / before:.1f} % saved" if before else "no parameter wants a gradient"
         keeps, takes = ("Tune", "Tune") if mode == "tune" else ("Tune would keep", "Tune would take")
-        recomputing = " (activations recomputed)" if self._recompute == "elementwise" else ""
+        recomputing = f" (recompute={self._recompute})" if self._recompute != "none" else ""
         lines = [f"kept for backward: Eval {as_mib(before)}, {keeps} {as_mib(after)}{recomputing}, {saved}"]
         if self.peak_bytes is not None:
             before, after = self.peak_bytes["eval"], self.peak_bytes["tune"]
