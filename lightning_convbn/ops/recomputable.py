@@ -32,10 +32,11 @@ from lightning_convbn.compat import (
     version_of,
     without_torch_function,
 )
+from lightning_convbn.ops.aliases import Aliases
 from lightning_convbn.ops.calls import Call
 from lightning_convbn.ops.elementwise import ROWS
 from lightning_convbn.ops.recipes import Recipe, takes_recipes
-from lightning_convbn.ops.values import Aliases, Holder, Loan, Value
+from lightning_convbn.ops.values import Holder, Loan, Value
 
 
 class Recomputable:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_convbn.compat import without_torch_function
+from lightning_convbn.ops.aliases import Aliases
 from lightning_convbn.ops.recipes import Source
 
 PASSES = 16  # over the data, at most, for one tensor
@@ -28,45 +29,6 @@ class Loan(list[Source]):
 
     The tensor holds it; so it goes when the tensor goes.
     """
-
-
-class Aliases:
-    """The values of all tensors that share one storage. A write to one of these tensors is a write to all of them."""
-
-    __slots__ = ("_left", "_strangers", "_values")
-
-    def __init__(self) -> None:
-        self._left = False
-        self._values: list[ReferenceType[Value]] = []
-        self._strangers: list[ReferenceType[Tensor]] = []
-
-    def add(self, value: Value) -> None:
-        """Take in the value of one more tensor."""
-        value.aliases = self
-        self._values.append(ref(value))
-
-    def add_stranger(self, tensor: Tensor) -> None:
-        """Note a tensor that may be written unseen. Nothing is computed from the storage while it is alive."""
-        self.before_write()
-        self._strangers.append(ref(tensor))
-
-    def leave(self) -> None:
-        """Compute nothing from the storage from now on: what is written to it may not even count as a version."""
-        self.before_write()
-        self._left = True
-
-    @property
-    def are_followed(self) -> bool:
-        """Whether every write to the storage is seen."""
-        self._strangers = [stranger for stranger in self._strangers if stranger() is not None]
-        return not self._strangers and not self._left
-
-    def before_write(self) -> None:
-        """Keep what is computed from these values, because they are about to be written in place."""
-        for reference in self._values:
-            value = reference()
-            if value is not None:
-                value.settle_followers()
 
 
 class Value:
