@@ -125,6 +125,8 @@ statistics.
 - *mmengine* is its `turn_on_efficient_conv_bn_eval`. *inductor's pass* is `efficient_conv_bn_eval_fx_passes` under
   `torch.compile`. *checkpoint per stage* is `torch.utils.checkpoint` around each stage in Eval mode, which runs the
   forward pass of each stage twice.
+- *Tune + elementwise* was measured when `recompute` computed outputs of activations again, and nothing else. It keeps
+  less now ([counts](memory.md)); its step times have not been measured anew yet.
 - Compilers and tracers get only the backbone of the detector. The detector samples its proposals by score. So
   rounding changes some of them, and with them the gradients.
 - A ratio above its target is **bold**."""
