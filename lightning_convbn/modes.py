@@ -173,7 +173,6 @@ def check_recompute(mode: Mode, recompute: Recompute) -> None:
     if recompute != "none" and mode not in RECOMPUTING_MODES:
         raise ValueError(
             f"recompute={recompute!r} needs the mode to be 'eval' or 'tune'; got {mode!r}, which recomputes nothing"
-            "they are"
         )
 
 

@@ -14,16 +14,20 @@ if TYPE_CHECKING:
 class Aliases:
     """The values of all tensors that share one storage. A write to one of these tensors is a write to all of them."""
 
-    __slots__ = ("_left", "_strangers", "_values")
+    __slots__ = ("_left", "_room", "_strangers", "_values")
 
     def __init__(self) -> None:
         self._left = False
+        self._room = 16  # the list is cleared of the dead when it is full
         self._values: list[ReferenceType[Value]] = []
         self._strangers: list[ReferenceType[Tensor]] = []
 
     def add(self, value: Value) -> None:
         """Take in the value of one more tensor."""
         value.aliases = self
+        if len(self._values) >= self._room:
+            self._values = [reference for reference in self._values if reference() is not None]
+            self._room = 2 * len(self._values) + 16
         self._values.append(ref(value))
 
     def add_stranger(self, tensor: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import ref
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_convbn.compat import storage_id, tree_leaves
+from lightning_convbn.compat import storage_id
 from lightning_convbn.ops.autocast import same_autocast
 from lightning_convbn.ops.elementwise import Clip, Function, Row
 from lightning_convbn.ops.packed import LARGEST_WINDOW, PackedBits, Window, layout_of, recipe_of_indices
@@ -18,6 +18,8 @@ from lightning_convbn.ops.recipes import Recipe, Source
 from lightning_convbn.ops.values import Holder, Loan, Value
 
 _HOLE = object()
+IMMUTABLE = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(...))
+Constants = tuple[list[Any], dict[str, Any]]
 ValueOf = Callable[[object], Value | None]
 
 
@@ -40,8 +42,8 @@ class Call:
         self, func: Function, row: Row, args: tuple[Any, ...], kwargs: dict[str, Any], value_of: ValueOf
     ) -> None:
         self._func, self._row, self._args, self._kwargs = func, row, args, kwargs
-        given = [*args[0], *args[1:]] if row.kind == "parts" else args
-        self.tensors = [leaf for leaf in (*given, *kwargs.values()) if isinstance(leaf, Tensor)]
+        self._given = [*args[0], *args[1:]] if row.kind == "parts" else args
+        self.tensors = [leaf for leaf in (*self._given, *kwargs.values()) if isinstance(leaf, Tensor)]
         self._value_of = value_of
         self._values = [value_of(tensor) for tensor in self.tensors]
         self.loan: Loan | None = None
@@ -76,6 +78,9 @@ class Call:
                 yield tensor, self._finish(tensor, index if several else None)
 
     def _finish(self, output: Tensor, index: int | None) -> Value:
+        if self._is_argument(output):  # it was written: what is kept in its storage is no longer the input
+            written = storage_id(output)
+            self._values = [None if value is not None and value.reads(written) else value for value in self._values]
         self._adopt_copy(output)
         value = self._dropped_out() if self._row.kind == "dropout" else self._value_of_output(output, index)
         inputs = [given for given in self._values if given is not None]
@@ -98,41 +103,50 @@ class Call:
         compute = self._row.compute
         if compute is None or (self._func is F.batch_norm and _uses_batch_statistics(*self._args, **self._kwargs)):
             return Value()
-        if self._row.kind == "parts":
-            return self._concatenation(compute)
-        if _holds_tensors(self._args[1:]):  # an index
+        constants = _constants(self._given, self._kwargs)
+        if constants is None or (self._is_argument(output) and not self._out_of_place_is_alike(output)):
             return Value()
+        if self._row.kind == "parts":
+            return self._concatenation(compute, constants)
         inputs: list[Value] = []
         fixed: list[Source | None] = []
         for tensor, value in zip(self.tensors, self._values, strict=True):
-            known = value or next((holder.value for saved, holder in self._saved if saved is tensor), None)
-            if known is None and not isinstance(tensor, nn.Parameter):
+            known = value if value is not None or tensor is output else self._value_saved(tensor)
+            if known is None and not (isinstance(tensor, nn.Parameter) and self._row.saves == "values"):
                 return Value()
             fixed.append(Source(tensor) if known is None else None)
             inputs += [] if known is None else [known]
         if len(inputs) == 1 and output is not self.tensors[0] and storage_id(output) == storage_id(self.tensors[0]):
             self.loan = self.loan or Loan([Source(self.tensors[0])])  # a view: who keeps it, keeps what it shows
-        return Value(self._from_tensors(compute, fixed, index), inputs, self._row.passes, self.loan)
+        return Value(self._from_tensors(compute, constants, fixed, index), inputs, self._row.passes, self.loan)
 
-    def _concatenation(self, compute: Function) -> Value:
+    def _value_saved(self, tensor: Tensor) -> Value | None:
+        return next((holder.value for saved, holder in self._saved if saved is tensor), None)
+
+    def _is_argument(self, output: Tensor) -> bool:
+        """Whether the function has worked in place. Then the argument *is* the output."""
+        return any(output is tensor for tensor in self.tensors)
+
+    def _out_of_place_is_alike(self, output: Tensor) -> bool:
+        """Whether the function gives the same bits out of place: it may choose another dtype, and other strides."""
+        dense = torch.empty_like(output, device="meta").stride() == output.stride()
+        return dense and all(tensor.dtype is output.dtype or not tensor.dim() for tensor in self.tensors)
+
+    def _concatenation(self, compute: Function, constants: Constants) -> Value:
         """Each part is kept once, in however many concatenations it is."""
         inputs = [value for value in self._values if value is not None]
         if len(inputs) < len(self._values):
             return Value()
         self.loan = Loan(Source(tensor) for tensor in self.tensors)
-        return Value(self._from_tensors(compute, [None] * len(inputs), None), inputs, self._row.passes, self.loan)
+        function = self._from_tensors(compute, constants, [None] * len(inputs), None)
+        return Value(function, inputs, self._row.passes, self.loan)
 
-    def _from_tensors(self, compute: Function, fixed: Sequence[Source | None], index: int | None) -> Function:
+    def _from_tensors(
+        self, compute: Function, constants: Constants, fixed: Sequence[Source | None], index: int | None
+    ) -> Function:
         """Return the call as a function of its tensors, without those that are fixed. It holds no other tensor."""
-        if len(self.tensors) == 1 and self._args[0] is self.tensors[0]:
-            rest, kwargs = self._args[1:], self._kwargs
-            if index is None:
-                return lambda tensor: compute(tensor, *rest, **kwargs)
-            return lambda tensor: compute(tensor, *rest, **kwargs)[index]
+        args, kwargs = constants
         parts = len(self._args[0]) if self._row.kind == "parts" else 0
-        given = [*self._args[0], *self._args[1:]] if parts else self._args
-        args = [_without_tensors(leaf) for leaf in given]
-        kwargs = {name: _without_tensors(leaf) for name, leaf in self._kwargs.items()}
         autocast = same_autocast(self.tensors[0].device.type)
 
         def function(*tensors: Tensor) -> Tensor:
@@ -205,17 +219,32 @@ def _packed_noise(noise: Tensor, p: float) -> Value:
     return Value.computed(lambda: packed.unpack().to(dtype).div_(1 - p))
 
 
-def _without_tensors(argument: Any) -> Any:
-    """Return an argument as it is now; for a tensor, what stands in its place."""
-    if isinstance(argument, Tensor):
-        return _HOLE
-    return list(argument) if isinstance(argument, list) else argument
+def _constants(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Constants | None:
+    """Return arguments that nobody can change any more, with holes for tensors; None if there is something else."""
+    try:
+        return [_constant(leaf) for leaf in args], {name: _constant(leaf) for name, leaf in kwargs.items()}
+    except TypeError:
+        return None
 
 
-def _holds_tensors(arguments: tuple[Any, ...]) -> bool:
-    """Whether a tuple or a list among the arguments holds a tensor."""
-    nested = [argument for argument in arguments if isinstance(argument, (tuple, list))]
-    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(nested))
+def _constant(argument: Any) -> Any:
+    return _HOLE if isinstance(argument, Tensor) else _copied(argument)
+
+
+def _copied(argument: Any) -> Any:
+    """Copy an argument.
+
+    Raises:
+        TypeError: If it may be changed later: a tensor in an index, an array.
+    """
+    if argument is None or isinstance(argument, IMMUTABLE):
+        return argument
+    if isinstance(argument, (tuple, list)):
+        copied = map(_copied, argument)
+        return list(copied) if isinstance(argument, list) else tuple(copied)
+    if isinstance(argument, slice):
+        return slice(_copied(argument.start), _copied(argument.stop), _copied(argument.step))
+    raise TypeError(f"{type(argument).__name__} may be changed")
 
 
 def _trained_weight(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> bool:

@@ -84,18 +84,30 @@ def recipe_of_indices(index: Tensor, spatial: Sequence[int], window: Window) -> 
 
     Source: prototype `relu_max_pool.py`; the indices come back exactly.
     """
-    dims, device = len(spatial), index.device
-    position = torch.zeros(1, dtype=torch.int64, device=device)  # in the flat input, relative to a window's start
-    start = torch.zeros(1, dtype=torch.int64, device=device)
-    for dim, size in enumerate(spatial):
-        within = torch.arange(window.kernel[dim], device=device) * window.dilation[dim]
-        first = torch.arange(index.shape[dim - dims], device=device) * window.stride[dim] - window.padding[dim]
-        position, start = (position.unsqueeze(-1) * size + within).flatten(), start.unsqueeze(-1) * size + first
-    start = start[0]
+    pooled, spatial, device = index.shape[-len(spatial) :], tuple(spatial), index.device
+    position, start = _positions(pooled, spatial, window, device)
     offset_at = torch.zeros(window.reach(spatial) + 1, dtype=torch.uint8, device=device)
     offset_at[position] = torch.arange(len(position), dtype=torch.uint8, device=device)
     packed = _looked_up(offset_at, index - start)
-    return lambda: _looked_up(position, packed.int()).add_(start)
+
+    def recipe() -> Tensor:
+        position, start = _positions(pooled, spatial, window, device)
+        return _looked_up(position, packed.int()).add_(start)
+
+    return recipe
+
+
+def _positions(
+    pooled: Sequence[int], spatial: Sequence[int], window: Window, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Where the values of a window are in the flat input, relative to its start; and where each window starts."""
+    position = torch.zeros(1, dtype=torch.int64, device=device)
+    start = torch.zeros(1, dtype=torch.int64, device=device)
+    for dim, size in enumerate(spatial):
+        within = torch.arange(window.kernel[dim], device=device) * window.dilation[dim]
+        first = torch.arange(pooled[dim], device=device) * window.stride[dim] - window.padding[dim]
+        position, start = (position.unsqueeze(-1) * size + within).flatten(), start.unsqueeze(-1) * size + first
+    return position, start[0]
 
 
 def layout_of(tensor: Tensor, *, dense: bool = False) -> Recipe:

@@ -64,7 +64,7 @@ class Recomputable:
             if func in _LEAVES:
                 unmark(args[0])
             output = func(*args, **kwargs) if _is_quiet(func) else run(func, args, kwargs)
-            _note_strangers(args, output)
+            _note_strangers((*args, *kwargs.values()), output)
             return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -175,11 +175,17 @@ class Value:
             with torch.no_grad(), without_torch_function():
                 result = self._compute(*inputs)
         self._asked += 1
-        if self._asked < self.users:
+        if self._asked < self.users and self._passes:  # a view costs nothing, and sees a write
             self._remembered = result
         else:
             self._remembered, self._asked = None, 0
         return result
+
+    def reads(self, storage: int) -> bool:
+        """Whether the values are kept in a storage, or computed from what is."""
+        if self._source is not None:
+            return self._source.storage[0] == storage
+        return self._relies and any(value.reads(storage) for value in self._inputs)
 
     def settle_followers(self) -> None:
         """Keep what is computed from these values, except for what shares their storage: it is written with them."""
