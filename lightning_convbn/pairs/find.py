@@ -19,12 +19,13 @@ from lightning_convbn.layers.norms import affine_of
 from lightning_convbn.layers.swap import class_name, plain_class, swap_of
 from lightning_convbn.layers.table import FROZEN, NORM_LAYERS, conv_layer, is_norm, norm_layer
 from lightning_convbn.pairs import reasons
-from lightning_convbn.pairs.compiled import compiled_unit
 from lightning_convbn.pairs.data_flow import DataFlow
-from lightning_convbn.pairs.fsdp import fsdp_unit
 from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
 from lightning_convbn.pairs.recording import record_data_flow
 from lightning_convbn.pairs.tracing import trace_data_flow
+from lightning_convbn.pairs.units import innermost_unit, is_compiled_unit, is_fsdp_unit
+
+UNITS = ((is_fsdp_unit, reasons.OTHER_FSDP_UNIT), (is_compiled_unit, reasons.OTHER_COMPILED_UNIT))
 
 
 def find_conv_bn_pairs(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> ConvBNPairs:
@@ -175,10 +176,9 @@ def mismatch(model: nn.Module, conv_name: str, bn_name: str) -> str | None:
         bn_name: Qualified name of the BatchNorm.
     """
     conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
-    if fsdp_unit(model, conv_name) != fsdp_unit(model, bn_name):
-        return reasons.OTHER_FSDP_UNIT.format(conv=conv_name)
-    if compiled_unit(model, conv_name) != compiled_unit(model, bn_name):
-        return reasons.OTHER_COMPILED_UNIT.format(conv=conv_name)
+    for is_unit, reason in UNITS:
+        if innermost_unit(model, conv_name, is_unit) != innermost_unit(model, bn_name, is_unit):
+            return reason.format(conv=conv_name)
     for name, module in ((conv_name, conv), (bn_name, bn)):
         if "forward" in vars(module):
             return reasons.OWN_FORWARD.format(name=name)

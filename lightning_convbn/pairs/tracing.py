@@ -24,7 +24,6 @@ from lightning_convbn.pairs.data_flow import (
     DataFlow,
     is_leaf,
 )
-from lightning_convbn.pairs.fsdp import is_fsdp_unit
 from lightning_convbn.pairs.recording import READS_NO_VALUES, name_of
 from lightning_convbn.pairs.shadow import Shadow
 from lightning_convbn.pairs.side_effects import (
@@ -34,6 +33,7 @@ from lightning_convbn.pairs.side_effects import (
     reentrant_checkpoints_reported,
     side_effects_undone,
 )
+from lightning_convbn.pairs.units import is_fsdp_unit
 from lightning_convbn.text import first_line
 
 

@@ -14,16 +14,15 @@ from lightning_convbn.layers.swap import Mode, Recompute, UncopiedHook, swap_of
 from lightning_convbn.memory.measure import measure_memory_abstractly
 from lightning_convbn.memory.use import MemoryUse, as_mib
 from lightning_convbn.modes import RECOMPUTING_MODES, get_mode, restore_modules, set_mode
-from lightning_convbn.pairs.compiled import is_wrapped_by_compile
 from lightning_convbn.pairs.find import (
     find_conv_bn_pairs,
     find_recorded_pairs,
     find_untrained,
 )
-from lightning_convbn.pairs.fsdp import is_fsdp_unit
 from lightning_convbn.pairs.pair import ConvBNPairs
 from lightning_convbn.pairs.reasons import UNTRAINED
 from lightning_convbn.pairs.side_effects import leaves_of
+from lightning_convbn.pairs.units import is_fsdp_unit, is_wrapped_by_compile
 from lightning_convbn.text import first_line
 from lightning_convbn.trainer.processes import merged_over_processes
 from lightning_convbn.trainer.verification import Verification
