@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_convbn.compat import inside_transform, version_of
 from lightning_convbn.layers.swap import class_name, plain_class
-from lightning_convbn.ops.convolution import autocast_dtype
+from lightning_convbn.ops.autocast import Context, same_autocast
 
 
 class Call(NamedTuple):
@@ -24,12 +24,12 @@ class Call(NamedTuple):
     parameters: tuple[Tensor | None, ...]
     versions: list[int | None]  # of the input and the parameters, and where these lie
     with_grad: bool
-    autocast: torch.dtype | None  # its dtype; None if it was off
+    autocast: Context  # returns what was in force
 
     @classmethod
     def of(cls, conv: nn.Module, bn: nn.Module, input: Tensor, arguments: tuple[Any, ...]) -> Call:
         """Describe the call that is running."""
-        parameters, autocast = _parameters_of(conv), autocast_dtype(input.device.type)
+        parameters, autocast = _parameters_of(conv), same_autocast(input.device.type)
         versions = _versions_of(input, parameters)
         return cls(conv, bn, input, arguments, parameters, versions, torch.is_grad_enabled(), autocast)
 
@@ -79,11 +79,7 @@ class Call(NamedTuple):
     @contextmanager
     def _state(self) -> Iterator[None]:
         """What was in force in the call: gradients, and autocast."""
-        device = self.input.device.type
-        casting: AbstractContextManager[Any] = nullcontext()
-        if autocast_dtype(device) is not self.autocast:
-            casting = torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None)
-        with torch.set_grad_enabled(self.with_grad), casting:
+        with torch.set_grad_enabled(self.with_grad), self.autocast():
             yield
 
 

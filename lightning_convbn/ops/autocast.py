@@ -11,15 +11,20 @@ import torch
 Context = Callable[[], AbstractContextManager[Any]]
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of autocast on a type of device; None if it is off there."""
+    # PyTorch 2.9 can't compile the question whether a device has autocast; the devices that compile have it.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else None
+
+
 def same_autocast(device: str) -> Context:
     """Return a function that returns a context in which autocast is what it is now, on a type of device."""
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext
-    state = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(device)
 
     def context() -> AbstractContextManager[Any]:
-        if state == (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)):
+        if autocast_dtype(device) is dtype:
             return nullcontext()
-        return torch.autocast(device, state[1], state[0], cache_enabled=False)
+        return torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
     return context

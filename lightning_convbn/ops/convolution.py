@@ -26,6 +26,7 @@ from torch.overrides import has_torch_function
 from torch.utils.checkpoint import checkpoint
 
 from lightning_convbn.compat import replace_saved, version_of, without_torch_function
+from lightning_convbn.ops.autocast import autocast_dtype
 from lightning_convbn.ops.fold import ConvSpec, fold_conv_bn, fold_steps, layout, reciprocal_std, scaled
 from lightning_convbn.ops.recipes import Recipe, Source, replace_saved_by_conv, shape_of, takes_recipes, unwritten
 from lightning_convbn.ops.recomputable import Recomputable, recipe_of, unmark
@@ -108,13 +109,6 @@ def autocast(input: Tensor, weight_dtype: torch.dtype) -> tuple[Tensor, torch.dt
     if lower is None:
         return input, weight_dtype
     return input if input.dtype is double else input.to(lower), weight_dtype if weight_dtype is double else lower
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype of autocast on a type of device; None if it is off there."""
-    # PyTorch 2.9 can't compile the question whether a device has autocast; the devices that compile have it.
-    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
-    return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else None
 
 
 def output_numel(input: Tensor, weight: Tensor, spec: ConvSpec | None) -> int:
