@@ -52,9 +52,9 @@ class ConvBNModeCallback(Callback):
         start_epoch: The first epoch in ``mode``. Earlier epochs run in Train mode.
         freeze_untrained: Whether to freeze a BatchNorm that was never trained, as in a new head: one with mean 0 and
             variance 1. By default it stays in Train mode, and a warning says so.
-        recompute: With ``"elementwise"``, SiLU, Hardswish, GELU and similar activations keep only their input for the
-            backward pass, which then computes the output again, and ReLU6 and similar ones only their output. The
-            numbers are the same, with less memory. Needs the mode ``"eval"`` or ``"tune"``. ``"none"`` changes nothing.
+        recompute: With ``"elementwise"``, what can be computed again, elementwise, from what is kept anyway is not kept
+            for the backward pass: outputs of activations, gates, concatenations. The numbers are the same, with less
+            memory. Needs the mode ``"eval"`` or ``"tune"``. ``"none"`` recomputes nothing.
         verify: Whether to compare each pair with Eval mode at the first batch, on the spot, in the one real pass. Pairs
             that differ, or whose fold is of no use, go back to Eval mode, with a warning.
         log_memory: Whether to count, print and log memory.
