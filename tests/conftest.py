@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 import shutil
 import tomllib
@@ -26,6 +27,15 @@ def _same_environment() -> Iterator[None]:
     """Put the environment back: a Trainer with a distributed strategy says there which process it is."""
     with mock.patch.dict(os.environ):
         yield
+
+
+@pytest.fixture
+def _quick_garbage_collection() -> Iterator[None]:
+    """Exclude the objects that torch made at import from garbage collection, because every count collects garbage."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -6,15 +6,15 @@ import contextlib
 import copy
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.allocator import kept_by_allocator
 from helpers.comparing import Snapshot
 from helpers.networks import BATCH_NORMS, FAMILIES, images, small_net, torchvision_model
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from lightning_convbn import Mode, find_conv_bn_pairs, fuse_for_deploy, get_mode, measure_memory, set_mode
@@ -23,13 +23,7 @@ from lightning_convbn.memory import INPUT, MIB, count_saved_bytes, measure_memor
 FLOAT = 4
 
 
-@pytest.fixture(autouse=True)
-def _quick_garbage_collection() -> Iterator[None]:
-    """Exclude the objects that torch made at import from garbage collection, because every count collects garbage."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("_quick_garbage_collection")
 
 
 def constant_model(name: str) -> nn.Module:
@@ -38,17 +32,6 @@ def constant_model(name: str) -> nn.Module:
     for tensor in model.state_dict().values():
         tensor.fill_(0.01 if tensor.is_floating_point() else 0)
     return model
-
-
-def allocated_by(model: nn.Module, input: Tensor) -> int:
-    """Ask the allocator what one forward pass has allocated and not freed when only its graph is left."""
-    gc.collect()
-    graph = None  # nothing may be freed within that was allocated before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        graph = model(input.clone()).grad_fn
-    assert graph is not None
-    events = profiler.profiler.kineto_results.events()
-    return sum(event.nbytes() for event in events if event.name() == "[memory]")
 
 
 class TestBytesComputedByHand:
@@ -226,7 +209,7 @@ def test_the_count_agrees_with_the_allocator(name: str, mode: Mode) -> None:
     set_mode(model, mode)
     with torch.no_grad():
         model(batch)  # the constants of the pairs stay from now on
-    assert counted == pytest.approx(allocated_by(model, batch), rel=0.02)
+    assert counted == pytest.approx(kept_by_allocator(model, batch), rel=0.02)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "tune"])

@@ -19,6 +19,7 @@ import transformers
 from helpers.frozen_by_hand import freeze
 from helpers.model_checks import randomized
 from helpers.tiny_training import differing, state_of
+from helpers.transformers_models import mobilenet_v2, resnet, rt_detr
 from helpers.watched_run import WatchedRun
 from lightning.fabric import Fabric
 from timm.utils import ModelEmaV3
@@ -98,44 +99,9 @@ def test_timm() -> None:
     assert str(ours) == str(tune.model)
 
 
-def resnet() -> nn.Module:
-    """A small classifier of transformers."""
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic")
-    return transformers.ResNetForImageClassification(config)
-
-
-def mobilenet_v2() -> nn.Module:
-    """A classifier of transformers that can't be traced, because it pads by the size of the image."""
-    config = transformers.MobileNetV2Config(depth_multiplier=0.25, image_size=64)
-    return transformers.MobileNetV2ForImageClassification(config)
-
-
-def rt_detr() -> nn.Module:
-    """A small detector of transformers, with ordinary BatchNorms in its backbone and its encoder."""
-    backbone = transformers.RTDetrResNetConfig(
-        embedding_size=16,
-        hidden_sizes=[16, 16, 24, 32],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )
-    config = transformers.RTDetrConfig(
-        backbone_config=backbone,
-        freeze_backbone_batch_norms=False,
-        encoder_hidden_dim=16,
-        encoder_in_channels=[16, 24, 32],
-        encoder_layers=1,
-        encoder_ffn_dim=16,
-        encoder_attention_heads=2,
-        d_model=16,
-        decoder_in_channels=[16, 16, 16],
-        decoder_ffn_dim=16,
-        decoder_layers=1,
-        decoder_attention_heads=2,
-        decoder_n_points=2,
-        num_queries=5,
-    )
-    return transformers.RTDetrForObjectDetection(config)
+def trained_rt_detr() -> nn.Module:
+    """A small detector with ordinary BatchNorms in its backbone, too."""
+    return rt_detr(blocks=1, freeze_backbone_batch_norms=False)
 
 
 def with_classes(count: int) -> list[dict[str, Any]]:
@@ -168,7 +134,7 @@ def as_batch(examples: list[dict[str, Any]]) -> dict[str, Any]:
     [
         pytest.param(resnet, with_classes, 0.3, id="resnet"),
         pytest.param(mobilenet_v2, with_classes, 0.3, id="mobilenet_v2"),
-        pytest.param(rt_detr, with_boxes, 0.1, id="rt_detr"),
+        pytest.param(trained_rt_detr, with_boxes, 0.1, id="rt_detr"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # what other libraries deprecate is no failure of these tests

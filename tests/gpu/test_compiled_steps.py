@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.allocator import allocated_by
+from helpers.allocator import kept_by_allocator
 from helpers.comparing import BACKWARD, relative
 from helpers.networks import images
 from helpers.smooth_network import smooth_net
@@ -66,7 +66,7 @@ def test_compiled_tune_keeps_no_more_than_compiled_eval(device: torch.device) ->
     for mode in ("eval", "tune"):
         net = compiled(device, mode)
         net(batch).sum().backward()
-        kept.append(allocated_by(lambda net=net: net(batch.clone()).grad_fn, device).kept)  # type: ignore[misc]
+        kept.append(kept_by_allocator(net, batch))
     assert kept[1] <= 1.01 * kept[0]
 
 

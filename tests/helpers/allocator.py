@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from examples.benchmarks.training_step import allocations
 
@@ -48,3 +49,8 @@ def allocated_by(function: Callable[[], Any], device: torch.device) -> Allocated
     starts = [before[key.replace("peak", "current")] for key in keys]
     current, peak, blocks, most_in_blocks = (after[key] - start for key, start in zip(keys, starts, strict=True))
     return Allocated(current, peak, blocks, most_in_blocks)
+
+
+def kept_by_allocator(model: nn.Module, batch: Tensor) -> int:
+    """Ask for the bytes that one forward pass has allocated and not freed when only its graph is left."""
+    return allocated_by(lambda: model(batch.clone()).grad_fn, batch.device).kept

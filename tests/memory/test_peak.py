@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,12 +24,7 @@ COUNTS: list[Callable[..., Any]] = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _quick_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("_quick_garbage_collection")
 
 
 def gradients_of(model: nn.Module, batch: Tensor) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.allocator import kept_by_allocator
 from helpers.networks import FAMILIES, images, random_model, torchvision_model
 from helpers.recomputation import (
     ACTIVATED,
@@ -25,7 +26,6 @@ from helpers.recomputation import (
     pair_of,
     results,
 )
-from test_memory import _quick_garbage_collection, allocated_by  # noqa: F401 - for every test here, too
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
@@ -33,6 +33,7 @@ from lightning_convbn import find_conv_bn_pairs, measure_memory, set_mode
 from lightning_convbn.ops.elementwise import ROWS, Row
 from lightning_convbn.ops.values import PASSES
 
+pytestmark = pytest.mark.usefixtures("_quick_garbage_collection")
 Function = Callable[[Tensor], Tensor]
 PLAIN = IMAGE + PAIR  # kept by the first pair
 
@@ -178,7 +179,7 @@ class TestBytes:
         model, input = random_model(name), images(2, 3, 64, 64)
         kept = measure_memory(model, input, mode="tune", recompute="elementwise").saved_bytes
         set_mode(model, "tune", recompute="elementwise")
-        assert kept == pytest.approx(allocated_by(model, input), rel=0.02)
+        assert kept == pytest.approx(kept_by_allocator(model, input), rel=0.02)
 
     def test_each_consumer_recomputes_once_and_frees_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made: list[weakref.ref[Tensor]] = []

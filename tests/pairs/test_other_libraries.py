@@ -13,6 +13,7 @@ import torch
 import transformers
 from helpers.model_checks import Counts, assert_folded_equals_eval, assert_provers_agree, randomized
 from helpers.networks import images
+from helpers.transformers_models import RESNET, mobilenet_v2, resnet, rt_detr
 from mmcv.cnn import ConvModule, DepthwiseSeparableConvModule
 from torch import Tensor, nn
 
@@ -21,12 +22,6 @@ from lightning_convbn.layers.swap import class_name
 
 # What other libraries deprecate from release to release is no failure of these tests.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "layer_type": "basic"}
-
-
-def resnet() -> nn.Module:
-    return transformers.ResNetForImageClassification(transformers.ResNetConfig(**RESNET))
 
 
 def regnet() -> nn.Module:
@@ -37,11 +32,6 @@ def regnet() -> nn.Module:
 def mobilenet_v1() -> nn.Module:
     config = transformers.MobileNetV1Config(depth_multiplier=0.25, image_size=64)
     return transformers.MobileNetV1ForImageClassification(config)
-
-
-def mobilenet_v2() -> nn.Module:
-    config = transformers.MobileNetV2Config(depth_multiplier=0.25, image_size=64)
-    return transformers.MobileNetV2ForImageClassification(config)
 
 
 def detr() -> nn.Module:
@@ -58,33 +48,6 @@ def detr() -> nn.Module:
         num_queries=3,
     )
     return transformers.DetrForObjectDetection(config)
-
-
-def rt_detr() -> nn.Module:
-    """Its backbone's BatchNorms are frozen as in DETR; those of its hybrid encoder are ordinary ones."""
-    backbone = transformers.RTDetrResNetConfig(
-        embedding_size=16,
-        hidden_sizes=[16, 16, 24, 32],
-        depths=[2, 2, 2, 2],
-        layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )
-    config = transformers.RTDetrConfig(
-        backbone_config=backbone,
-        encoder_hidden_dim=16,
-        encoder_in_channels=[16, 24, 32],
-        encoder_layers=1,
-        encoder_ffn_dim=16,
-        encoder_attention_heads=2,
-        d_model=16,
-        decoder_in_channels=[16, 16, 16],
-        decoder_ffn_dim=16,
-        decoder_layers=1,
-        decoder_attention_heads=2,
-        decoder_n_points=2,
-        num_queries=5,
-    )
-    return transformers.RTDetrForObjectDetection(config)
 
 
 @pytest.mark.parametrize(
