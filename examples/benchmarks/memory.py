@@ -14,13 +14,11 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import timm
 import torch
-import torchvision
-from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from examples import results_file
+from examples.benchmarks.networks import build
 from examples.results_file import BENCHMARKS, ROOT
 from lightning_convbn import fuse_for_deploy, measure_memory
 from lightning_convbn.memory import MIB, count_saved_bytes
@@ -106,7 +104,7 @@ def main() -> None:
 
 def count(name: str) -> Iterator[dict[str, Any]]:
     """Yield a row per input size of one classifier."""
-    model = build(name)
+    model, _ = build(name)
     fused = fuse_for_deploy(model)
     for batch, pixels in SIZES:
         pixels = max(pixels, 96) if name == "inception_v3" else pixels  # it takes nothing smaller
@@ -125,7 +123,7 @@ def count(name: str) -> Iterator[dict[str, Any]]:
 
 def count_frozen(name: str) -> dict[str, Any]:
     """Return what is kept for the gradient of the images alone, if no parameter wants one."""
-    model = build(name).requires_grad_(False)
+    model = build(name)[0].requires_grad_(False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.empty(IMAGES, 3, 224, 224, requires_grad=True)
         kept = {
@@ -139,14 +137,6 @@ def count_frozen(name: str) -> dict[str, Any]:
         "pixels": 224,
         **{key: round(use.saved_mib, 3) for key, use in kept.items()},
     }
-
-
-def build(name: str) -> nn.Module:
-    """Build a network of torchvision or timm in its eval state."""
-    if name.startswith("timm:"):
-        return timm.create_model(name.removeprefix("timm:")).eval()
-    arguments = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    return torchvision.models.get_model(name, weights=None, **arguments).eval()
 
 
 @contextmanager
