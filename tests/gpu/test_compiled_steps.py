@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ def _forget_compiled() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def compiled(device: torch.device, mode: Mode, recompute: Recompute = "none", **options: str) -> nn.Module:
+def compiled(
+    device: torch.device, mode: Mode, recompute: Recompute = "none", options: dict[str, Any] | None = None
+) -> nn.Module:
     """Compile the network in a mode, without a graph break."""
     net = smooth_net(device, torch.float64)
     set_mode(net, mode, recompute=recompute)
@@ -74,7 +77,7 @@ def test_compiled_tune_keeps_no_more_than_compiled_eval(device: torch.device) ->
 def test_reduce_overhead_is_eager_eval(cuda: torch.device) -> None:
     """Which runs what inductor has compiled as CUDA graphs, from the third call on."""
     expected = step(smooth_net(cuda, torch.float64), cuda)
-    net = compiled(cuda, "tune", mode="reduce-overhead")
+    net = compiled(cuda, "tune", options={"mode": "reduce-overhead"})
     for _ in range(5):
         torch.compiler.cudagraph_mark_step_begin()
         found = step(net, cuda)
