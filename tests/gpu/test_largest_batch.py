@@ -5,6 +5,7 @@ A card of any size is had by a limit for the process. Where there is none, on a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,7 +20,7 @@ from lightning_convbn.command.largest_batch import largest_batch
 from lightning_convbn.memory import MIB, forward_and_backward, measure_memory_abstractly
 
 CHOICES: list[tuple[Mode, Recompute]] = [("eval", "none"), ("tune", "none"), ("tune", "elementwise")]
-ROOM = {"cpu": 64 * MIB, "cuda": 1024 * MIB}
+ROOM = {"cpu": 128 * MIB, "cuda": 1024 * MIB}
 PIXELS = 64
 MARGIN = 1.05  # workspaces, and blocks that are larger than what was asked for
 LARGER = 1.15
@@ -39,11 +40,10 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(
 
     largest = largest_batch(needed, room)
     assert largest is not None
-    assert int(LARGER * largest) > largest
     set_mode(model, mode, recompute=recompute)
     step_fits(model, 1, device, room)  # libraries allocate their workspaces, which stay
     assert step_fits(model, largest, device, room)
-    assert not step_fits(model, int(LARGER * largest), device, room)
+    assert not step_fits(model, math.ceil(LARGER * largest), device, room)
 
 
 def step_fits(model: nn.Module, batch: int, device: torch.device, room: int) -> bool:
