@@ -24,9 +24,11 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 @pytest.fixture(autouse=True)
 def _same_environment() -> Iterator[None]:
-    """Put the environment back: a Trainer with a distributed strategy says there which process it is."""
+    """Put back what a Trainer with a distributed strategy changes: the environment, and the number of threads."""
+    threads = torch.get_num_threads()
     with mock.patch.dict(os.environ):
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

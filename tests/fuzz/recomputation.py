@@ -11,6 +11,7 @@ import torch
 from fuzz.interpreter import Interpreter
 from fuzz.network import Action, Scenario
 from fuzz.outcomes import Outcome, Wrong, arguments_of, autocast, draw_inputs, kind_of, run
+from helpers.torch_settings import one_thread
 from torch import Tensor, nn
 
 from lightning_convbn import Recompute, set_mode
@@ -21,6 +22,7 @@ from lightning_convbn.pairs.find import pairs_in_force
 LEVELS: Sequence[Recompute] = ("none", "elementwise")
 
 
+@one_thread()
 def compare_recomputation(model: nn.Module, mode: Any, scenario: Scenario, action: Action) -> None:
     """Raise `Wrong` if recomputation changes a bit of one pass, or keeps more for the backward pass."""
     plain, recomputing = (copy_in_mode(model, mode, level) for level in LEVELS)

@@ -23,6 +23,7 @@ import torch
 from helpers.comparing import relative
 from helpers.networks import images, random_model
 from helpers.smooth_network import DEPTH, PRODUCTS, smooth_net
+from helpers.torch_settings import one_thread
 from torch import Tensor, nn
 
 from lightning_convbn import Recompute, find_conv_bn_pairs, set_mode
@@ -145,6 +146,7 @@ def test_a_wrong_fold_would_be_noticed(
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("precision_of_network", ["fp32", "bf16-mixed"])
 @pytest.mark.parametrize("name", ["smooth", "resnet18", "mobilenet_v3_small"])
+@one_thread()
 def test_recomputing_changes_no_bit(
     device: torch.device, name: str, precision_of_network: str, channels_last: bool
 ) -> None:

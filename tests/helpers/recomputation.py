@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.networks import images, randomized
+from helpers.torch_settings import one_thread
 from lightning_convbn import Mode, set_mode
 from lightning_convbn.memory import count_saved_bytes
 
@@ -55,6 +56,7 @@ def pair_of(model: nn.Module, mode: Mode = "tune") -> tuple[nn.Module, nn.Module
     return model, recomputing
 
 
+@one_thread()
 def results(model: nn.Module, input: Tensor, run: Run | None = None) -> list[Tensor]:
     """Output and all gradients."""
     model.zero_grad()

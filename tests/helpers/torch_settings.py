@@ -8,6 +8,8 @@ Two variables let the whole suite run in other ways, so that no bound is right b
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -18,3 +20,14 @@ def apply_torch_settings() -> None:
     torch.set_num_threads(int(os.environ.get("CONVBN_TEST_THREADS", "1")))
     if os.environ.get("CONVBN_TEST_ONEDNN") == "0":
         torch.backends.mkldnn.set_flags(False)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread, where bits are compared. In several, PyTorch's sums do not repeat their own bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -26,6 +26,7 @@ from helpers.recomputation import (
     pair_of,
     results,
 )
+from helpers.torch_settings import one_thread
 from torch import Tensor, nn
 from torch._functorch import config
 from torch._subclasses import FakeTensorMode
@@ -225,6 +226,7 @@ class TestSameNumbers:
         expected = [results(plain, batch()) for plain, _ in models]
         found: dict[tuple[int, int], list[Tensor]] = {}
 
+        @one_thread()  # each thread has a number of its own
         def work(number: int) -> None:
             for turn in range(20):
                 model, input = models[number][1], batch().requires_grad_()
