@@ -39,6 +39,7 @@ from lightning_convbn.text import first_line
 
 SIZES = {"cpu": ["1:224", "8:224", "32:96"], "cuda": ["1:224", "8:224", "32:224"]}
 REFERENCES = ("eval", "deploy")
+REPLAYS = 5
 PACKAGES = ("torch", "torchvision", "timm", "mmengine")
 
 
@@ -131,6 +132,11 @@ def _measure_alone(step: Step, name: str, work: Workload, expected: dict[str, Te
     found["gradient_deviation"] = None if off is None else float(f"{off:.3g}")
     if name == INDUCTOR_PASS:
         found["note"] = f"folded {folded_by_inductor()} of {len(work.pairs)} blocks"
+    if step.device.type == "cuda" and not VARIANTS[name].compiled:
+        try:
+            found["replay_ms"] = [round(1000 * seconds, 3) for seconds in step.replay_seconds(REPLAYS)]
+        except RuntimeError as error:
+            found["note"] = f"can't be captured: {first_line(error)}"
     return found
 
 

@@ -7,7 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from examples.benchmarks.summary import Row, Spread, bytes_ratio, measured, notes, spread_text, time_ratio, title
+from examples.benchmarks.summary import (
+    Row,
+    Spread,
+    bytes_ratio,
+    measured,
+    notes,
+    ratio_text,
+    spread_text,
+    time_ratio,
+    title,
+)
 from examples.benchmarks.variants import INDUCTOR_PASS, VARIANTS
 from lightning_convbn.memory import MIB
 
@@ -50,7 +60,10 @@ For users who train on a GPU. The script `examples/benchmarks/gpu.py` needs at m
 1. It compares Tune mode, without and with recomputing, with Eval mode in float64: outputs and all gradients.
 2. It measures ResNet-50 in the settings of published figures: inductor's pass, and the paper's classification.
 3. It measures ResNet-50, EfficientNet-B0, DenseNet-121 and MobileNetV2 at 224 px, with batches of 64 and 1, in float32
-   and under bf16 autocast, in both memory formats: Train, Eval and Tune mode and the trainable Deploy copy."""
+   and under bf16 autocast, in both memory formats: Train, Eval and Tune mode, the trainable Deploy copy, and Eval mode
+   with activation checkpointing.
+4. It captures each step as a CUDA graph, too, and times its replay: what the GPU needs, without what the host needs to
+   launch it."""
 NOT_MEASURED = f"""**Not measured on a GPU yet.** Wherever there is a GPU, this command measures and draws this page:
 
 ```bash
@@ -68,6 +81,8 @@ Neither needs a network."""
 LEGEND = """- *Kept* is what the allocator has counted after one forward pass. *Peak* is `max_memory_allocated` of
   forward and backward, gradients included. What was allocated before the step does not count for either.
 - *Step* is the median of interleaved rounds, as a ratio to Eval's, with the quartiles of the ratios of single rounds.
+- *Replay* is the median of replays of the same step, captured as a CUDA graph. Where it is far below the step, the GPU
+  waits for the host. Compiled code is not captured.
 - All parameters are trained, without an optimizer. Weights and statistics are random."""
 
 
@@ -153,19 +168,22 @@ def _total(row: Row, variant: str) -> int | None:
 
 
 def _cells(rows: Sequence[Row]) -> Iterator[str]:
-    yield "| network | setting | variant | kept, MiB | / Eval | peak, MiB | / Eval | step, ms | step / Eval |"
-    yield "|---|---|---|---:|---:|---:|---:|---:|---|"
+    ratios = " | / Eval | ".join(("kept, MiB", "peak, MiB", "step, ms", "replay, ms"))
+    yield f"| network | setting | variant | {ratios} | / Eval |"
+    yield "|---|---|---|---:|---:|---:|---:|---:|---|---:|---:|"
     for row in rows:
         for name in row["variants"]:
             found = measured(row, name)
             cells = [row["model"], title(row), VARIANTS[name].title]
             if found is None:
-                cells += ["failed", *["-"] * 5]
+                cells += ["failed", *["-"] * 7]
             else:
                 for what in ("kept_bytes", "peak_bytes"):
                     ratio = bytes_ratio(row, name, "eval", what)
                     cells += [f"{found[what] / MIB:.1f}", "-" if ratio is None else f"{ratio:.2f}"]
                 cells += [f"{Spread.of(found['step_ms']).median:.1f}", _time(row, name)]
+                replayed = f"{Spread.of(found['replay_ms']).median:.1f}" if "replay_ms" in found else "-"
+                cells += [replayed, ratio_text(time_ratio(row, name, "eval", "replay_ms"), 2) or "-"]
             yield f"| {' | '.join(cells)} |"
 
 

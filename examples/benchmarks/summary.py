@@ -53,13 +53,13 @@ def bytes_ratio(row: Row, variant: str, other: str, what: str = "kept_bytes") ->
     return None if own is None or reference is None else own[what] / reference[what]
 
 
-def time_ratio(row: Row, variant: str, other: str) -> Spread | None:
+def time_ratio(row: Row, variant: str, other: str, what: str = "step_ms") -> Spread | None:
     """Return the ratio of two variants' median step times, and the quartiles of the ratios of single rounds."""
     own, reference = measured(row, variant), measured(row, other)
-    if own is None or reference is None:
+    if own is None or reference is None or what not in own or what not in reference:
         return None
-    ratios = Spread.of([one / two for one, two in zip(own["step_ms"], reference["step_ms"], strict=True)])
-    return ratios._replace(median=median(own["step_ms"]) / median(reference["step_ms"]))
+    ratios = Spread.of([one / two for one, two in zip(own[what], reference[what], strict=True)])
+    return ratios._replace(median=median(own[what]) / median(reference[what]))
 
 
 def largest_batch(rows: Sequence[Row], row: Row, variant: str, budget_mib: float) -> tuple[int, list[int]] | None:

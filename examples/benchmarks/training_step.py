@@ -41,10 +41,7 @@ class Step:
     def loss(self, *, fresh_inputs: bool = False) -> Tensor:
         """Run the forward pass; with `fresh_inputs` on a copy of the batch, so that it counts as allocated."""
         torch.manual_seed(0)  # a detector samples proposals; all variants need the same ones
-        copied: Any = tree_map_only(Tensor, torch.clone, self.inputs) if fresh_inputs else self.inputs
-        with self._autocast():
-            output = self.model(*copied)
-        return loss_of(output)
+        return self._loss(tree_map_only(Tensor, torch.clone, self.inputs) if fresh_inputs else self.inputs)
 
     def gradients(self) -> dict[str, Tensor]:
         """Make a step and return the gradients by the names of the parameters."""
@@ -64,6 +61,25 @@ class Step:
         self()
         self._wait()
         return time.perf_counter() - started
+
+    def replay_seconds(self, times: int) -> list[float]:
+        """Time replays of a step that was captured as a CUDA graph: the GPU's work alone, without its launch."""
+        aside, here = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            self._step()
+        here.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        found = []
+        for _ in range(times + 1):
+            self._wait()
+            started = time.perf_counter()
+            graph.replay()
+            self._wait()
+            found.append(time.perf_counter() - started)
+        return found[1:]  # the first one warms up
 
     def memory(self) -> dict[str, int]:
         """Return bytes as the allocator counts them, beyond those allocated before the step.
@@ -95,6 +111,15 @@ class Step:
             "peak_bytes": torch.cuda.max_memory_allocated(self.device) - before,
             "reserved_bytes": torch.cuda.max_memory_reserved(self.device),
         }
+
+    def _step(self) -> None:
+        self._loss(self.inputs).backward()  # type: ignore[no-untyped-call]
+        self.drop_gradients()
+
+    def _loss(self, inputs: Any) -> Tensor:
+        with self._autocast():
+            output = self.model(*inputs)
+        return loss_of(output)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
