@@ -33,7 +33,7 @@ cli()
 
 
 def build(root: Path, site: Path) -> subprocess.CompletedProcess[str]:
-    """Build the docs as the README says, without a network."""
+    """Build the docs as the guide for contributors says, without a network."""
     options = [
         "build",
         "--strict",
@@ -63,7 +63,7 @@ def url_of(page: Path) -> str:
 
 
 def test_every_page_is_in_the_navigation(site: Path) -> None:
-    assert "docs/mkdocs/mkdocs.yml" in (ROOT / "README.md").read_text()
+    assert "docs/mkdocs/mkdocs.yml" in (ROOT / "docs" / "contributing" / "contributing.md").read_text()
     home = (site / "index.html").read_text()
     linked = re.findall(r'<a href="([^"#]*)" class="md-nav__link', home)
     assert {link.removeprefix("./").removeprefix(".") for link in linked} == {url_of(page) for page in PAGES}
