@@ -44,7 +44,7 @@ def test_ci_runs_what_the_support_policy_says() -> None:
     assert runs == {
         (lowest, "bash .ci/run"),
         (newest, "bash .ci/run"),
-        (lowest, "python3 .ci/in_venv.py --lowest pytest"),
+        (lowest, "python3 .ci/in_venv.py --lowest pytest -n auto"),
     }
     pins = (ROOT / ".ci" / "lowest.txt").read_text()
     for package, name in (("torch", "PyTorch"), ("lightning", "Lightning"), ("pytorch-lightning", "Lightning")):
