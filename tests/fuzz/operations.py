@@ -108,6 +108,11 @@ def keep(frame: Frame, step: Step, x: Any) -> Any:
     return x
 
 
+def recall(frame: Frame, step: Step, x: Any) -> Any:
+    """Read what was kept. Nothing was if a guard has skipped that step: in a pass that builds a block, too."""
+    return frame.model.kept.get(step.name, x)
+
+
 def log(frame: Frame, step: Step, x: Any) -> Any:
     frame.model.history.append(x.detach().mean())
     return x
@@ -161,7 +166,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "rows": rows,
     "parameter": parameter,
     "keep": keep,
-    "recall": lambda frame, step, x: frame.model.kept[step.name],
+    "recall": recall,
     "log": log,
     "put": put,
     "append": append,
