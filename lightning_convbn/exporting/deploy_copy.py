@@ -65,7 +65,7 @@ def fuse_for_deploy(
             set_mode(fused, "eval", pairs=pairs)  # checks the pairs
             set_mode(fused, "train", pairs=pairs)
             for pair in copied.without_hooked(pairs):
-                _fold_for_good(fused, pair)
+                _fold_for_good(fused, pair, pairs.reshaped.get(pair.bn))
     return fused
 
 
@@ -80,8 +80,14 @@ def _check_seen(model: nn.Module, pairs: ConvBNPairs, untraced: Iterable[str]) -
             )
 
 
-def _fold_for_good(model: nn.Module, pair: ConvBNPair) -> None:
-    """Give the convolution the folded weight and bias, and replace the BatchNorm under each of its names."""
+def _fold_for_good(model: nn.Module, pair: ConvBNPair, reshaped: int | None) -> None:
+    """Give the convolution the folded weight and bias, and replace the BatchNorm under each of its names.
+
+    Args:
+        model: The copy.
+        pair: The pair.
+        reshaped: The dimensions of the BatchNorm's input, if it is a view of a linear layer's output.
+    """
     conv, bn = cast(nn.Conv2d, model.get_submodule(pair.conv)), model.get_submodule(pair.bn)
     if "weight" not in dict(conv.named_parameters(recurse=False)):
         raise ValueError(
@@ -106,7 +112,7 @@ def _fold_for_good(model: nn.Module, pair: ConvBNPair) -> None:
     assert row is not None
     layers = _layers_after(bn, row.runs_after)
     if takes_other_dimensions(conv, bn):
-        layers.insert(0, dimension_check(conv_row.dims, pair.bn))
+        layers.insert(0, dimension_check(reshaped or conv_row.dims, pair.bn))
     rest = nn.Sequential(*layers) if len(layers) > 1 else layers[0] if layers else nn.Identity()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is bn:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_convbn.compat import inside_transform, version_of
-from lightning_convbn.layers.calls import Call
+from lightning_convbn.layers.calls import Call, described
 from lightning_convbn.layers.graphs import DecidesForGraphs
 from lightning_convbn.layers.marks import has_watching_hooks, mark, marked_plain, seen_through, unmarked
 from lightning_convbn.layers.norms import affine_of, frozen_batch_norm, only_gamma_is_trained
@@ -30,7 +30,7 @@ class ConvBNLayer(DecidesForGraphs):
     dims: int  # dimensions of a batched input; any other input runs unfolded
     _bn: tuple[nn.Module]
     _owns_weight: bool = False  # whether the weight is the module's own between two calls, and not sharded, say
-    _rows: bool = False  # whether BatchNorm gets the output with its first two dimensions flattened
+    _reshaped: bool = False  # whether BatchNorm gets a view of the output, in which the last dimension are the channels
 
     def geometry(self, input: Tensor, output_size: Sequence[int] | None) -> tuple[Tensor, ConvSpec | None]:
         """Return the input with explicit padding where the convolution can't pad itself, and the geometry."""
@@ -56,7 +56,7 @@ class ConvBNLayer(DecidesForGraphs):
 
     def folded_output(self, bn: nn.Module, input: Tensor, arguments: tuple[Any, ...]) -> Tensor | None:
         """Run the folded pair; return None if the plain layers do it better, or if the input is not a batch."""
-        rows = self._rows and input.dim() == self.dims + 1
+        rows = self._has_rows(input)
         if not rows and input.dim() != self.dims:
             return None
         padded, spec = self.geometry(input.flatten(0, 1) if rows else input, *(arguments or (None,)))
@@ -72,7 +72,18 @@ class ConvBNLayer(DecidesForGraphs):
         if output is not None:
             return output
         plain: Tensor = run_plain(self, input, *arguments)
+        if folds and self._has_rows(input):
+            return frozen_batch_norm(bn, plain.flatten(0, 1)).unflatten(0, plain.shape[:2])
+        if folds and self._reshaped and input.dim() != self.dims:
+            raise RuntimeError(
+                f"{described(self)} is folded in a graph with a BatchNorm that gets a view of its output. That is "
+                f"right for inputs of {self.dims} or {self.dims + 1} dimensions, not for {input.dim()}: leave this "
+                "pair out: set_mode(model, mode, pairs=...)"
+            )
         return frozen_batch_norm(bn, plain) if folds else plain
+
+    def _has_rows(self, input: Tensor) -> bool:
+        return self._reshaped and input.dim() == self.dims + 1
 
     def operands(self) -> tuple[Any, Any, Any, Any, Any, Any, float]:
         """What is folded: weight and bias, and the affine map of the BatchNorm with its epsilon."""
