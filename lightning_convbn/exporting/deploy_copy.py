@@ -14,7 +14,7 @@ from lightning_convbn.layers.norms import affine_of
 from lightning_convbn.layers.table import conv_layer, norm_layer, takes_other_dimensions
 from lightning_convbn.modes import set_mode
 from lightning_convbn.ops.fold import fold_conv_bn
-from lightning_convbn.pairs.data_flow import WHOLE_MODEL
+from lightning_convbn.pairs.data_flow import WHOLE_MODEL, is_inside
 from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
 
 
@@ -57,9 +57,9 @@ def fuse_for_deploy(
     fused = copied.model
     found = copied.find_pairs(example_inputs)
     pairs = found if pairs is None else copied.renamed(pairs)
+    pairs = pairs.unfold({**pairs.unfused, **found.unfused})
     if pairs.untraced:  # of a model in a wrapper they name the wrapper, which the copy does not have
         _check_seen(model, pairs, found.untraced)
-    pairs = pairs.unfold({**pairs.unfused, **found.unfused})
     if len(pairs):
         with torch.no_grad():
             set_mode(fused, "eval", pairs=pairs)  # checks the pairs
@@ -72,7 +72,7 @@ def fuse_for_deploy(
 def _check_seen(model: nn.Module, pairs: ConvBNPairs, untraced: Iterable[str]) -> None:
     """Raise a ValueError if code that was not seen holds a pair: it may read the weight that a copy replaces."""
     for name in sorted(untraced):
-        if any(name == WHOLE_MODEL or f"{pair.conv}.".startswith(f"{name}.") for pair in pairs):
+        if any(is_inside(pair.conv, name) for pair in pairs):
             raise ValueError(
                 f"model: {type(model).__name__} can't be folded for good by its code alone, because "
                 f"{name if name == WHOLE_MODEL else f'`{name}`'} can't be traced; give example_inputs=(images,), the "

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_convbn.compat import inside_transform, version_of
-from lightning_convbn.layers.calls import Call, described
-from lightning_convbn.layers.graphs import DecidesForGraphs
+from lightning_convbn.layers.calls import Call
+from lightning_convbn.layers.graphs import DecidesForGraphs, check_rows
 from lightning_convbn.layers.marks import has_watching_hooks, mark, marked_plain, seen_through, unmarked
 from lightning_convbn.layers.norms import affine_of, frozen_batch_norm, only_gamma_is_trained
 from lightning_convbn.layers.swap import run_plain
@@ -56,7 +56,7 @@ class ConvBNLayer(DecidesForGraphs):
 
     def folded_output(self, bn: nn.Module, input: Tensor, arguments: tuple[Any, ...]) -> Tensor | None:
         """Run the folded pair; return None if the plain layers do it better, or if the input is not a batch."""
-        rows = self._has_rows(input)
+        rows = self._reshaped and input.dim() == self.dims + 1
         if not rows and input.dim() != self.dims:
             return None
         padded, spec = self.geometry(input.flatten(0, 1) if rows else input, *(arguments or (None,)))
@@ -72,18 +72,10 @@ class ConvBNLayer(DecidesForGraphs):
         if output is not None:
             return output
         plain: Tensor = run_plain(self, input, *arguments)
-        if folds and self._has_rows(input):
-            return frozen_batch_norm(bn, plain.flatten(0, 1)).unflatten(0, plain.shape[:2])
         if folds and self._reshaped and input.dim() != self.dims:
-            raise RuntimeError(
-                f"{described(self)} is folded in a graph with a BatchNorm that gets a view of its output. That is "
-                f"right for inputs of {self.dims} or {self.dims + 1} dimensions, not for {input.dim()}: leave this "
-                "pair out: set_mode(model, mode, pairs=...)"
-            )
+            check_rows(self, input.dim(), self.dims)
+            return frozen_batch_norm(bn, plain.flatten(0, 1)).unflatten(0, plain.shape[:2])
         return frozen_batch_norm(bn, plain) if folds else plain
-
-    def _has_rows(self, input: Tensor) -> bool:
-        return self._reshaped and input.dim() == self.dims + 1
 
     def operands(self) -> tuple[Any, Any, Any, Any, Any, Any, float]:
         """What is folded: weight and bias, and the affine map of the BatchNorm with its epsilon."""

@@ -46,6 +46,11 @@ def is_leaf(module: nn.Module) -> bool:
     return is_norm(module) or isinstance(module, _CONVOLUTIONS) or conv_layer(module) is not None
 
 
+def is_inside(name: str, of: str) -> bool:
+    """Whether a qualified name is that of a module inside of another one, which may be `WHOLE_MODEL`."""
+    return of == WHOLE_MODEL or f"{name}.".startswith(f"{of}.")
+
+
 def dims_behind_views(module: nn.Module, views: Sequence[Applied]) -> int | None:
     """Return the dimensions of a view of a linear layer's output whose channels are the layer's features, else None.
 
@@ -89,6 +94,7 @@ class DataFlow:
         reshaped: BatchNorm whose input is a view of a linear layer's output -> the dimensions of that view.
         unseen: BatchNorm that could not be observed -> why.
         untraced: Names of the modules that could not be traced, so that only their children were.
+        drawing: Names of the modules whose forward draws random numbers itself, and may branch by them.
     """
 
     names: dict[nn.Module, str]
@@ -101,6 +107,7 @@ class DataFlow:
     reshaped: dict[nn.Module, int] = field(default_factory=dict)
     unseen: dict[nn.Module, str] = field(default_factory=dict)
     untraced: list[str] = field(default_factory=list)
+    drawing: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: nn.Module) -> DataFlow:
@@ -119,7 +126,8 @@ class DataFlow:
                 return [original(item) for item in value]
             return originals[value] if isinstance(value, nn.Module) else value
 
-        flow = DataFlow({originals[module]: name for module, name in self.names.items()}, untraced=self.untraced)
+        names = {originals[module]: name for module, name in self.names.items()}
+        flow = DataFlow(names, untraced=self.untraced, drawing=self.drawing)
         for name in ("calls", "sources", "users", "norms", "readers", "dims", "reshaped", "unseen"):
             getattr(flow, name).update({originals[key]: original(value) for key, value in getattr(self, name).items()})
         return flow

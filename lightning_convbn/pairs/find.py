@@ -19,7 +19,7 @@ from lightning_convbn.layers.norms import affine_of
 from lightning_convbn.layers.swap import class_name, plain_class, swap_of
 from lightning_convbn.layers.table import FROZEN, NORM_LAYERS, conv_layer, is_norm, norm_layer
 from lightning_convbn.pairs import reasons
-from lightning_convbn.pairs.data_flow import DataFlow
+from lightning_convbn.pairs.data_flow import DataFlow, is_inside
 from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
 from lightning_convbn.pairs.recording import record_data_flow
 from lightning_convbn.pairs.tracing import trace_data_flow
@@ -92,7 +92,10 @@ def _proven(model: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> Co
             unpaired[name] = found
         else:
             pairs.append(ConvBNPair(traced.names[found], name))
-            if (why := _read_elsewhere((found, bn), traced, recorded)) is not None:
+            why = _read_elsewhere((found, bn), traced, recorded)
+            if random := [of for of in traced.drawing if is_inside(traced.names[found], of)]:
+                why = reasons.RANDOM.format(name=random[0])
+            if why is not None:
                 unfused[name] = why
             if bn in dims:
                 reshaped[name] = dims[bn]

@@ -115,6 +115,7 @@ def _trace(module: nn.Module, data_flow: DataFlow, why: str) -> None:
             graph = _Tracer(param_shapes_constant=True).trace(module, _defaults(module))
         if random_states() != before:  # a proxy draws no numbers: the forward itself does, and may branch on them
             data_flow.untraced.append(data_flow.names[module] or WHOLE_MODEL)
+            data_flow.drawing.append(data_flow.untraced[-1])
     except Exception as error:  # a forward that gets proxies instead of tensors may raise anything
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             name = data_flow.names[module] or WHOLE_MODEL

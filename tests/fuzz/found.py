@@ -133,6 +133,11 @@ FOUND: dict[str, Scenario] = {
     "Deploy copy: the convolution is skipped at random": Scenario(
         checkpointed("torch_random"), (Action("fuse"),), seed=461
     ),
+    "Deploy copy: a tap is taken at random, and the pair was recorded without it": Scenario(
+        network(*pair().steps, Step("gate", (2, 1), guard="random")),
+        (RUN, *RECORDED, Action("fuse", domain=1)),
+        seed=5039,
+    ),
     "Python's random numbers decide a branch in a checkpoint": Scenario(
         checkpointed("", Step("call", (2,), "d"), norm_guard="random"), seed=3528
     ),
