@@ -213,7 +213,7 @@ def taken_off(marked: Marked, bn: nn.Module) -> Tensor | None:
         return None
     if call.with_grad == torch.is_grad_enabled():
         outcome.taken = True  # a second call of the BatchNorm must give a tensor of its own
-        return marked._folded
+        return marked._folded.contiguous() if marked._views else marked._folded  # so a BatchNorm puts out a view
     with without_torch_function():
         if not call.with_grad and marked.requires_grad:  # type: ignore[attr-defined]
             raise RuntimeError(

@@ -113,6 +113,14 @@ FOUND: dict[str, Scenario] = {
         ),
         training=True,
     ),
+    "the memory layout behind a transposed linear layer, by which dropout draws": Scenario(
+        network(
+            Step("rows", layers=("a", "b"), name="transposed"),
+            Step("call", (1,), "c"),
+            layers={**TWO, "c": Layer("drop")},
+        ),
+        training=True,
+    ),
     "Deploy copy: a hook returns another input of the BatchNorm": Scenario(
         pair(hooks=(Hook("b", True, "scale"),)), (Action("fuse"),)
     ),

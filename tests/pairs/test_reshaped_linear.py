@@ -19,6 +19,7 @@ from lightning_convbn import Mode, export, find_conv_bn_pairs, fuse_for_deploy, 
 from lightning_convbn.layers.table import is_norm
 
 Reshape = Callable[[Tensor], Tensor]
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # what the compiler hides itself
 BATCH = 3, 5, 4
 ROWS: dict[str, Reshape] = {
     "flatten(0, 1)": lambda y: y.flatten(0, 1),
@@ -42,6 +43,11 @@ UNPROVEN: dict[str, Reshape] = {
     "a function between two views": lambda y: (y.transpose(1, 2) + 1).transpose(1, 2).transpose(1, 2),
     "by name": lambda y: y.flatten(end_dim=1),
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_past() -> None:
+    torch._dynamo.reset()
 
 
 class Reshaped(nn.Module):
@@ -85,6 +91,18 @@ def test_what_is_not_proven_is_refused_and_computes_as_eval(name: str) -> None:
         assert not len(pairs)
         assert "not from a convolution" in pairs.unpaired["bn"]
         assert_close([fuse_for_deploy(model, pairs=pairs)(x)], [model(x)], FORWARD)
+
+
+@pytest.mark.parametrize("name", PROVEN)
+def test_what_comes_out_lies_in_memory_as_in_eval_mode(name: str) -> None:
+    """So a `view` works behind it, and a dropout draws alike."""
+    model = Reshaped(PROVEN[name])
+    expected = model(batch())
+    outputs = [fuse_for_deploy(model)(batch())]
+    for mode in ("tune", "deploy"):
+        set_mode(model, mode)
+        outputs += [model(batch()), torch.compile(model, backend="eager")(batch())]
+    assert {output.stride() for output in outputs} == {expected.stride()}
 
 
 def test_a_view_that_something_else_reads_is_a_second_use_of_the_output() -> None:
@@ -135,12 +153,7 @@ def test_an_exported_file_computes_as_eval(name: str, tmp_path: Path) -> None:
     assert_close([torch.export.load(path).module()(batch())], [model(batch())], FORWARD)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 class TestCompiled:
-    @pytest.fixture(autouse=True)
-    def _no_past(self) -> None:
-        torch._dynamo.reset()
-
     @pytest.mark.parametrize("name", PROVEN)
     @pytest.mark.parametrize("trained", ["all", "gamma"])
     def test_computes_as_eval(self, name: str, trained: str) -> None:
