@@ -26,6 +26,7 @@ __all__ = [
     "FakeTensor",
     "TorchDispatchMode",
     "assert_in_graph",
+    "base_of",
     "compiled_by_lightning",
     "fake_tensor_mode",
     "has_gradient_hooks",
@@ -84,6 +85,11 @@ def replace_saved(node: Any, name: str, recipe: Callable[[], Tensor]) -> bool:
 def storage_id(tensor: Tensor) -> int:
     """What tells storages apart that are alive (``_cdata``); also those of tensors without data."""
     return tensor.untyped_storage()._cdata
+
+
+def base_of(tensor: Tensor) -> Tensor | None:
+    """Return the tensor that a tensor is a view of (``_base``), if any. It is held by the view."""
+    return tensor._base
 
 
 RUNS_ENGINE = "_engine_run_backward"

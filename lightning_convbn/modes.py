@@ -234,8 +234,8 @@ def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute: Recomp
         row = conv_layer(modules[conv_name])
         assert row is not None
         cls = row.tune if mode == "tune" else row.deploy
-        flattened = bn_name in pairs.flattened
-        swap_class(modules[conv_name], cls, mode, bn=modules[bn_name], flattened=flattened)
+        reshaped = pairs.reshaped.get(bn_name, 0)
+        swap_class(modules[conv_name], cls, mode, bn=modules[bn_name], reshaped=reshaped)
 
 
 def _convert_norm(
@@ -250,7 +250,7 @@ def _convert_norm(
         row = norm_layer(bn)
         assert row is not None
         cls = _frozen_class(bn) if mode == "eval" else row.folded
-        swap_class(bn, cls, mode, conv=conv, flattened=name in pairs.flattened, recompute=recompute)
+        swap_class(bn, cls, mode, conv=conv, reshaped=pairs.reshaped.get(name, 0), recompute=recompute)
 
 
 def _frozen_class(bn: nn.Module) -> type[nn.Module]:

@@ -14,7 +14,7 @@ from lightning_convbn.layers.norms import affine_of
 from lightning_convbn.layers.table import conv_layer, norm_layer, takes_other_dimensions
 from lightning_convbn.modes import set_mode
 from lightning_convbn.ops.fold import fold_conv_bn
-from lightning_convbn.pairs.data_flow import WHOLE_MODEL
+from lightning_convbn.pairs.data_flow import WHOLE_MODEL, is_inside
 from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
 
 
@@ -57,22 +57,22 @@ def fuse_for_deploy(
     fused = copied.model
     found = copied.find_pairs(example_inputs)
     pairs = found if pairs is None else copied.renamed(pairs)
+    pairs = pairs.unfold({**pairs.unfused, **found.unfused})
     if pairs.untraced:  # of a model in a wrapper they name the wrapper, which the copy does not have
         _check_seen(model, pairs, found.untraced)
-    pairs = pairs.unfold({**pairs.unfused, **found.unfused})
     if len(pairs):
         with torch.no_grad():
             set_mode(fused, "eval", pairs=pairs)  # checks the pairs
             set_mode(fused, "train", pairs=pairs)
             for pair in copied.without_hooked(pairs):
-                _fold_for_good(fused, pair)
+                _fold_for_good(fused, pair, pairs.reshaped.get(pair.bn))
     return fused
 
 
 def _check_seen(model: nn.Module, pairs: ConvBNPairs, untraced: Iterable[str]) -> None:
     """Raise a ValueError if code that was not seen holds a pair: it may read the weight that a copy replaces."""
     for name in sorted(untraced):
-        if any(name == WHOLE_MODEL or f"{pair.conv}.".startswith(f"{name}.") for pair in pairs):
+        if any(is_inside(pair.conv, name) for pair in pairs):
             raise ValueError(
                 f"model: {type(model).__name__} can't be folded for good by its code alone, because "
                 f"{name if name == WHOLE_MODEL else f'`{name}`'} can't be traced; give example_inputs=(images,), the "
@@ -80,8 +80,14 @@ def _check_seen(model: nn.Module, pairs: ConvBNPairs, untraced: Iterable[str]) -
             )
 
 
-def _fold_for_good(model: nn.Module, pair: ConvBNPair) -> None:
-    """Give the convolution the folded weight and bias, and replace the BatchNorm under each of its names."""
+def _fold_for_good(model: nn.Module, pair: ConvBNPair, reshaped: int | None) -> None:
+    """Give the convolution the folded weight and bias, and replace the BatchNorm under each of its names.
+
+    Args:
+        model: The copy.
+        pair: The pair.
+        reshaped: The dimensions of the BatchNorm's input, if it is a view of a linear layer's output.
+    """
     conv, bn = cast(nn.Conv2d, model.get_submodule(pair.conv)), model.get_submodule(pair.bn)
     if "weight" not in dict(conv.named_parameters(recurse=False)):
         raise ValueError(
@@ -106,7 +112,7 @@ def _fold_for_good(model: nn.Module, pair: ConvBNPair) -> None:
     assert row is not None
     layers = _layers_after(bn, row.runs_after)
     if takes_other_dimensions(conv, bn):
-        layers.insert(0, dimension_check(conv_row.dims, pair.bn))
+        layers.insert(0, dimension_check(reshaped or conv_row.dims, pair.bn))
     rest = nn.Sequential(*layers) if len(layers) > 1 else layers[0] if layers else nn.Identity()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is bn:

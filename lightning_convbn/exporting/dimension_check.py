@@ -10,7 +10,7 @@ from lightning_convbn.compat import assert_in_graph
 
 
 def dimension_check(dims: int, name: str) -> nn.Module:
-    """Return a module that returns its input, and refuses one that has other dimensions.
+    """Return a module that returns its input, contiguous as a BatchNorm does, and refuses one of other dimensions.
 
     `torch.nn.BatchNorm1d` normalises the second of two or three dimensions. The fold of a linear layer is right for
     two, and that of a ``Conv1d`` for three. A copy can't see in advance which it will get.
@@ -29,5 +29,5 @@ def dimension_check(dims: int, name: str) -> nn.Module:
         "example_inputs=...)"
     )
     graph.call_function(assert_in_graph, (right, text))
-    graph.output(input)
+    graph.output(graph.call_method("contiguous", (input,)))
     return fx.GraphModule(nn.Module(), graph)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_convbn.compat import inside_transform, version_of
 from lightning_convbn.layers.calls import Call
-from lightning_convbn.layers.graphs import DecidesForGraphs
+from lightning_convbn.layers.graphs import DecidesForGraphs, check_rows
 from lightning_convbn.layers.marks import has_watching_hooks, mark, marked_plain, seen_through, unmarked
 from lightning_convbn.layers.norms import affine_of, frozen_batch_norm, only_gamma_is_trained
 from lightning_convbn.layers.swap import run_plain
@@ -30,7 +30,7 @@ class ConvBNLayer(DecidesForGraphs):
     dims: int  # dimensions of a batched input; any other input runs unfolded
     _bn: tuple[nn.Module]
     _owns_weight: bool = False  # whether the weight is the module's own between two calls, and not sharded, say
-    _rows: bool = False  # whether BatchNorm gets the output with its first two dimensions flattened
+    _reshaped: bool = False  # whether BatchNorm gets a view of the output, in which the last dimension are the channels
 
     def geometry(self, input: Tensor, output_size: Sequence[int] | None) -> tuple[Tensor, ConvSpec | None]:
         """Return the input with explicit padding where the convolution can't pad itself, and the geometry."""
@@ -56,7 +56,7 @@ class ConvBNLayer(DecidesForGraphs):
 
     def folded_output(self, bn: nn.Module, input: Tensor, arguments: tuple[Any, ...]) -> Tensor | None:
         """Run the folded pair; return None if the plain layers do it better, or if the input is not a batch."""
-        rows = self._rows and input.dim() == self.dims + 1
+        rows = self._reshaped and input.dim() == self.dims + 1
         if not rows and input.dim() != self.dims:
             return None
         padded, spec = self.geometry(input.flatten(0, 1) if rows else input, *(arguments or (None,)))
@@ -72,6 +72,9 @@ class ConvBNLayer(DecidesForGraphs):
         if output is not None:
             return output
         plain: Tensor = run_plain(self, input, *arguments)
+        if folds and self._reshaped and input.dim() != self.dims:
+            check_rows(self, input.dim(), self.dims)
+            return frozen_batch_norm(bn, plain.flatten(0, 1)).unflatten(0, plain.shape[:2])
         return frozen_batch_norm(bn, plain) if folds else plain
 
     def operands(self) -> tuple[Any, Any, Any, Any, Any, Any, float]:

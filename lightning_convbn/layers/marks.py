@@ -64,7 +64,7 @@ class Marked:
         with without_torch_function():
             if func in _READS_NO_VALUES:
                 return func(*args, **kwargs)
-            if func in _VIEWS and args and isinstance(args[0], Marked):
+            if func in VIEWS and args and isinstance(args[0], Marked):
                 viewed = _viewed(args[0], (func, args[1:], kwargs))
                 if viewed is not None:
                     return viewed
@@ -98,7 +98,11 @@ _READS_NO_VALUES = {
 }
 _TAKES_ONLY_THE_SHAPE = {Tensor.reshape_as, Tensor.view_as, Tensor.expand_as}  # of the second argument
 _ASKS_FOR_GRADIENTS = {torch.autograd.grad, Tensor.retain_grad, Tensor.register_hook}
-_VIEWS = {Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.transpose, torch.flatten, torch.reshape, torch.transpose}
+VIEWS = {
+    *(Tensor.view, Tensor.contiguous),
+    *(getattr(place, name) for place in (Tensor, torch) for name in ("flatten", "reshape", "transpose", "permute")),
+}
+"""Functions that move values and compute none. A mark follows them, as far as they are called without names."""
 
 
 def mark(output: Tensor, call: Call, channels: int) -> Tensor | None:
@@ -143,6 +147,9 @@ def _viewed(marked: Marked, applied: Applied) -> Tensor | None:
     if func in (Tensor.transpose, torch.transpose):
         first, second = (dim % len(before) for dim in args)
         channels = {first: second, second: first}.get(channels, channels)
+    elif func in (Tensor.permute, torch.permute):
+        order = args if isinstance(args[0], int) else args[0]
+        channels = [dim % len(before) for dim in order].index(channels)
     elif channels == len(before) - 1 and folded.shape[-1:] == before[-1:]:
         channels = folded.dim() - 1
     elif folded.shape[: channels + 1] != before[: channels + 1]:
@@ -206,7 +213,7 @@ def taken_off(marked: Marked, bn: nn.Module) -> Tensor | None:
         return None
     if call.with_grad == torch.is_grad_enabled():
         outcome.taken = True  # a second call of the BatchNorm must give a tensor of its own
-        return marked._folded
+        return marked._folded.contiguous() if marked._views else marked._folded  # so a BatchNorm puts out a view
     with without_torch_function():
         if not call.with_grad and marked.requires_grad:  # type: ignore[attr-defined]
             raise RuntimeError(

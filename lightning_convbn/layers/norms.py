@@ -121,7 +121,7 @@ class FoldedNorm(FrozenNorm):
         if swap is None:
             return run_plain(self, input)  # type: ignore[no-any-return]
         if swap.conv is not None and is_normalised(input, swap.conv[0], self):
-            return input
+            return input.contiguous() if swap.reshaped else input
         if check is not None:
             check.note_plain(self)
         return frozen_batch_norm(self, unmarked(input), followed=self._recompute != "none")

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 Mode = Literal["train", "eval", "tune", "deploy"]
 Recompute = Literal["none", "elementwise"]
 
-LINKS = ("_bn", "_rows", "_owns_weight", "_fold", "_check", "_recompute")  # attributes of ours beside the Swap
+LINKS = ("_bn", "_reshaped", "_owns_weight", "_fold", "_check", "_recompute")  # attributes of ours beside the Swap
 
 
 class UncopiedHook:
@@ -46,7 +46,7 @@ class Swap(NamedTuple):
     swapped: type[nn.Module]  # what `swap_class` has put in the place of `plain`
     mode: Mode
     conv: tuple[nn.Module] | None = None  # of a BatchNorm: the convolution that it is paired with
-    flattened: bool = False  # of a pair: whether BatchNorm gets the flattened rows of a linear layer's output
+    reshaped: int = 0  # of a pair: the dimensions of the BatchNorm's input, if it is a view of a linear layer's output
     reason: str = ""  # of a BatchNorm without a pair: why
 
 
@@ -108,7 +108,7 @@ def swap_class(
     *,
     bn: nn.Module | None = None,
     conv: nn.Module | None = None,
-    flattened: bool = False,
+    reshaped: int = 0,
     recompute: Recompute = "none",
     reason: str = "",
 ) -> None:
@@ -120,7 +120,7 @@ def swap_class(
         mode: The mode it is in from now on.
         bn: Of a convolution to be folded, its BatchNorm.
         conv: Of a BatchNorm in a pair, its convolution.
-        flattened: Of both, whether the BatchNorm gets the flattened rows of a linear layer's output.
+        reshaped: Of both, the dimensions of the BatchNorm's input, if it is a view of a linear layer's output; else 0.
         recompute: Of a BatchNorm, what may be computed again in the backward pass of what is made of its output.
         reason: Of a BatchNorm without a pair, why.
     """
@@ -129,12 +129,12 @@ def swap_class(
     _assign_class(module, found.swapped, cls)
     if bn is not None:
         module.__dict__["_bn"] = (bn,)
-        module.__dict__["_rows"] = flattened
+        module.__dict__["_reshaped"] = bool(reshaped)
         module.__dict__["_owns_weight"] = type(module.weight) is nn.Parameter
     if recompute != "none":
         module.__dict__["_recompute"] = recompute
     partner = None if conv is None else (conv,)
-    module.__dict__["_swap"] = Swap(found.plain, cls, mode, partner, flattened, reason)
+    module.__dict__["_swap"] = Swap(found.plain, cls, mode, partner, reshaped, reason)
 
 
 def restore_class(module: nn.Module) -> None:

@@ -25,6 +25,7 @@ from torch.overrides import has_torch_function
 
 from lightning_convbn.compat import (
     FakeTensor,
+    base_of,
     inside_transform,
     other_saved_tensor_hooks,
     storage_id,
@@ -35,7 +36,7 @@ from lightning_convbn.compat import (
 from lightning_convbn.ops.aliases import Aliases
 from lightning_convbn.ops.calls import Call
 from lightning_convbn.ops.elementwise import ROWS
-from lightning_convbn.ops.recipes import Recipe, takes_recipes
+from lightning_convbn.ops.recipes import Recipe, Source, takes_recipes
 from lightning_convbn.ops.values import Holder, Loan, Value
 
 
@@ -136,6 +137,19 @@ def recipe_of(tensor: Tensor, dtype: torch.dtype) -> Recipe | None:
     return holder if tensor.dtype is dtype else lambda: holder().to(dtype)
 
 
+def under_other_hooks(*args: object) -> bool:
+    """Whether other saved-tensor hooks are in force. A checkpoint, say, holds the arguments, so we go by these then."""
+    if not other_saved_tensor_hooks():
+        return False
+    marked: list[Any] = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Recomputable)]
+    marked += [base for base in map(base_of, marked) if isinstance(base, Recomputable)]
+    for tensor in marked:
+        value, tensor._loan = value_of(tensor), None
+        if value is not None:
+            value.hold(Source(tensor))
+    return True
+
+
 def value_of(tensor: object) -> Value | None:
     """The value of a recomputable tensor; None for any other, and for one that was written since."""
     if not isinstance(tensor, Recomputable):
@@ -158,7 +172,7 @@ def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     if _writes(func, kwargs):
         for leaf in tree_leaves((args[:1], kwargs.get("input"), kwargs.get("out"))):
             _before_write(leaf)
-    if not torch.is_grad_enabled() or inside_transform() or other_saved_tensor_hooks():
+    if not torch.is_grad_enabled() or inside_transform() or under_other_hooks(*args, *kwargs.values()):
         return func(*args, **kwargs)
     row = ROWS.get(func) if args else None
     if row is not None and row.kind == "parts":

@@ -132,6 +132,12 @@ class Value:
         if own is not None:  # it goes by the output from now on, which is kept for others, too
             own.take(self)
 
+    def hold(self, source: Source) -> None:
+        """Go by the tensor itself, which somebody holds anyway: nothing else need be kept for it."""
+        if self._relies:
+            self._rely_on_nothing()
+            self._keep(source)
+
     def can_be_had(self, limit: int) -> bool:
         """Whether the values are kept, or can be computed if no more than ``limit`` bytes are kept for that."""
         debts: dict[int, int] = {}

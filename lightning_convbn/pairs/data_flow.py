@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
+from lightning_convbn.compat import outside_fake_mode
+from lightning_convbn.layers.marks import Applied
 from lightning_convbn.layers.swap import class_name
 from lightning_convbn.layers.table import conv_layer, is_norm
 from lightning_convbn.pairs import reasons
@@ -43,6 +46,39 @@ def is_leaf(module: nn.Module) -> bool:
     return is_norm(module) or isinstance(module, _CONVOLUTIONS) or conv_layer(module) is not None
 
 
+def is_inside(name: str, of: str) -> bool:
+    """Whether a qualified name is that of a module inside of another one, which may be `WHOLE_MODEL`."""
+    return of == WHOLE_MODEL or f"{name}.".startswith(f"{of}.")
+
+
+def dims_behind_views(module: nn.Module, views: Sequence[Applied]) -> int | None:
+    """Return the dimensions of a view of a linear layer's output whose channels are the layer's features, else None.
+
+    LeViT has ``bn(linear(x).flatten(0, 1))``, and point clouds ``bn(linear(x).transpose(1, 2))``. The views are tried
+    on two outputs of three dimensions, in which each value is the number of its feature.
+
+    Args:
+        module: The layer.
+        views: What is applied to its output, without any size of a batch.
+    """
+    if not isinstance(module, nn.Linear):
+        return None
+    dims = None
+    with outside_fake_mode():
+        features = torch.arange(module.out_features, device="cpu")
+        for sizes in ((2, 3), (5, 7)):
+            view = features.expand(*sizes, -1)
+            try:
+                for func, args, kwargs in views:
+                    view = func(view, *args, **kwargs)
+            except (RuntimeError, IndexError, TypeError):  # they need other dimensions, or name the size of a batch
+                return None
+            dims = view.dim()
+            if dims < 2 or view.shape[1] != len(features) or not bool((view.transpose(1, -1) == features).all()):
+                return None
+    return dims
+
+
 @dataclass
 class DataFlow:
     """Where the inputs of BatchNorms come from, and where the outputs of convolutions go.
@@ -55,9 +91,10 @@ class DataFlow:
         norms: Convolution -> the BatchNorms that use its output.
         readers: Convolution or BatchNorm -> words for whoever reads values of its parameters or buffers from outside.
         dims: BatchNorm -> the dimensions of its input; unknown without data.
-        flattened: BatchNorms whose input is a linear layer's output with all but its last dimension flattened.
+        reshaped: BatchNorm whose input is a view of a linear layer's output -> the dimensions of that view.
         unseen: BatchNorm that could not be observed -> why.
         untraced: Names of the modules that could not be traced, so that only their children were.
+        drawing: Names of the modules whose forward draws random numbers itself, and may branch by them.
     """
 
     names: dict[nn.Module, str]
@@ -67,9 +104,10 @@ class DataFlow:
     norms: dict[nn.Module, list[nn.Module]] = field(default_factory=lambda: defaultdict(list))
     readers: dict[nn.Module, list[str]] = field(default_factory=lambda: defaultdict(list))
     dims: dict[nn.Module, int] = field(default_factory=dict)
-    flattened: set[nn.Module] = field(default_factory=set)
+    reshaped: dict[nn.Module, int] = field(default_factory=dict)
     unseen: dict[nn.Module, str] = field(default_factory=dict)
     untraced: list[str] = field(default_factory=list)
+    drawing: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: nn.Module) -> DataFlow:
@@ -88,10 +126,10 @@ class DataFlow:
                 return [original(item) for item in value]
             return originals[value] if isinstance(value, nn.Module) else value
 
-        flow = DataFlow({originals[module]: name for module, name in self.names.items()}, untraced=self.untraced)
-        for name in ("calls", "sources", "users", "norms", "readers", "dims", "unseen"):
+        names = {originals[module]: name for module, name in self.names.items()}
+        flow = DataFlow(names, untraced=self.untraced, drawing=self.drawing)
+        for name in ("calls", "sources", "users", "norms", "readers", "dims", "reshaped", "unseen"):
             getattr(flow, name).update({originals[key]: original(value) for key, value in getattr(self, name).items()})
-        flow.flattened = {originals[module] for module in self.flattened}
         return flow
 
     @cached_property

@@ -19,7 +19,7 @@ from lightning_convbn.layers.norms import affine_of
 from lightning_convbn.layers.swap import class_name, plain_class, swap_of
 from lightning_convbn.layers.table import FROZEN, NORM_LAYERS, conv_layer, is_norm, norm_layer
 from lightning_convbn.pairs import reasons
-from lightning_convbn.pairs.data_flow import DataFlow
+from lightning_convbn.pairs.data_flow import DataFlow, is_inside
 from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
 from lightning_convbn.pairs.recording import record_data_flow
 from lightning_convbn.pairs.tracing import trace_data_flow
@@ -74,7 +74,8 @@ def _proven(model: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> Co
     pairs: list[ConvBNPair] = []
     unpaired: dict[str, str] = {}
     unfrozen: list[str] = []
-    flattened: list[str] = []
+    dims = traced.reshaped if recorded is None else {**traced.reshaped, **recorded.reshaped}
+    reshaped: dict[str, int] = {}
     unfused: dict[str, str] = {}
     for name, bn in model.named_modules():
         if not is_norm(bn):
@@ -91,12 +92,15 @@ def _proven(model: nn.Module, traced: DataFlow, recorded: DataFlow | None) -> Co
             unpaired[name] = found
         else:
             pairs.append(ConvBNPair(traced.names[found], name))
-            if (why := _read_elsewhere((found, bn), traced, recorded)) is not None:
+            why = _read_elsewhere((found, bn), traced, recorded)
+            if random := [of for of in traced.drawing if is_inside(traced.names[found], of)]:
+                why = reasons.RANDOM.format(name=random[0])
+            if why is not None:
                 unfused[name] = why
-            if bn in traced.flattened or (recorded is not None and bn in recorded.flattened):
-                flattened.append(name)
+            if bn in dims:
+                reshaped[name] = dims[bn]
     untraced = traced.untraced if recorded is None else ()
-    return ConvBNPairs(pairs, unpaired, unfrozen, flattened, untraced, unfused)
+    return ConvBNPairs(pairs, unpaired, unfrozen, reshaped, untraced, unfused)
 
 
 def _other_input(bn: nn.Module, conv: nn.Module, recorded: DataFlow | None) -> str | None:
@@ -105,7 +109,7 @@ def _other_input(bn: nn.Module, conv: nn.Module, recorded: DataFlow | None) -> s
     `torch.nn.BatchNorm1d` takes two or three, and its channels are the second. Those of a linear layer are the last.
     """
     row, given = conv_layer(conv), None if recorded is None else recorded.dims.get(bn)
-    if row is None or recorded is None or given in (None, row.dims):
+    if row is None or recorded is None or given in (None, recorded.reshaped.get(bn, row.dims)):
         return None
     name = recorded.names[conv]
     return reasons.OTHER_INPUT.format(given=given, conv=name, conv_cls=class_name(conv), wanted=row.dims)
@@ -222,7 +226,7 @@ def pairs_in_force(model: nn.Module) -> ConvBNPairs | None:
     pairs: list[ConvBNPair] = []
     unpaired: dict[str, str] = {}
     unfrozen: list[str] = []
-    flattened: list[str] = []
+    reshaped: dict[str, int] = {}
     for module, name in names.items():
         if not is_norm(module):
             continue
@@ -234,6 +238,6 @@ def pairs_in_force(model: nn.Module) -> ConvBNPairs | None:
             unpaired[name] = swap.reason or reasons.TORN
         else:
             pairs.append(ConvBNPair(names[swap.conv[0]], name))
-            if swap.flattened:
-                flattened.append(name)
-    return ConvBNPairs(pairs, unpaired, unfrozen, flattened)
+            if swap.reshaped:
+                reshaped[name] = swap.reshaped
+    return ConvBNPairs(pairs, unpaired, unfrozen, reshaped)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from lightning_convbn.compat import TorchDispatchMode
+from lightning_convbn.layers.marks import VIEWS, Applied
 from lightning_convbn.layers.swap import class_name
 from lightning_convbn.layers.table import is_norm
 from lightning_convbn.pairs.data_flow import (
@@ -26,6 +27,7 @@ from lightning_convbn.pairs.data_flow import (
     RETURNED,
     TAKES_ONLY_THE_SHAPE,
     DataFlow,
+    dims_behind_views,
     is_leaf,
 )
 from lightning_convbn.pairs.shadow import Shadow
@@ -84,7 +86,7 @@ class _Recorder(TorchFunctionMode):
         # Tensor id -> the tensor and the convolution that computed it. The tensor is held, so its id stays its own.
         self._outputs: dict[int, tuple[Tensor, nn.Module]] = {}
         self._makers: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # tensor id -> words for what computed it
-        self._flattened: set[int] = set()  # ids of outputs of linear layers that were flattened
+        self._views: dict[int, tuple[Applied, ...]] = {}  # id of a view of a linear layer's output -> how it is made
         self._depth = 0  # how many watched modules are running, one inside the other
 
     @contextmanager
@@ -129,8 +131,12 @@ class _Recorder(TorchFunctionMode):
                 self._data_flow.norms[conv].append(bn)
         source = self._source(given[0]) if given else None
         self._data_flow.dims[bn] = given[0].dim() if given else 0
-        if given and id(given[0]) in self._flattened:
-            self._data_flow.flattened.add(bn)
+        if source is not None and id(given[0]) in self._views:
+            dims = dims_behind_views(source, self._views[id(given[0])])
+            if dims is None:
+                source = None
+            else:
+                self._data_flow.reshaped[bn] = dims
         self._data_flow.sources[bn].append(self._maker(given) if source is None else source)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -162,8 +168,8 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         name = name_of(func)
         linear = self._source(args[0]) if args and isinstance(args[0], Tensor) else None
-        if name == "flatten" and args[1:] == (0, 1) and isinstance(linear, nn.Linear):
-            return self._flatten(func, linear, args, kwargs)
+        if func in VIEWS and not kwargs and isinstance(linear, nn.Linear):
+            return self._view(func, linear, args)
         if name not in READS_NO_VALUES:
             for position, argument in enumerate((*args, *kwargs.values())):
                 if position == 1 and name in TAKES_ONLY_THE_SHAPE:
@@ -175,16 +181,15 @@ class _Recorder(TorchFunctionMode):
             self._record_maker(output, f"`{name}`")
         return output
 
-    def _flatten(
-        self, flatten: Callable[..., Tensor], linear: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
-        """Flatten a linear layer's output, as LeViT does. The result counts as the layer's output."""
-        self._depth += 1  # flattening is no use of the output
-        rows = flatten(*args, **kwargs)
+    def _view(self, func: Callable[..., Tensor], linear: nn.Module, args: tuple[Any, ...]) -> Tensor:
+        """Make a view of a linear layer's output, as LeViT does. Who uses it uses the layer's output."""
+        self._depth += 1  # the view itself is no use of the output
+        view = func(*args)
         self._depth -= 1
-        self._outputs[id(rows)] = rows, linear
-        self._flattened.add(id(rows))
-        return rows
+        self._outputs[id(view)] = view, linear
+        self._views[id(view)] = (*self._views.get(id(args[0]), ()), (func, args[1:], {}))
+        self._record_maker(view, f"`{name_of(func)}`")
+        return view
 
 
 class _OperatorRecorder(TorchDispatchMode):

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_convbn.layers.marks import VIEWS, Applied
 from lightning_convbn.layers.swap import class_name
 from lightning_convbn.layers.table import is_norm
 from lightning_convbn.pairs import reasons
@@ -22,6 +23,7 @@ from lightning_convbn.pairs.data_flow import (
     TAKES_ONLY_THE_SHAPE,
     WHOLE_MODEL,
     DataFlow,
+    dims_behind_views,
     is_leaf,
 )
 from lightning_convbn.pairs.recording import READS_NO_VALUES, name_of
@@ -113,6 +115,7 @@ def _trace(module: nn.Module, data_flow: DataFlow, why: str) -> None:
             graph = _Tracer(param_shapes_constant=True).trace(module, _defaults(module))
         if random_states() != before:  # a proxy draws no numbers: the forward itself does, and may branch on them
             data_flow.untraced.append(data_flow.names[module] or WHOLE_MODEL)
+            data_flow.drawing.append(data_flow.untraced[-1])
     except Exception as error:  # a forward that gets proxies instead of tensors may raise anything
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             name = data_flow.names[module] or WHOLE_MODEL
@@ -151,43 +154,49 @@ def _record_call(root: nn.Module, node: fx.Node, data_flow: DataFlow) -> None:
     data_flow.calls[module] += 1
     if is_norm(module):
         source = node.all_input_nodes[0]
-        linear = _flattened_linear(root, source)
-        if linear is not None:
-            source = linear
-            data_flow.flattened.add(module)
+        viewed, views = _behind_views(source)
+        if views and viewed.op == "call_module":
+            dims = dims_behind_views(root.get_submodule(str(viewed.target)), views)
+            if dims is not None:
+                source = viewed
+                data_flow.reshaped[module] = dims
         data_flow.sources[module].append(
             root.get_submodule(str(source.target)) if source.op == "call_module" else _described(source, name)
         )
     else:
-        for user in _users(root, node):
+        for user, used in _users(node):
             used_by = root.get_submodule(str(user.target)) if user.op == "call_module" else None
             if used_by is not None and is_norm(used_by):
                 data_flow.norms[module].append(used_by)
-            elif _reads_values(user, node):
+            elif _reads_values(user, used):
                 data_flow.users[module].append(_described(user, name))
 
 
-def _users(root: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the nodes that use the output of a call. The users of `_flattened_linear` are users of the linear layer."""
+def _users(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Yield each node that uses the output of a call, or a view of it, and which of them it uses."""
     for user in node.users:
-        if _flattened_linear(root, user) is node:
-            yield from user.users
+        if _is_view(user):
+            yield from _users(user)
         else:
-            yield user
+            yield user, node
 
 
-def _flattened_linear(root: nn.Module, node: fx.Node) -> fx.Node | None:
-    """Return the call of ``linear`` if a node is ``linear(x).flatten(0, 1)``, else None.
+def _behind_views(node: fx.Node) -> tuple[fx.Node, list[Applied]]:
+    """Return what a node is a view of, and how that is made; the node itself and nothing if it is no view."""
+    views: list[Applied] = []
+    while _is_view(node):
+        views.insert(0, (_function(node), node.args[1:], {}))
+        (node,) = node.all_input_nodes
+    return node, views
 
-    LeViT normalises the output of a linear layer in this way. Flattening does not change the last dimension, which
-    holds the channels.
-    """
-    if node.target not in ("flatten", torch.flatten) or node.args[1:] != (0, 1) or node.kwargs:
-        return None
-    source = node.args[0]
-    if not isinstance(source, fx.Node) or source.op != "call_module":
-        return None
-    return source if isinstance(root.get_submodule(str(source.target)), nn.Linear) else None
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node is a view of another one, by numbers that do not depend on a batch."""
+    return _function(node) in VIEWS and not node.kwargs and node.all_input_nodes == [node.args[0]]
+
+
+def _function(node: fx.Node) -> Any:
+    return getattr(torch.Tensor, str(node.target), None) if node.op == "call_method" else node.target
 
 
 def _defaults(module: nn.Module) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 import re
 import subprocess
 import sys
@@ -230,6 +231,31 @@ def test_a_linear_layer_that_shares_its_weight_as_a_module_keeps_it() -> None:
     fused = fuse_for_deploy(net)
     assert "running_mean" not in dict(fused[1].named_buffers())
     assert_close([fused(input)], [expected_output(net, input)], 1e-12)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_pair_in_a_forward_that_branches_at_random_stays_as_it_is(recorded: bool) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, input: Tensor) -> Tensor:
+            output = self.conv(input)
+            return self.bn(output) + (output if random.random() < 0.5 else 0)
+
+    model, input = randomized(Branching().eval()), images(2, 3, 8, 8)
+    for seed in range(6):
+        random.seed(seed)
+        pairs = find_conv_bn_pairs(model, example_inputs=(input,) if recorded else None)
+        fused = fuse_for_deploy(model, pairs=pairs)
+        if len(pairs):
+            assert "the forward of `the model` draws random numbers" in pairs.unfused["bn"]
+        for draw in range(4):
+            random.seed(draw)
+            expected = model(input)
+            random.seed(draw)
+            assert_close([fused(input)], [expected], 1e-6)
 
 
 def test_a_model_that_can_not_be_traced_needs_example_inputs() -> None:

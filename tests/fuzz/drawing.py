@@ -121,7 +121,9 @@ def add_pair(draft: Draft) -> None:
         return
     if style == "rows" and len(draft.shape()) > 2:
         other = next(letter for letter in LETTERS if letter not in draft.network.layers and letter != name)
-        draft.add(Step("rows", (draft.at,), layers=(name, other)), {name: Layer("conv"), other: Layer("norm")})
+        view = "transposed" if draft.at % 2 else ""
+        layers = {name: Layer("conv"), other: Layer("norm")}
+        draft.add(Step("rows", (draft.at,), layers=(name, other), name=view), layers)
         return
     if draft.call(conv, **draft.modifiers()):
         draft.convolved.append(draft.at)

@@ -113,6 +113,14 @@ FOUND: dict[str, Scenario] = {
         ),
         training=True,
     ),
+    "the memory layout behind a transposed linear layer, by which dropout draws": Scenario(
+        network(
+            Step("rows", layers=("a", "b"), name="transposed"),
+            Step("call", (1,), "c"),
+            layers={**TWO, "c": Layer("drop")},
+        ),
+        training=True,
+    ),
     "Deploy copy: a hook returns another input of the BatchNorm": Scenario(
         pair(hooks=(Hook("b", True, "scale"),)), (Action("fuse"),)
     ),
@@ -132,6 +140,11 @@ FOUND: dict[str, Scenario] = {
     "Deploy copy: BatchNorm is skipped without gradients": Scenario(pair("grad"), (Action("fuse", grad="no_grad"),)),
     "Deploy copy: the convolution is skipped at random": Scenario(
         checkpointed("torch_random"), (Action("fuse"),), seed=461
+    ),
+    "Deploy copy: a tap is taken at random, and the pair was recorded without it": Scenario(
+        network(*pair().steps, Step("gate", (2, 1), guard="random")),
+        (RUN, *RECORDED, Action("fuse", domain=1)),
+        seed=5039,
     ),
     "Python's random numbers decide a branch in a checkpoint": Scenario(
         checkpointed("", Step("call", (2,), "d"), norm_guard="random"), seed=3528

@@ -87,11 +87,13 @@ def checkpointed(frame: Frame, step: Step, x: Any) -> Any:
 
 
 def rows(frame: Frame, step: Step, x: Any) -> Any:
-    """Linear layer and BatchNorm on the pixels, as LeViT has them: the rows are flattened in between."""
+    """Linear layer and BatchNorm on the pixels: the rows are flattened in between, as in LeViT, or transposed."""
     pixels = x.flatten(2).transpose(1, 2)
     linear = frame.model.layer(step.layers[0], x.flatten(2)[:, :, 0] if frame.building else x)
     y = linear(pixels)
     norm = frame.model.layer(step.layers[1], y.flatten(0, 1) if frame.building else y)
+    if step.name == "transposed":
+        return norm(y.transpose(1, 2)).unflatten(2, x.shape[2:])
     return norm(y.flatten(0, 1)).reshape_as(y).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
@@ -106,6 +108,11 @@ def parameter(frame: Frame, step: Step, x: Any) -> Any:
 def keep(frame: Frame, step: Step, x: Any) -> Any:
     frame.model.kept[step.name] = x
     return x
+
+
+def recall(frame: Frame, step: Step, x: Any) -> Any:
+    """Read what was kept. Nothing was if a guard has skipped that step: in a pass that builds a block, too."""
+    return frame.model.kept.get(step.name, x)
 
 
 def log(frame: Frame, step: Step, x: Any) -> Any:
@@ -161,7 +168,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "rows": rows,
     "parameter": parameter,
     "keep": keep,
-    "recall": lambda frame, step, x: frame.model.kept[step.name],
+    "recall": recall,
     "log": log,
     "put": put,
     "append": append,

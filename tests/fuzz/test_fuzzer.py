@@ -9,6 +9,7 @@ import pytest
 import torch
 from fuzz import network
 from fuzz.drawing_scenarios import draw_scenario
+from fuzz.interpreter import build
 from fuzz.network import Action, Layer, Network, Scenario, Step
 from fuzz.shrinking import shrunk
 from fuzz.trial import try_scenario
@@ -20,6 +21,7 @@ from lightning_convbn.layers import convolutions
 PAIR = Network(
     steps=(Step("call", (0,), "a"), Step("call", (1,), "b")), layers={"a": Layer("conv"), "b": Layer("norm")}
 )
+RECALL = Step("recall", (0,), name="tap")
 Mistake = Callable[[nn.Module, Tensor, Tensor], Tensor]  # module, input and output of a forward -> a wrong output
 
 
@@ -123,6 +125,19 @@ def test_a_printed_scenario_is_the_scenario() -> None:
     for seed in range(20):
         scenario = draw_scenario(seed)
         assert eval(repr(scenario), vars(network)) == scenario
+
+
+def test_many_seeds_draw_a_scenario() -> None:
+    assert len([draw_scenario(seed) for seed in range(3700, 3800)]) == 100
+
+
+def test_a_block_recalls_its_input_where_the_step_that_keeps_another_value_is_skipped() -> None:
+    body = Network((Step("function", (0,), name="tanh"), Step("keep", (1,), guard="shape", name="tap"), RECALL))
+    network = Network((Step("call", (0,), "c"),), {"c": Layer("block", body=body)})
+    x = torch.rand(3, 2, 5, 5)
+    model = build(network)
+    assert torch.equal(model(x), torch.tanh(x))
+    assert torch.equal(model(x[:2]), x[:2])
 
 
 def test_an_error_of_plain_pytorch_ends_a_scenario() -> None:

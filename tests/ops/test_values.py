@@ -28,6 +28,7 @@ from helpers.recomputation import (
 )
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from lightning_convbn import find_conv_bn_pairs, measure_memory, set_mode
 from lightning_convbn.ops.elementwise import ROWS, Row
@@ -55,6 +56,13 @@ ELEMENTWISE: dict[str, Function] = {
     "pixel shuffle": lambda x: F.pixel_unshuffle(F.silu(x), 2),
     "a slice": lambda x: F.silu(x)[:, :, 1:],
     "roll and flip": lambda x: F.silu(x).roll(1, 2).flip(3),
+}
+HELD: dict[str, Function] = {
+    "concatenation": lambda x: x,
+    "view": lambda x: x.flatten(2).unflatten(2, (8, 8)),
+    "copy": lambda x: x.flip(1),
+    "activation": F.silu,
+    "written": lambda x: x.cos_(),
 }
 
 
@@ -142,6 +150,22 @@ class TestBytes:
 
         kept = assert_recomputed_alike(net(Apply(skip, nn.Conv2d(6, 4, 1))))
         assert kept[1] == PLAIN + ACTIVATED + VALUES // 4  # the output and the windows, and no bits
+
+    @pytest.mark.parametrize("read_before", [False, True])
+    @pytest.mark.parametrize("name", HELD)
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_what_a_checkpoint_holds_is_kept_itself_without_its_parts(
+        self, read_before: bool, name: str, frozen: bool
+    ) -> None:
+        def hold(x: Tensor, before: nn.Module, *block: nn.Module) -> Tensor:
+            x = HELD[name](torch.cat([x, x], 1))
+            read = before(x).sum() if read_before else 0
+            return checkpoint(nn.Sequential(*block), x, use_reentrant=False).sum() + read
+
+        model = net(Apply(hold, nn.Conv2d(12, 4, 1), *conv(12, 4)))
+        for module in list(model.modules())[-2:]:
+            module.requires_grad_(not frozen)
+        assert_recomputed_alike(model)
 
     def test_a_small_operand_is_not_held_for_a_sum_that_is_kept(self) -> None:
         def shifted(x: Tensor, last: nn.Module) -> Tensor:
