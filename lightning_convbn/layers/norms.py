@@ -31,12 +31,6 @@ def affine_of(bn: nn.Module) -> Affine:
     return Affine(norm.weight, norm.bias, norm.running_mean, norm.running_var, getattr(norm, "eps", EPSILON))
 
 
-def only_gamma_is_trained(weight: Tensor, bn: nn.Module) -> bool:
-    """Whether a BatchNorm's weight wants a gradient, and that of its convolution does not."""
-    gamma: Any = bn.weight
-    return not weight.requires_grad and gamma is not None and gamma.requires_grad
-
-
 def frozen_batch_norm(bn: nn.Module, input: Tensor, *, followed: bool = False) -> Tensor:
     """Normalise with the running statistics, whatever the module's training flag says.
 
@@ -116,7 +110,7 @@ class FoldedNorm(FrozenNorm):
         folded = taken_off(input, self) if isinstance(input, Marked) else None
         if folded is not None:
             output = folded if check is None else check.compare(self, folded, input)
-            return follow(output, frozen=_is_frozen_pair(self)) if self._recompute != "none" else output
+            return output if self._recompute == "none" else follow(output, frozen=not input._call.is_trained())  # type: ignore[attr-defined]
         swap = swap_of(self)
         if swap is None:
             return run_plain(self, input)  # type: ignore[no-any-return]
@@ -125,13 +119,6 @@ class FoldedNorm(FrozenNorm):
         if check is not None:
             check.note_plain(self)
         return frozen_batch_norm(self, unmarked(input), followed=self._recompute != "none")
-
-
-def _is_frozen_pair(bn: nn.Module) -> bool:
-    """Whether no parameter of a folded pair wants a gradient."""
-    swap = swap_of(bn)
-    convs: Any = () if swap is None or swap.conv is None else swap.conv
-    return not any(parameter.requires_grad for module in (bn, *convs) for parameter in module.parameters(recurse=False))
 
 
 class Rows:

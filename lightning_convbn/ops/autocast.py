@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-
-Context = Callable[[], AbstractContextManager[Any]]
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -18,13 +15,8 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else None
 
 
-def same_autocast(device: str) -> Context:
-    """Return a function that returns a context in which autocast is what it is now, on a type of device."""
-    dtype = autocast_dtype(device)
-
-    def context() -> AbstractContextManager[Any]:
-        if autocast_dtype(device) is dtype:
-            return nullcontext()
-        return torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
-
-    return context
+def in_autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Return a context in which autocast is as it was when `autocast_dtype` returned ``dtype`` for a type of device."""
+    if autocast_dtype(device) is dtype:
+        return nullcontext()
+    return torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)

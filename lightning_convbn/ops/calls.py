@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_convbn.compat import storage_id
-from lightning_convbn.ops.autocast import same_autocast
+from lightning_convbn.ops.autocast import autocast_dtype, in_autocast
 from lightning_convbn.ops.elementwise import Clip, Function, Row
 from lightning_convbn.ops.packed import LARGEST_WINDOW, PackedBits, Window, layout_of, recipe_of_indices
 from lightning_convbn.ops.recipes import Recipe, Source
@@ -147,14 +147,15 @@ class Call:
         """Return the call as a function of its tensors, without those that are fixed. It holds no other tensor."""
         args, kwargs = constants
         parts = len(self._args[0]) if self._row.kind == "parts" else 0
-        autocast = same_autocast(self.tensors[0].device.type)
+        device = self.tensors[0].device.type
+        autocast = autocast_dtype(device)
 
         def function(*tensors: Tensor) -> Tensor:
             rest = iter(tensors)
             holes = iter([next(rest) if source is None else source.value() for source in fixed])
             filled = [next(holes) if leaf is _HOLE else leaf for leaf in args]
             named = {name: next(holes) if leaf is _HOLE else leaf for name, leaf in kwargs.items()}
-            with autocast():
+            with in_autocast(device, autocast):
                 output = compute(filled[:parts], *filled[parts:], **named) if parts else compute(*filled, **named)
             return output if index is None else output[index]  # type: ignore[no-any-return]
 
