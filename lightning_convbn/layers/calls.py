@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_convbn.compat import inside_transform, version_of
+from lightning_convbn.compat import inside_transform, read, version_of
 from lightning_convbn.layers.swap import class_name, plain_class
 from lightning_convbn.ops.autocast import autocast_dtype, in_autocast
 
@@ -65,9 +65,8 @@ class Call:
 
     def is_trained(self) -> bool:
         """Whether a parameter of the pair wants a gradient."""
-        bn: Any = self.bn
-        affine = bn.weight, bn.bias
-        return any(tensor is not None and tensor.requires_grad for tensor in (*self._parameters, *affine))
+        tensors = *self._parameters, read(self.bn, "weight"), read(self.bn, "bias")
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
     def plain_output(self) -> Tensor:
         """Run the plain convolution, as it would have run in that call. It runs once.
@@ -109,9 +108,10 @@ class Call:
             return False
         if inside_transform():  # no number can be read there
             return False
-        conv: Any = self.conv
+        conv, dim = cast(Any, self.conv), self._input.dim()
         with self._state():
-            again = conv.folded_output(self._input, self._arguments, conv.operands()) if _is_folded(self) else None
+            folds = _is_folded(self)
+            again = conv.folded_output(self._input, dim, self._arguments, conv.operands()) if folds else None
         bound = torch.finfo(folded.dtype).eps ** 0.5
         scale = float(folded.abs().max()) if folded.numel() else 0.0
         return again is None or not torch.allclose(again, folded, bound, bound * scale, equal_nan=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_convbn.compat import inside_transform, version_of, without_torch_function
+from lightning_convbn.compat import inside_transform, read, version_of, without_torch_function
 from lightning_convbn.layers.calls import Call
 from lightning_convbn.layers.graphs import DecidesForGraphs
 from lightning_convbn.layers.marks import has_watching_hooks, mark, marked_plain, seen_through, unmarked
@@ -54,15 +54,15 @@ class ConvBNLayer(DecidesForGraphs):
         operands = self.operands()
         with without_torch_function():  # the input may be recomputable, and has functions for what is asked here
             call = Call(self, pair[0], input, arguments, *operands[:2])
-            rows = input.dim() == self.dims + 1
-        output = self.folded_output(input, arguments, operands)
-        marked = None if output is None else mark(output, call, channels=2 if rows else 1)
+            dim = input.dim()
+        output = self.folded_output(input, dim, arguments, operands)
+        marked = None if output is None else mark(output, call, channels=1 if dim == self.dims else 2)
         return marked_plain(run_plain(self, input, *arguments), call) if marked is None else marked
 
-    def folded_output(self, input: Tensor, arguments: tuple[Any, ...], operands: Operands) -> Tensor | None:
+    def folded_output(self, input: Tensor, dim: int, arguments: tuple[Any, ...], operands: Operands) -> Tensor | None:
         """Run the folded pair; return None if the plain layers do it better, or if the input is not a batch."""
-        rows = self._rows and input.dim() == self.dims + 1
-        if not rows and input.dim() != self.dims:
+        rows = self._rows and dim == self.dims + 1
+        if not rows and dim != self.dims:
             return None
         padded, spec = self.geometry(input.flatten(0, 1) if rows else input, *(arguments or (None,)))
         weight, gamma = operands[0], operands[2]
@@ -75,7 +75,7 @@ class ConvBNLayer(DecidesForGraphs):
     def _output_in_graph(self, bn: nn.Module, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         """Go by the proof. In a graph there are no marks, and a folded BatchNorm returns what it gets."""
         folds = not has_watching_hooks(self, bn) and self.folds_in_graph()
-        output = self.folded_output(input, arguments, self.operands()) if folds else None
+        output = self.folded_output(input, input.dim(), arguments, self.operands()) if folds else None
         if output is not None:
             return output
         plain: Tensor = run_plain(self, input, *arguments)
@@ -86,7 +86,7 @@ class ConvBNLayer(DecidesForGraphs):
 
         A forward pass reads it once: a weight may be computed whenever it is read.
         """
-        return self.weight, self.bias, *affine_of(self._bn[0])
+        return read(self, "weight"), read(self, "bias"), *affine_of(self._bn[0])
 
 
 class Tune(ConvBNLayer):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_convbn.compat import read
 from lightning_convbn.layers.marks import Marked, is_normalised, taken_off, unmarked
 from lightning_convbn.layers.swap import Converted, Recompute, class_name, run_plain, swap_of
 from lightning_convbn.ops.recomputable import follow, follow_function
@@ -27,8 +28,8 @@ class Affine(NamedTuple):
 
 def affine_of(bn: nn.Module) -> Affine:
     """Read the affine map of a BatchNorm with running statistics."""
-    norm: Any = bn
-    return Affine(norm.weight, norm.bias, norm.running_mean, norm.running_var, getattr(norm, "eps", EPSILON))
+    affine = read(bn, "weight"), read(bn, "bias")
+    return Affine(*affine, read(bn, "running_mean"), read(bn, "running_var"), getattr(bn, "eps", EPSILON))
 
 
 def frozen_batch_norm(bn: nn.Module, input: Tensor, *, followed: bool = False) -> Tensor:
