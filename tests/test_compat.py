@@ -175,3 +175,14 @@ def test_hooks_on_a_gradient_are_seen() -> None:
     assert compat.has_gradient_hooks(parameter)
     handle.remove()
     assert not compat.has_gradient_hooks(parameter)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "extra"])
+def test_a_tensor_of_a_module_is_read_wherever_it_is(name: str) -> None:
+    """A parameter or a buffer, also one that is None; a plain attribute; what a parametrization computes."""
+    module = nn.BatchNorm1d(2)
+    module.extra = torch.ones(2)
+    assert compat.read(module, name) is getattr(module, name)
+    assert compat.read(nn.Linear(2, 2, bias=False), "bias") is None
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    assert torch.equal(compat.read(parametrized, "weight"), parametrized.weight)

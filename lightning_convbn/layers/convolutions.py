@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_convbn.compat import inside_transform, version_of
+from lightning_convbn.compat import inside_transform, read, version_of, without_torch_function
 from lightning_convbn.layers.calls import Call
 from lightning_convbn.layers.graphs import DecidesForGraphs, check_rows
 from lightning_convbn.layers.marks import has_watching_hooks, mark, marked_plain, seen_through, unmarked
-from lightning_convbn.layers.norms import affine_of, frozen_batch_norm, only_gamma_is_trained
+from lightning_convbn.layers.norms import affine_of, frozen_batch_norm
 from lightning_convbn.layers.swap import run_plain
 from lightning_convbn.ops.convolution import autocast, conv_bn, folded_conv, output_numel
 from lightning_convbn.ops.fold import ConvSpec, fold_conv_bn, layout
+
+Operands = tuple[Any, Any, Any, Any, Any, Any, float]  # what is folded: the arguments of `conv_bn` after the input
 
 
 class ConvBNLayer(DecidesForGraphs):
@@ -36,7 +38,7 @@ class ConvBNLayer(DecidesForGraphs):
         """Return the input with explicit padding where the convolution can't pad itself, and the geometry."""
         raise TypeError(f"{type(self).__name__} needs a geometry")
 
-    def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
+    def folded_forward(self, input: Tensor, operands: Operands, spec: ConvSpec | None) -> Tensor:
         """Run the folded pair."""
         raise TypeError(f"{type(self).__name__} must be a Tune or a Deploy class")
 
@@ -49,26 +51,31 @@ class ConvBNLayer(DecidesForGraphs):
             return self._output_in_graph(pair[0], input, arguments)
         if pair is None or has_watching_hooks(self, pair[0]):
             return run_plain(self, input, *arguments)  # type: ignore[no-any-return]
-        output = self.folded_output(pair[0], input, arguments)
-        call = Call.of(self, pair[0], input, arguments)
-        marked = None if output is None else mark(output, call, channels=1 if input.dim() == self.dims else 2)
+        operands = self.operands()
+        with without_torch_function():  # the input may be recomputable, and has functions for what is asked here
+            call = Call(self, pair[0], input, arguments, *operands[:2])
+            dim = input.dim()
+        output = self.folded_output(input, dim, arguments, operands)
+        marked = None if output is None else mark(output, call, channels=1 if dim == self.dims else 2)
         return marked_plain(run_plain(self, input, *arguments), call) if marked is None else marked
 
-    def folded_output(self, bn: nn.Module, input: Tensor, arguments: tuple[Any, ...]) -> Tensor | None:
+    def folded_output(self, input: Tensor, dim: int, arguments: tuple[Any, ...], operands: Operands) -> Tensor | None:
         """Run the folded pair; return None if the plain layers do it better, or if the input is not a batch."""
-        rows = self._reshaped and input.dim() == self.dims + 1
-        if not rows and input.dim() != self.dims:
+        rows = self._reshaped and dim == self.dims + 1
+        if not rows and dim != self.dims:
             return None
         padded, spec = self.geometry(input.flatten(0, 1) if rows else input, *(arguments or (None,)))
-        if only_gamma_is_trained(self.weight, bn) and output_numel(padded, self.weight, spec) < padded.numel():
+        weight, gamma = operands[0], operands[2]
+        only_gamma_is_trained = not weight.requires_grad and gamma is not None and gamma.requires_grad
+        if only_gamma_is_trained and output_numel(padded, weight, spec) < padded.numel():
             return None  # Eval mode keeps the output then, and the fold would keep the input
-        output = self.folded_forward(padded, spec)
+        output = self.folded_forward(padded, operands, spec)
         return output.unflatten(0, input.shape[:2]) if rows else output
 
     def _output_in_graph(self, bn: nn.Module, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         """Go by the proof. In a graph there are no marks, and a folded BatchNorm returns what it gets."""
         folds = not has_watching_hooks(self, bn) and self.folds_in_graph()
-        output = self.folded_output(bn, input, arguments) if folds else None
+        output = self.folded_output(input, input.dim(), arguments, self.operands()) if folds else None
         if output is not None:
             return output
         plain: Tensor = run_plain(self, input, *arguments)
@@ -77,17 +84,20 @@ class ConvBNLayer(DecidesForGraphs):
             return frozen_batch_norm(bn, plain.flatten(0, 1)).unflatten(0, plain.shape[:2])
         return frozen_batch_norm(bn, plain) if folds else plain
 
-    def operands(self) -> tuple[Any, Any, Any, Any, Any, Any, float]:
-        """What is folded: weight and bias, and the affine map of the BatchNorm with its epsilon."""
-        return self.weight, self.bias, *affine_of(self._bn[0])
+    def operands(self) -> Operands:
+        """Read what is folded: weight and bias, and the affine map of the BatchNorm with its epsilon.
+
+        A forward pass reads it once: a weight may be computed whenever it is read.
+        """
+        return read(self, "weight"), read(self, "bias"), *affine_of(self._bn[0])
 
 
 class Tune(ConvBNLayer):
     """Folds in every forward pass; gradients reach every parameter of the pair. Nothing is cached."""
 
-    def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
+    def folded_forward(self, input: Tensor, operands: Operands, spec: ConvSpec | None) -> Tensor:
         """Fold and convolve."""
-        return conv_bn(input, *self.operands(), spec)
+        return conv_bn(input, *operands, spec)
 
 
 class Fold(NamedTuple):
@@ -109,19 +119,18 @@ class Deploy(ConvBNLayer):
 
     _fold: Fold | None = None
 
-    def folded_forward(self, input: Tensor, spec: ConvSpec | None) -> Tensor:
+    def folded_forward(self, input: Tensor, operands: Operands, spec: ConvSpec | None) -> Tensor:
         """Convolve with the fold, or as in Tune mode where gradients or a graph would miss it."""
-        operands = self.operands()
         sources = [operand for operand in operands if isinstance(operand, Tensor)]
         trained = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
         if trained or not self._owns_weight or _is_seen_through(input, sources):
             self._fold = None
             return conv_bn(input, *operands, spec)
-        fold = self._current_fold(operands, sources, autocast(input, self.weight.dtype)[1], spec)
+        fold = self._current_fold(operands, sources, autocast(input, operands[0].dtype)[1], spec)
         return folded_conv(input, fold.weight, fold.bias, spec)
 
     def _current_fold(
-        self, operands: tuple[Any, ...], sources: list[Tensor], dtype: torch.dtype, spec: ConvSpec | None
+        self, operands: Operands, sources: list[Tensor], dtype: torch.dtype, spec: ConvSpec | None
     ) -> Fold:
         """Return the kept fold, or make one. Several threads may run the model, so the attribute is read once."""
         identities = [id(operand) if isinstance(operand, Tensor) else operand for operand in operands]

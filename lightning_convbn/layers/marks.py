@@ -34,26 +34,14 @@ from lightning_convbn.layers.graphs import may_be_normalised
 Applied = tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]
 
 
-class Outcome:
-    """What has become of the output of a call. Views of a marked tensor share it."""
-
-    __slots__ = ("folded", "plain", "taken")
-
-    def __init__(self, folded: Tensor) -> None:
-        self.folded = folded
-        self.plain: Tensor | None = None  # the plain output, once somebody has asked for it
-        self.taken = False  # whether the BatchNorm has the folded output
-
-
 class Marked:
     """Mixin of the marked tensors."""
 
-    _call: Call
-    _outcome: Outcome
+    _call: Any  # a `Call`; the views of a marked tensor share it
     _folded: Tensor
     _channels: int  # the dimension that holds the channels
-    _views: tuple[Applied, ...]  # what was applied to it that moves values, and computes nothing
-    _plain: Tensor | None
+    _views: tuple[Applied, ...] = ()  # what was applied to it that moves values, and computes nothing
+    _plain: Tensor | None = None
 
     @classmethod
     def __torch_function__(
@@ -113,18 +101,18 @@ def mark(output: Tensor, call: Call, channels: int) -> Tensor | None:
         call: The call that it comes from.
         channels: The dimension that holds the channels.
     """
-    return _marked(output, call, Outcome(output), channels, ())
+    call.folded = output
+    return _marked(output, call, channels)
 
 
-def _marked(folded: Tensor, call: Call, outcome: Outcome, channels: int, views: tuple[Applied, ...]) -> Tensor | None:
+def _marked(folded: Tensor, call: Call, channels: int) -> Any:
     kind = _MARKED.get(type(folded))
     if kind is None:
         return None
     marked: Any = folded.as_subclass(kind) if kind is MarkedTensor else folded.detach()
     marked.__class__ = kind
-    marked._call, marked._outcome, marked._folded = call, outcome, folded
-    marked._channels, marked._views, marked._plain = channels, views, None
-    return marked  # type: ignore[no-any-return]
+    marked._call, marked._folded, marked._channels = call, folded, channels
+    return marked
 
 
 def marked_plain(output: Tensor, call: Call) -> Tensor:
@@ -132,14 +120,14 @@ def marked_plain(output: Tensor, call: Call) -> Tensor:
     marked: Any = mark(output, call, channels=1) if may_be_normalised(call.conv) else None
     if marked is None:
         return output
-    marked._outcome.plain = output
+    call.plain = output
     return marked  # type: ignore[no-any-return]
 
 
 def _viewed(marked: Marked, applied: Applied) -> Tensor | None:
     """Apply a view to a marked tensor. The result is marked if it has a dimension of channels still, else None."""
     func, args, kwargs = applied
-    if marked._outcome.plain is not None or kwargs:
+    if marked._call.plain is not None or kwargs:
         return None
     before = marked._folded.shape
     folded = func(marked._folded, *args)
@@ -154,7 +142,10 @@ def _viewed(marked: Marked, applied: Applied) -> Tensor | None:
         channels = folded.dim() - 1
     elif folded.shape[: channels + 1] != before[: channels + 1]:
         return None
-    return _marked(folded, marked._call, marked._outcome, channels, (*marked._views, applied))
+    viewed = _marked(folded, marked._call, channels)
+    if viewed is not None:
+        viewed._views = (*marked._views, applied)
+    return viewed  # type: ignore[no-any-return]
 
 
 def plain_output(marked: Marked, *, noted: bool = True) -> Tensor:
@@ -168,9 +159,7 @@ def plain_output(marked: Marked, *, noted: bool = True) -> Tensor:
     if noted and check is not None:
         check.note_plain(marked._call.bn)
     if marked._plain is None:
-        if marked._outcome.plain is None:
-            marked._outcome.plain = marked._call.plain_output(marked._outcome.folded)
-        output = marked._outcome.plain
+        output = marked._call.plain_output()
         for func, args, kwargs in marked._views:
             output = func(output, *args, **kwargs)
         marked._plain = output
@@ -188,9 +177,9 @@ def _check_gradients(func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
         wanted, options = args[1], {**kwargs, "retain_graph": True, "allow_unused": True, "materialize_grads": False}
         outputs = tree_map_only(Marked, plain_output, args[0])
     for marked in wanted:
-        if not isinstance(marked, Marked) or not marked._outcome.taken:
+        if not isinstance(marked, Marked) or not marked._call.taken:
             continue
-        if func is torch.autograd.grad and torch.autograd.grad(outputs, marked._outcome.folded, **options)[0] is None:
+        if func is torch.autograd.grad and torch.autograd.grad(outputs, marked._call.folded, **options)[0] is None:
             continue
         raise RuntimeError(
             f"{described(marked._call.conv)} is folded with its BatchNorm, which has run since. The gradient with "
@@ -208,11 +197,11 @@ def taken_off(marked: Marked, bn: nn.Module) -> Tensor | None:
     Raises:
         RuntimeError: If checkpointing with ``use_reentrant=True`` has run the convolution, and not the BatchNorm.
     """
-    call, outcome = marked._call, marked._outcome
-    if call.bn is not bn or outcome.plain is not None or outcome.taken or marked._channels != 1:
+    call = marked._call
+    if call.bn is not bn or call.plain is not None or call.taken or marked._channels != 1:
         return None
     if call.with_grad == torch.is_grad_enabled():
-        outcome.taken = True  # a second call of the BatchNorm must give a tensor of its own
+        call.taken = True  # a second call of the BatchNorm must give a tensor of its own
         return marked._folded.contiguous() if marked._views else marked._folded  # so a BatchNorm puts out a view
     with without_torch_function():
         if not call.with_grad and marked.requires_grad:  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_convbn.compat import read
 from lightning_convbn.layers.marks import Marked, is_normalised, taken_off, unmarked
 from lightning_convbn.layers.swap import Converted, Recompute, class_name, run_plain, swap_of
 from lightning_convbn.ops.recomputable import follow, follow_function
@@ -27,14 +28,8 @@ class Affine(NamedTuple):
 
 def affine_of(bn: nn.Module) -> Affine:
     """Read the affine map of a BatchNorm with running statistics."""
-    norm: Any = bn
-    return Affine(norm.weight, norm.bias, norm.running_mean, norm.running_var, getattr(norm, "eps", EPSILON))
-
-
-def only_gamma_is_trained(weight: Tensor, bn: nn.Module) -> bool:
-    """Whether a BatchNorm's weight wants a gradient, and that of its convolution does not."""
-    gamma: Any = bn.weight
-    return not weight.requires_grad and gamma is not None and gamma.requires_grad
+    affine = read(bn, "weight"), read(bn, "bias")
+    return Affine(*affine, read(bn, "running_mean"), read(bn, "running_var"), getattr(bn, "eps", EPSILON))
 
 
 def frozen_batch_norm(bn: nn.Module, input: Tensor, *, followed: bool = False) -> Tensor:
@@ -116,7 +111,7 @@ class FoldedNorm(FrozenNorm):
         folded = taken_off(input, self) if isinstance(input, Marked) else None
         if folded is not None:
             output = folded if check is None else check.compare(self, folded, input)
-            return follow(output, frozen=_is_frozen_pair(self)) if self._recompute != "none" else output
+            return output if self._recompute == "none" else follow(output, frozen=not input._call.is_trained())  # type: ignore[attr-defined]
         swap = swap_of(self)
         if swap is None:
             return run_plain(self, input)  # type: ignore[no-any-return]
@@ -125,13 +120,6 @@ class FoldedNorm(FrozenNorm):
         if check is not None:
             check.note_plain(self)
         return frozen_batch_norm(self, unmarked(input), followed=self._recompute != "none")
-
-
-def _is_frozen_pair(bn: nn.Module) -> bool:
-    """Whether no parameter of a folded pair wants a gradient."""
-    swap = swap_of(bn)
-    convs: Any = () if swap is None or swap.conv is None else swap.conv
-    return not any(parameter.requires_grad for module in (bn, *convs) for parameter in module.parameters(recurse=False))
 
 
 class Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import ReferenceType, ref
 
@@ -20,7 +21,7 @@ class Aliases:
         self._left = False
         self._room = 16  # the list is cleared of the dead when it is full
         self._values: list[ReferenceType[Value]] = []
-        self._strangers: list[ReferenceType[Tensor]] = []
+        self._strangers: Sequence[ReferenceType[Tensor]] = ()
 
     def add(self, value: Value) -> None:
         """Take in the value of one more tensor."""
@@ -33,7 +34,7 @@ class Aliases:
     def add_stranger(self, tensor: Tensor) -> None:
         """Note a tensor that may be written unseen. Nothing is computed from the storage while it is alive."""
         self.before_write()
-        self._strangers.append(ref(tensor))
+        self._strangers = [*self._strangers, ref(tensor)]
 
     def leave(self) -> None:
         """Compute nothing from the storage from now on: what is written to it may not even count as a version."""
@@ -43,7 +44,8 @@ class Aliases:
     @property
     def are_followed(self) -> bool:
         """Whether every write to the storage is seen."""
-        self._strangers = [stranger for stranger in self._strangers if stranger() is not None]
+        if self._strangers:
+            self._strangers = [stranger for stranger in self._strangers if stranger() is not None]
         return not self._strangers and not self._left
 
     def before_write(self) -> None:

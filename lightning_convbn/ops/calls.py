@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import ref
 
@@ -11,15 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_convbn.compat import storage_id
-from lightning_convbn.ops.autocast import same_autocast
 from lightning_convbn.ops.elementwise import Clip, Function, Row
 from lightning_convbn.ops.packed import LARGEST_WINDOW, PackedBits, Window, layout_of, recipe_of_indices
 from lightning_convbn.ops.recipes import Recipe, Source
+from lightning_convbn.ops.repetition import Constants, Repetition, constants_of
 from lightning_convbn.ops.values import Holder, Loan, Value
 
-_HOLE = object()
-IMMUTABLE = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(...))
-Constants = tuple[list[Any], dict[str, Any]]
 ValueOf = Callable[[object], Value | None]
 
 
@@ -78,17 +75,16 @@ class Call:
                 yield tensor, self._finish(tensor, index if several else None)
 
     def _finish(self, output: Tensor, index: int | None) -> Value:
+        storage = storage_id(output)
         if self._is_argument(output):  # it was written: what is kept in its storage is no longer the input
-            written = storage_id(output)
-            self._values = [None if value is not None and value.reads(written) else value for value in self._values]
-        self._adopt_copy(output)
+            self._values = [None if value is not None and value.reads(storage) else value for value in self._values]
+            self._adopt_copy(output)
         value = self._dropped_out() if self._row.kind == "dropout" else self._value_of_output(output, index)
         inputs = [given for given in self._values if given is not None]
-        trained = any(tensor.is_leaf and tensor.requires_grad for tensor in self.tensors)
-        value.frozen = not trained and all(given.frozen for given in inputs)
+        value.frozen = all(given.frozen for given in inputs) and not any(map(_is_trained, self.tensors))
         clip = self._row.clip(*self._args, **self._kwargs)
         for saved, holder in self._saved:
-            is_output = storage_id(saved) == storage_id(output)
+            is_output = storage_id(saved) == storage
             if is_output:
                 value.secure(output)
                 holder.take(value)
@@ -103,7 +99,7 @@ class Call:
         compute = self._row.compute
         if compute is None or (self._func is F.batch_norm and _uses_batch_statistics(*self._args, **self._kwargs)):
             return Value()
-        constants = _constants(self._given, self._kwargs)
+        constants = constants_of(self._given, self._kwargs)
         if constants is None or (self._is_argument(output) and not self._out_of_place_is_alike(output)):
             return Value()
         if self._row.kind == "parts":
@@ -144,21 +140,9 @@ class Call:
     def _from_tensors(
         self, compute: Function, constants: Constants, fixed: Sequence[Source | None], index: int | None
     ) -> Function:
-        """Return the call as a function of its tensors, without those that are fixed. It holds no other tensor."""
-        args, kwargs = constants
+        """Return the call as a function of its tensors, without those that are fixed."""
         parts = len(self._args[0]) if self._row.kind == "parts" else 0
-        autocast = same_autocast(self.tensors[0].device.type)
-
-        def function(*tensors: Tensor) -> Tensor:
-            rest = iter(tensors)
-            holes = iter([next(rest) if source is None else source.value() for source in fixed])
-            filled = [next(holes) if leaf is _HOLE else leaf for leaf in args]
-            named = {name: next(holes) if leaf is _HOLE else leaf for name, leaf in kwargs.items()}
-            with autocast():
-                output = compute(filled[:parts], *filled[parts:], **named) if parts else compute(*filled, **named)
-            return output if index is None else output[index]  # type: ignore[no-any-return]
-
-        return function
+        return Repetition(compute, constants, parts, fixed, index, self.tensors[0].device.type)
 
     def _adopt_copy(self, output: Tensor) -> None:
         """A function that works in place has saved a copy of its input, made before the write: it has those values."""
@@ -219,32 +203,8 @@ def _packed_noise(noise: Tensor, p: float) -> Value:
     return Value.computed(lambda: packed.unpack().to(dtype).div_(1 - p))
 
 
-def _constants(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Constants | None:
-    """Return arguments that nobody can change any more, with holes for tensors; None if there is something else."""
-    try:
-        return [_constant(leaf) for leaf in args], {name: _constant(leaf) for name, leaf in kwargs.items()}
-    except TypeError:
-        return None
-
-
-def _constant(argument: Any) -> Any:
-    return _HOLE if isinstance(argument, Tensor) else _copied(argument)
-
-
-def _copied(argument: Any) -> Any:
-    """Copy an argument.
-
-    Raises:
-        TypeError: If it may be changed later: a tensor in an index, an array.
-    """
-    if argument is None or isinstance(argument, IMMUTABLE):
-        return argument
-    if isinstance(argument, (tuple, list)):
-        copied = map(_copied, argument)
-        return list(copied) if isinstance(argument, list) else tuple(copied)
-    if isinstance(argument, slice):
-        return slice(_copied(argument.start), _copied(argument.stop), _copied(argument.step))
-    raise TypeError(f"{type(argument).__name__} may be changed")
+def _is_trained(tensor: Tensor) -> bool:
+    return tensor.is_leaf and tensor.requires_grad
 
 
 def _trained_weight(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> bool:

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_convbn.compat import replace_saved, version_of, without_torch_function
 from lightning_convbn.ops.autocast import autocast_dtype
-from lightning_convbn.ops.fold import ConvSpec, fold_conv_bn, fold_steps, layout, reciprocal_std, scaled
+from lightning_convbn.ops.fold import ConvSpec, cast, fold_conv_bn, fold_steps, layout, reciprocal_std, scaled
 from lightning_convbn.ops.recipes import Recipe, Source, replace_saved_by_conv, shape_of, takes_recipes, unwritten
 from lightning_convbn.ops.recomputable import Recomputable, recipe_of, under_other_hooks, unmark
 
@@ -142,13 +142,12 @@ def _conv_bn(
     operand, dtype = autocast(input, weight.dtype)
     operands = (weight, bias, gamma, beta, running_mean, running_var)
     scale, factor, shift, folded = fold_steps(*operands, eps, layout(spec))
-    folded_weight = folded.to(dtype)
-    output = convolve(operand, folded_weight, shift.to(dtype), spec)
+    folded_weight = cast(folded, dtype)
+    output = convolve(operand, folded_weight, cast(shift, dtype), spec)
 
     if takes_recipes(output):
         trained = weight.requires_grad
-        small = min(operand.numel(), output.numel()) < LARGE * scale.numel()
-        if scale.requires_grad and (small or not trained):
+        if scale.requires_grad and (not trained or min(operand.numel(), output.numel()) < LARGE * scale.numel()):
             replace_saved(scale.grad_fn, "other", _rstd_recipe(running_var, eps, scale.dtype))
         # Only the gradient of the input reads the values of the folded weight, and the other way round.
         if not operand.requires_grad:
@@ -170,7 +169,7 @@ def _rstd_recipe(running_var: Tensor, eps: float, dtype: torch.dtype) -> Recipe:
 def _weight_recipe(weight: Tensor, factor: Tensor, dtype: torch.dtype) -> Recipe:
     """Return the recipe of a folded weight that is trained: its gradient needs ``factor``, so this is kept anyway."""
     version = version_of(weight)
-    return lambda: scaled(unwritten(weight, version), factor).to(dtype)
+    return lambda: cast(scaled(unwritten(weight, version), factor), dtype)
 
 
 def _frozen_weight_recipe(

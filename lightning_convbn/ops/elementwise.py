@@ -82,12 +82,15 @@ class Row(NamedTuple):
     clip: ClipOf = _no_clip
 
 
+_RELU, _RELU6 = Clip(0), Clip(0, 6)
+
+
 def _relu_clip(*_: Any, **__: Any) -> Clip:
-    return Clip(0)
+    return _RELU
 
 
 def _relu6_clip(*_: Any, **__: Any) -> Clip:
-    return Clip(0, 6)
+    return _RELU6
 
 
 def _hardtanh_clip(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Clip | None:

@@ -77,7 +77,7 @@ def takes_recipes(output: Tensor) -> bool:
     derivative of the recipe itself would be wanted there. Nor may they for other subclasses of Tensor, whose nodes may
     save something else. ``torch.jit.trace`` would record what a recipe is made of.
     """
-    if output.grad_fn is None or type(output) not in (Tensor, FakeTensor) or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if not output.requires_grad or type(output) not in (Tensor, FakeTensor) or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     return not inside_transform() and unpack_dual(output).tangent is None
 
@@ -86,9 +86,10 @@ def replace_saved_by_conv(
     output: Tensor, input_recipe: Recipe | None, weight_recipe: Recipe | None, spec: ConvSpec | None
 ) -> None:
     """Have the node of a convolution, or of a linear layer, keep recipes of its input and its weight."""
+    node = output.grad_fn
     if input_recipe is not None:
-        replace_saved(output.grad_fn, "mat1" if spec is None else "input", input_recipe)
+        replace_saved(node, "mat1" if spec is None else "input", input_recipe)
     if weight_recipe is not None and spec is None:
-        replace_saved(output.grad_fn, "mat2", lambda: weight_recipe().t())  # a linear layer saves it transposed
+        replace_saved(node, "mat2", lambda: weight_recipe().t())  # a linear layer saves it transposed
     elif weight_recipe is not None:
-        replace_saved(output.grad_fn, "weight", weight_recipe)
+        replace_saved(node, "weight", weight_recipe)

@@ -57,7 +57,7 @@ class Recomputable:
         if torch.compiler.is_compiling():  # a compiled part of a model decides by itself what it saves
             with without_torch_function():
                 return func(*args, **kwargs)
-        if any(_is_foreign(kind) for kind in types):
+        if not _OURS.issuperset(types) and any(map(_is_foreign, types)):
             for leaf in tree_leaves((args, kwargs)):
                 unmark(leaf)
             return func(*args, **kwargs)  # the other subclass decides
@@ -151,12 +151,13 @@ def under_other_hooks(*args: object) -> bool:
 
 
 def value_of(tensor: object) -> Value | None:
-    """The value of a recomputable tensor; None for any other, and for one that was written since."""
-    if not isinstance(tensor, Recomputable):
+    """The value of a recomputable tensor; None for any other, and for one that was written since.
+
+    Torch functions must be off for subclasses.
+    """
+    if not isinstance(tensor, Recomputable) or tensor._marked_at != version_of(tensor):  # type: ignore[arg-type]
         return None
-    with without_torch_function():
-        unwritten = tensor._marked_at == version_of(tensor)  # type: ignore[arg-type]
-    return tensor._value if unwritten and tensor._value.aliases.are_followed else None  # type: ignore[union-attr]
+    return tensor._value if tensor._value.aliases.are_followed else None  # type: ignore[union-attr]
 
 
 def unmark(tensor: object) -> None:
@@ -192,11 +193,15 @@ def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
         finally:
             if other_saved_tensor_hooks():  # Ctrl-C may come before they are in force, or right after
                 hooks.__exit__()
-    if call is not None:
-        unchanged = {id(arg) for arg in args if value_of(arg) is not None}  # `contiguous` often has nothing to do
-        for tensor, value in call.finish(output) if id(output) not in unchanged else ():
+    if call is not None and not _is_unchanged(output, args):
+        for tensor, value in call.finish(output):
             _mark(tensor, value, call.loan, _aliases_of(tensor, call.tensors))
     return output
+
+
+def _is_unchanged(output: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the output is an argument that was not written: `contiguous` often has nothing to do."""
+    return any(output is arg for arg in args) and value_of(output) is not None
 
 
 def _mark(output: Any, value: Value, loan: Loan | None = None, aliases: Aliases | None = None) -> None:

@@ -31,10 +31,10 @@ def nodes(output: Tensor) -> int:
     return len(seen)
 
 
-class WeightSized(TorchDispatchMode):
-    """Counts the operations that write a tensor of the shape of a weight."""
+class Kernels(TorchDispatchMode):
+    """Counts the operations that write a tensor; of one shape, if there is one. A GPU launches a kernel for each."""
 
-    def __init__(self, shape: torch.Size) -> None:
+    def __init__(self, shape: torch.Size | None = None) -> None:
         super().__init__()
         self.shape, self.names = shape, Counter[str]()
 
@@ -42,7 +42,7 @@ class WeightSized(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         outputs = output if isinstance(output, tuple) else (output,)
         view = any(result.alias_info and not result.alias_info.is_write for result in func._schema.returns)
-        if not view and any(isinstance(one, Tensor) and one.shape == self.shape for one in outputs):
+        if not view and any(isinstance(one, Tensor) and self.shape in (None, one.shape) for one in outputs):
             self.names[func.overloadpacket.__name__] += 1
         return output
 
@@ -66,7 +66,7 @@ def test_a_step_goes_through_a_weight_as_seldom_as_can_be(conv: nn.Conv2d) -> No
     """Forward: the fold. Backward: the fold again, its gradient, and the two products with that gradient."""
     pair = nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels))
     set_mode(pair, "tune")
-    with WeightSized(conv.weight.shape) as counted:
+    with Kernels(conv.weight.shape) as counted:
         output = pair(images(2, 7, 9, 9).requires_grad_())
         assert counted.taken() == {"mul": 1}
         torch.autograd.grad(output.sum(), [*pair.parameters()])
@@ -75,6 +75,30 @@ def test_a_step_goes_through_a_weight_as_seldom_as_can_be(conv: nn.Conv2d) -> No
         counted.taken()
         torch.autograd.grad(output.sum(), [*pair.parameters()])
         assert counted.taken() <= Counter({"convolution_backward": 1, "mul": 2})
+
+
+FORWARD = {"add": 1, "rsqrt": 1, "mul": 2, "addcmul": 1, "convolution": 1}
+BACKWARD = {"convolution_backward": 1, "mul": 6, "sum": 1, "add": 1}
+
+
+@pytest.mark.parametrize("recompute", ["none", "elementwise"])
+def test_a_pair_launches_no_more_kernels_than_its_equations_have(recompute: Any) -> None:
+    """Forward: r in two steps, s, b', w', the convolution. Backward: w' again, and the gradients of w', b' and s."""
+    pairs = [nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(3)]
+    network = nn.Sequential(*pairs)
+    set_mode(network, "tune", recompute=recompute)
+    with Kernels() as counted:
+        output = network[0](images(2, 8, 20, 20).requires_grad_())
+        counted.taken()
+        output = network[1](output)
+        assert counted.taken() == {**FORWARD, "relu": 1}
+        output = network[2](output)
+        gradient = torch.ones_like(output)
+        counted.taken()
+        output.backward(gradient)
+        backward = counted.taken()
+    once = Counter({**BACKWARD, "threshold_backward": 1})
+    assert backward == once + once + once
 
 
 def test_two_runs_from_one_seed_are_the_same_bit_for_bit() -> None:

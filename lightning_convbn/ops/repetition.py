@@ -1,0 +1,85 @@
+"""A call of a function of the table, once more: what the backward pass computes again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_convbn.ops.autocast import autocast_dtype, in_autocast
+from lightning_convbn.ops.elementwise import Function
+from lightning_convbn.ops.recipes import Source
+
+_HOLE = object()
+IMMUTABLE = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(...))
+Constants = tuple[list[Any], dict[str, Any]]
+
+
+class Repetition:
+    """A call as a function of its tensors, in the autocast state that it was made in. It holds the fixed tensors alone.
+
+    Args:
+        compute: The function, out of place.
+        constants: The arguments, with holes for the tensors.
+        parts: How many of the arguments are the parts of a concatenation.
+        fixed: What fills each hole; None for what is given later.
+        index: Which of several outputs is wanted.
+        device: The type of device.
+    """
+
+    __slots__ = ("_autocast", "_compute", "_constants", "_device", "_fixed", "_index", "_parts")
+
+    def __init__(
+        self,
+        compute: Function,
+        constants: Constants,
+        parts: int,
+        fixed: Sequence[Source | None],
+        index: int | None,
+        device: str,
+    ) -> None:
+        self._compute, self._constants, self._parts = compute, constants, parts
+        self._fixed, self._index = fixed, index
+        self._device, self._autocast = device, autocast_dtype(device)
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """Call the function again, on these tensors."""
+        args, kwargs = self._constants
+        rest, parts = iter(tensors), self._parts
+        holes = iter([next(rest) if source is None else source.value() for source in self._fixed])
+        filled = [next(holes) if leaf is _HOLE else leaf for leaf in args]
+        named = {name: next(holes) if leaf is _HOLE else leaf for name, leaf in kwargs.items()}
+        with in_autocast(self._device, self._autocast):
+            given = (filled[:parts], *filled[parts:]) if parts else filled
+            output = self._compute(*given, **named)
+        return output if self._index is None else output[self._index]  # type: ignore[no-any-return]
+
+
+def constants_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Constants | None:
+    """Return arguments that nobody can change any more, with holes for tensors; None if there is something else."""
+    try:
+        return [_constant(leaf) for leaf in args], {name: _constant(leaf) for name, leaf in kwargs.items()}
+    except TypeError:
+        return None
+
+
+def _constant(argument: Any) -> Any:
+    return _HOLE if isinstance(argument, Tensor) else _copied(argument)
+
+
+def _copied(argument: Any) -> Any:
+    """Copy an argument.
+
+    Raises:
+        TypeError: If it may be changed later: a tensor in an index, an array.
+    """
+    if argument is None or isinstance(argument, IMMUTABLE):
+        return argument
+    if isinstance(argument, (tuple, list)):
+        copied = map(_copied, argument)
+        return list(copied) if isinstance(argument, list) else tuple(copied)
+    if isinstance(argument, slice):
+        return slice(_copied(argument.start), _copied(argument.stop), _copied(argument.step))
+    raise TypeError(f"{type(argument).__name__} may be changed")
