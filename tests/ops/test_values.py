@@ -438,7 +438,7 @@ def row_functions() -> list[Any]:
     return [function for name, function in named if not name.startswith(OTHER_INPUTS)]
 
 
-@pytest.mark.parametrize("function", row_functions(), ids=lambda function: f"{function.__name__}-{id(function) % 999}")
+@pytest.mark.parametrize("function", row_functions(), ids=lambda function: function.__name__)
 def test_every_row_of_the_table(function: Any) -> None:
     """Once behind a pair, and what follows reads its output."""
 
