@@ -19,9 +19,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 Mode = Literal["train", "eval", "tune", "deploy"]
-Recompute = Literal["none", "elementwise"]
+Recompute = Literal["none", "elementwise", "blocks"]
 
-LINKS = ("_bn", "_rows", "_owns_weight", "_fold", "_check", "_recompute")  # attributes of ours beside the Swap
+LINKS = ("_bn", "_rows", "_owns_weight", "_fold", "_check", "_recompute", "_look")  # attributes of ours beside the Swap
 
 
 class UncopiedHook:

@@ -10,10 +10,11 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from lightning_convbn.compat import inside_transform
+from lightning_convbn.conversion import restore_modules
 from lightning_convbn.layers.swap import Mode, Recompute, UncopiedHook, swap_of
 from lightning_convbn.memory.measure import measure_memory_abstractly
 from lightning_convbn.memory.use import MemoryUse, as_mib
-from lightning_convbn.modes import RECOMPUTING_MODES, get_mode, restore_modules, set_mode
+from lightning_convbn.modes import RECOMPUTING_MODES, get_mode, set_mode
 from lightning_convbn.pairs.find import (
     find_conv_bn_pairs,
     find_recorded_pairs,
