@@ -616,8 +616,8 @@ class TestBadInput:
         [
             ("Tune", {}, "mode must be one of 'train', 'eval', 'tune', 'deploy'; got 'Tune'."),
             (None, {}, "mode must be one of 'train', 'eval', 'tune', 'deploy'; got None."),
-            ("tune", {"recompute": "all"}, "recompute must be one of 'none', 'elementwise'; got 'all'."),
-            ("train", {"recompute": True}, "recompute must be one of 'none', 'elementwise'; got True."),
+            ("tune", {"recompute": "all"}, "recompute must be one of 'none', 'elementwise', 'blocks'; got 'all'."),
+            ("train", {"recompute": True}, "recompute must be one of 'none', 'elementwise', 'blocks'; got True."),
             (
                 "train",
                 {"recompute": "elementwise"},

@@ -14,7 +14,7 @@ from lightning_convbn.blocks.recomputed import RecomputedBlock, reason_of
 from lightning_convbn.layers.swap import Recompute, plain_class
 from lightning_convbn.layers.table import conv_layer
 from lightning_convbn.pairs.find import pairs_in_force
-from lightning_convbn.pairs.pair import ConvBNPair
+from lightning_convbn.pairs.pair import ConvBNPair, abbreviated, grouped
 from lightning_convbn.pairs.units import is_compiled_unit, is_fsdp_unit
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -32,6 +32,14 @@ class Blocks:
 
     names: tuple[str, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
+
+    def summary(self) -> list[str]:
+        """Describe in a few lines what happens to the blocks; those with the same reason share a line."""
+        total = len(self.names) + len(self.left_out)
+        lines = [f"run again   {len(self.names):>4} of {total} blocks"]
+        return lines + [
+            f"  {len(names):>4} × {why}: {abbreviated(names)}" for why, names in grouped(self.left_out).items()
+        ]
 
 
 def find_blocks(model: nn.Module, pairs: Iterable[ConvBNPair]) -> Blocks:

@@ -3,7 +3,7 @@
 A reason completes the sentence "The block ...". It is one line long, and a user can act on it.
 """
 
-OWN_FORWARD = "has a forward of its own, set on the module (`module.forward = ...`)"
+OWN_FORWARD = "has a forward of its own, set on the module"
 SCRIPTED = "is a module in TorchScript, whose class can't be changed"
 COMPILED = "is compiled by itself, and a compiler decides what is kept"
 SHARDED = "FSDP gathers parameters for its forward"
