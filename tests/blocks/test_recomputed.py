@@ -336,7 +336,8 @@ class TestSwitching:
         assert model.blocks[1].bn1.num_batches_tracked == 1  # type: ignore[union-attr]
 
     @pytest.mark.parametrize(
-        "change", [lambda model: set_mode(model, "train"), lambda model: model.train(), lambda model: model.blocks.eval()]
+        "change",
+        [lambda model: set_mode(model, "train"), lambda model: model.train(), lambda model: model.blocks.eval()],
     )
     def test_a_switch_between_forward_and_backward_is_an_error(self, change: Callable[[Tower], Any]) -> None:
         model = Tower().eval()
