@@ -69,8 +69,8 @@ def _run_shadow(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         args, kwargs = tree_map_only(Tensor, lambda tensor: _without_data(tensor, fake), (args, dict(kwargs)))
         for module in shadow.modules():
             vars(module).pop("_check", None)  # a verification compares values
-            for name, buffer in module.named_buffers(recurse=False):  # of a real one, writes to views are not seen
-                setattr(module, name, _without_data(buffer, fake))
+            for buffer, tensor in module.named_buffers(recurse=False):  # of a real one, writes to views are not seen
+                setattr(module, buffer, _without_data(tensor, fake))
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         with side_effects_undone(shadow, args, kwargs):
             before, watch = random_states(), _Watch()

@@ -1,4 +1,4 @@
-"""Blocks that run again in the backward pass, under the callback: the same run, its table, and plain modules after it."""
+"""Blocks that run again in the backward pass, under the callback: the same run, a table, plain modules afterwards."""
 
 from __future__ import annotations
 
