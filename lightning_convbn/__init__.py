@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_convbn.blocks.find import Blocks, recomputed_blocks
     from lightning_convbn.callback import ConvBNModeCallback
     from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
     from lightning_convbn.exporting.export import export
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
 
 __all__ = [
+    "Blocks",
     "ConvBNModeCallback",
     "ConvBNPair",
     "ConvBNPairs",
@@ -27,11 +29,13 @@ __all__ = [
     "fuse_for_deploy",
     "get_mode",
     "measure_memory",
+    "recomputed_blocks",
     "set_mode",
 ]
 
 # A name is imported when it is first used: every Trainer asks `entry_point.py`, and the command needs no Lightning.
 _HOMES = {
+    "Blocks": "blocks.find",
     "ConvBNModeCallback": "callback",
     "ConvBNPair": "pairs.pair",
     "ConvBNPairs": "pairs.pair",
@@ -44,6 +48,7 @@ _HOMES = {
     "fuse_for_deploy": "exporting.deploy_copy",
     "get_mode": "modes",
     "measure_memory": "memory.measure",
+    "recomputed_blocks": "blocks.find",
     "set_mode": "modes",
 }
 

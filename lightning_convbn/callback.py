@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_convbn.exporting.argument_checks import check_suffix
 from lightning_convbn.layers.swap import Mode, Recompute
-from lightning_convbn.modes import check_choice, check_recompute
+from lightning_convbn.modes import RECOMPUTE, check_choice, check_recompute
 from lightning_convbn.trainer import other_callbacks
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.export_at_end import FitExport
@@ -54,7 +54,8 @@ class ConvBNModeCallback(Callback):
             variance 1. By default it stays in Train mode, and a warning says so.
         recompute: With ``"elementwise"``, what can be computed again, elementwise, from what is kept anyway is not kept
             for the backward pass: outputs of activations, gates, concatenations. The numbers are the same, with less
-            memory. Needs the mode ``"eval"`` or ``"tune"``. ``"none"`` recomputes nothing.
+            memory. With ``"blocks"``, repeated blocks also run their forward again in the backward pass: much less
+            memory, longer steps. Both need the mode ``"eval"`` or ``"tune"``. ``"none"`` recomputes nothing.
         verify: Whether to compare each pair with Eval mode at the first batch, on the spot, in the one real pass. Pairs
             that differ, or whose fold is of no use, go back to Eval mode, with a warning.
         log_memory: Whether to count, print and log memory.
@@ -95,6 +96,7 @@ class ConvBNModeCallback(Callback):
         check_choice("eval_mode", eval_mode, ("eval", "tune", "deploy"))
         if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
             raise ValueError(f"start_epoch must be an epoch, 0 or later; got {start_epoch!r}")
+        check_choice("recompute", recompute, RECOMPUTE)
         check_recompute(mode, recompute)
         if export_path is not None:
             check_suffix("export_path", Path(export_path))

@@ -17,7 +17,8 @@ from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily as outside_fake_mode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 __all__ = [
     "COMPILED_CALL",
@@ -40,12 +41,15 @@ __all__ = [
     "replace_saved",
     "saved_by",
     "storage_id",
+    "tree_flatten",
     "tree_leaves",
     "tree_map",
     "tree_map_only",
+    "tree_unflatten",
     "version_of",
     "watches_input",
     "watches_output",
+    "without_modes",
     "without_torch_function",
 ]
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import get_args
 
 from torch import nn
 
-from lightning_convbn.layers.norms import unknown_norm
-from lightning_convbn.layers.swap import Mode, Recompute, partners_of, plain_class, restore_class, swap_class, swap_of
-from lightning_convbn.layers.table import conv_layer, is_norm, is_scripted_norm, norm_layer
+from lightning_convbn.blocks.find import recompute_of
+from lightning_convbn.blocks.recomputed import RecomputedBlock
+from lightning_convbn.conversion import convert, restore_modules, unfit
+from lightning_convbn.layers.swap import Mode, Recompute, swap_of
+from lightning_convbn.layers.table import is_norm, is_scripted_norm
 from lightning_convbn.pairs import reasons
-from lightning_convbn.pairs.find import find_conv_bn_pairs, mismatch, pairs_in_force, statistics_missing
+from lightning_convbn.pairs.find import find_conv_bn_pairs, pairs_in_force
 from lightning_convbn.pairs.pair import ConvBNPairs
 
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -21,7 +23,11 @@ RECOMPUTING_MODES: tuple[Mode, ...] = ("eval", "tune")
 
 
 def set_mode(
-    model: nn.Module, mode: Mode, *, pairs: ConvBNPairs | None = None, recompute: Recompute = "none"
+    model: nn.Module,
+    mode: Mode,
+    *,
+    pairs: ConvBNPairs | None = None,
+    recompute: Recompute | Sequence[str] = "none",
 ) -> ConvBNPairs:
     """Switch a model to a mode, in place, from whatever mode it is in.
 
@@ -45,8 +51,10 @@ def set_mode(
         pairs: What to fold; None for the pairs in force, or, in a plain model, for what `find_conv_bn_pairs` finds.
         recompute: ``"none"``, or, in Eval or Tune mode, ``"elementwise"``: what can be computed again, elementwise,
             from what is kept anyway is not kept for the backward pass. This goes for outputs of activations, products,
-            frozen BatchNorms and concatenations, among others (`ops/elementwise.py`). The results are the same to the
-            bit. Between the layers tensors are of a subclass of Tensor. Each call of `set_mode` decides anew.
+            frozen BatchNorms and concatenations, among others (`ops/elementwise.py`). With ``"blocks"``, repeated
+            blocks also run their forward again in the backward pass, and keep only what is given to them;
+            `recomputed_blocks` names them, and a list of names takes others in their place. The results are the same
+            to the bit. Between the layers tensors are of a subclass of Tensor. Each call of `set_mode` decides anew.
 
     Returns:
         The pairs, and why every other BatchNorm is in none.
@@ -79,37 +87,8 @@ def set_mode(
     if not any(is_norm(module) for module in model.modules()):
         raise ValueError(f"model: {type(model).__name__} has no BatchNorm, so there is nothing to put in {mode!r} mode")
     pairs = _chosen(model, pairs)
-    _convert(model, mode, pairs, recompute)
+    convert(model, mode, pairs, recompute)
     return pairs
-
-
-def restore_modules(modules: Iterable[nn.Module]) -> None:
-    """Give back plain modules, wherever they are now. Does nothing to a plain module."""
-    chosen = set(modules)
-    _part_from_others(chosen)
-    for module in chosen:
-        restore_class(module)
-
-
-def _part_from_others(chosen: Set[nn.Module]) -> None:
-    """Let the partners of modules that lie outside of them compute the right thing on their own.
-
-    Such a convolution becomes plain, and such a BatchNorm is frozen. There are some if a part of a converted model is
-    switched, or if modules were replaced.
-    """
-    for module in chosen:
-        for partner in partners_of(module):
-            if partner not in chosen and module in partners_of(partner):  # else it has another partner by now
-                _leave_pair(partner)
-
-
-def _leave_pair(module: nn.Module) -> None:
-    """Let a convolution or a BatchNorm of a pair run alone, in the mode that it is in."""
-    swap = swap_of(module)
-    if swap is not None and is_norm(module):
-        swap_class(module, _frozen_class(module), swap.mode, reason=reasons.TORN)
-    else:
-        restore_class(module)
 
 
 def get_mode(model: nn.Module) -> Mode:
@@ -134,7 +113,11 @@ def get_mode(model: nn.Module) -> Mode:
 
 @contextmanager
 def conv_bn_mode(
-    model: nn.Module, mode: Mode, *, pairs: ConvBNPairs | None = None, recompute: Recompute = "none"
+    model: nn.Module,
+    mode: Mode,
+    *,
+    pairs: ConvBNPairs | None = None,
+    recompute: Recompute | Sequence[str] = "none",
 ) -> Iterator[ConvBNPairs]:
     """Switch a model to a mode for a ``with`` block; the previous mode comes back, also after an exception.
 
@@ -167,19 +150,27 @@ def check_choice(argument: str, value: object, allowed: tuple[str, ...], why_not
         raise ValueError(f"{argument} must be one of {choices}; got {value!r}.{why_not and ' ' + why_not}")
 
 
-def check_recompute(mode: Mode, recompute: Recompute) -> None:
+def check_recompute(mode: Mode, recompute: Recompute | Sequence[str]) -> None:
     """Raise a ValueError if there is no such choice, or if a mode that recomputes nothing is to recompute."""
-    check_choice("recompute", recompute, RECOMPUTE)
+    if not _are_names(recompute):
+        check_choice("recompute", recompute, RECOMPUTE)
     if recompute != "none" and mode not in RECOMPUTING_MODES:
         raise ValueError(
             f"recompute={recompute!r} needs the mode to be 'eval' or 'tune'; got {mode!r}, which recomputes nothing"
         )
 
 
-def _state(model: nn.Module) -> tuple[Mode, ConvBNPairs | None, Recompute]:
+def _are_names(recompute: object) -> bool:
+    """Whether an argument is a list or a tuple of texts."""
+    return isinstance(recompute, (list, tuple)) and all(isinstance(name, str) for name in recompute)
+
+
+def _state(model: nn.Module) -> tuple[Mode, ConvBNPairs | None, Recompute | list[str]]:
     """All that `set_mode` must be told to bring a model back to where it is."""
-    chosen: set[Recompute] = {vars(module).get("_recompute", "none") for module in model.modules()}
-    return get_mode(model), pairs_in_force(model), max(chosen - {"none"}, default="none")
+    recompute: Recompute | list[str] = recompute_of(model)
+    if recompute == "blocks":
+        recompute = [name for name, module in model.named_modules() if isinstance(module, RecomputedBlock)]
+    return get_mode(model), pairs_in_force(model), recompute
 
 
 def _chosen(model: nn.Module, pairs: ConvBNPairs | None) -> ConvBNPairs:
@@ -193,15 +184,8 @@ def _chosen(model: nn.Module, pairs: ConvBNPairs | None) -> ConvBNPairs:
 def _fitting(model: nn.Module, pairs: ConvBNPairs) -> ConvBNPairs:
     """Return pairs that were in force, without those whose modules were replaced, removed or parametrized since."""
     names = {name for name, _ in model.named_modules()}
-    reason_of = {bn: _unfit(model, conv, bn) if {conv, bn} <= names else reasons.TORN for conv, bn in pairs}
+    reason_of = {bn: unfit(model, conv, bn) if {conv, bn} <= names else reasons.TORN for conv, bn in pairs}
     return pairs.unfold({bn: reason for bn, reason in reason_of.items() if reason is not None})
-
-
-def _unfit(model: nn.Module, conv_name: str, bn_name: str) -> str | None:
-    """Return the reason why two modules of a model can't be folded; None if they can."""
-    bn = model.get_submodule(bn_name)
-    reason = f"`{bn_name}` is no BatchNorm" if not is_norm(bn) else statistics_missing(bn)
-    return reason or mismatch(model, conv_name, bn_name)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -217,66 +201,3 @@ def _check_model(model: nn.Module) -> None:
                 f"{where} is a BatchNorm in TorchScript, whose code can't be changed; convert the model before "
                 "scripting"
             )
-
-
-def _convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute: Recompute) -> None:
-    """Check everything first, then swap: bad input never leaves a model half converted."""
-    conv_of = _checked_partners(model, pairs)
-    _part_from_others(set(model.modules()))
-    folded_convs = set() if mode == "eval" else set(conv_of.values())
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        if is_norm(module):
-            _convert_norm(name, module, mode, pairs, conv_of.get(module), recompute)
-        elif module not in folded_convs:
-            restore_class(module)
-    for conv_name, bn_name in pairs if mode != "eval" else ():
-        row = conv_layer(modules[conv_name])
-        assert row is not None
-        cls = row.tune if mode == "tune" else row.deploy
-        reshaped = pairs.reshaped.get(bn_name, 0)
-        swap_class(modules[conv_name], cls, mode, bn=modules[bn_name], reshaped=reshaped)
-
-
-def _convert_norm(
-    name: str, bn: nn.Module, mode: Mode, pairs: ConvBNPairs, conv: nn.Module | None, recompute: Recompute
-) -> None:
-    """Freeze or fold a BatchNorm, or restore one that stays unfrozen."""
-    if name in pairs.unfrozen or statistics_missing(bn) is not None:
-        restore_class(bn)
-    elif conv is None:
-        swap_class(bn, _frozen_class(bn), mode, recompute=recompute, reason=pairs.unpaired.get(name, reasons.NOT_GIVEN))
-    else:
-        row = norm_layer(bn)
-        assert row is not None
-        cls = _frozen_class(bn) if mode == "eval" else row.folded
-        swap_class(bn, cls, mode, conv=conv, reshaped=pairs.reshaped.get(name, 0), recompute=recompute)
-
-
-def _frozen_class(bn: nn.Module) -> type[nn.Module]:
-    """Return what freezes a BatchNorm without folding it."""
-    row = norm_layer(bn)
-    if row is None or row.eval is None or "forward" in vars(bn):  # the forward may be one that was set on the module
-        return unknown_norm(plain_class(bn))  # type: ignore[arg-type]
-    return row.eval
-
-
-def _checked_partners(model: nn.Module, pairs: ConvBNPairs) -> dict[nn.Module, nn.Module]:
-    """Return the convolution of each BatchNorm in a pair.
-
-    Raises:
-        ValueError: If a pair does not fit the model.
-    """
-    modules = dict(model.named_modules())
-    conv_of: dict[nn.Module, nn.Module] = {}
-    for conv_name, bn_name in pairs:
-        for name in (conv_name, bn_name):
-            if name not in modules:
-                raise ValueError(f"pairs: {type(model).__name__} has no module `{name}`")
-        reason = _unfit(model, conv_name, bn_name)
-        if reason is not None:
-            raise ValueError(f"pairs: `{conv_name}` and `{bn_name}` can't be folded: {reason}")
-        conv_of[modules[bn_name]] = modules[conv_name]
-    if len(set(conv_of.values())) < len(pairs):
-        raise ValueError("pairs: a convolution or a BatchNorm is in more than one pair")
-    return conv_of

@@ -58,6 +58,24 @@ def test_nothing_is_replaced_where_nothing_is_saved_or_others_hold_it() -> None:
         assert not compat.replace_saved(nn.functional.silu(x).grad_fn, "self", torch.ones)
 
 
+def test_modes_are_off_within() -> None:
+    class Counts(compat.TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen += 1
+            return func(*args, **(kwargs or {}))
+
+    with Counts() as counts:
+        torch.ones(2) + 1
+        before = counts.seen
+        with compat.without_modes():
+            torch.ones(2) + 1
+        assert counts.seen == before > 0
+        torch.ones(2) + 1
+        assert counts.seen == 2 * before
+
+
 def test_an_assertion_stays_in_a_graph() -> None:
     graph = fx.Graph()
     input = graph.placeholder("input")

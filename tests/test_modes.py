@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_convbn import ConvBNPairs, Mode, conv_bn_mode, find_conv_bn_pairs, fuse_for_deploy, get_mode, set_mode
-from lightning_convbn.modes import restore_modules
+from lightning_convbn.conversion import restore_modules
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 FROZEN: tuple[Mode, ...] = ("eval", "tune", "deploy")
@@ -616,8 +616,8 @@ class TestBadInput:
         [
             ("Tune", {}, "mode must be one of 'train', 'eval', 'tune', 'deploy'; got 'Tune'."),
             (None, {}, "mode must be one of 'train', 'eval', 'tune', 'deploy'; got None."),
-            ("tune", {"recompute": "all"}, "recompute must be one of 'none', 'elementwise'; got 'all'."),
-            ("train", {"recompute": True}, "recompute must be one of 'none', 'elementwise'; got True."),
+            ("tune", {"recompute": "all"}, "recompute must be one of 'none', 'elementwise', 'blocks'; got 'all'."),
+            ("train", {"recompute": True}, "recompute must be one of 'none', 'elementwise', 'blocks'; got True."),
             (
                 "train",
                 {"recompute": "elementwise"},

@@ -60,8 +60,8 @@ For users who train on a GPU. The script `examples/benchmarks/gpu.py` needs at m
 1. It compares Tune mode, without and with recomputing, with Eval mode in float64: outputs and all gradients.
 2. It measures ResNet-50 in the settings of published figures: inductor's pass, and the paper's classification.
 3. It measures ResNet-50, EfficientNet-B0, DenseNet-121 and MobileNetV2 at 224 px, with batches of 64 and 1, in float32
-   and under bf16 autocast, in both memory formats: Train, Eval and Tune mode, the trainable Deploy copy, and Eval mode
-   with activation checkpointing.
+   and under bf16 autocast, in both memory formats: Train, Eval and Tune mode and the trainable Deploy copy. In float32
+   with a batch of 64 it also measures blocks that run again, and Eval mode with activation checkpointing.
 4. It captures each step as a CUDA graph, too, and times its replay: what the GPU needs, without what the host needs to
    launch it."""
 NOT_MEASURED = f"""**Not measured on a GPU yet.** Wherever there is a GPU, this command measures and draws this page:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from examples.benchmarks import detectors
 from examples.benchmarks.random_statistics import give_statistics
 from lightning_convbn import ConvBNPairs, find_conv_bn_pairs, fuse_for_deploy
+from lightning_convbn.blocks.find import find_blocks
 from lightning_convbn.command.model_argument import load_model
 from lightning_convbn.layers.table import is_norm
 
@@ -36,8 +36,6 @@ MODELS = [
 ]
 # The modules that activation checkpointing wraps: stages, or blocks if a network has no stages.
 STAGE = re.compile(r"(backbone\.body\.)?layer\d|stage\d|(features|trunk_output|blocks|stages)\.\w+")
-
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass
@@ -92,20 +90,8 @@ class Workload:
 
     @cached_property
     def blocks(self) -> list[str]:
-        """Qualified names of the blocks for activation checkpointing: members of a container that are of one class.
-
-        A member that is a container itself is a stage, and its own members are the blocks.
-        """
-        names: list[str] = []
-        for parent, container in self.model.named_modules():
-            within = any(f"{parent}.".startswith(f"{name}.") for name in names)
-            if not within and isinstance(container, CONTAINERS):
-                members = container.named_children()
-                found = [(name, type(one)) for name, one in members if not isinstance(one, CONTAINERS)]
-                classes = Counter(kind for name, kind in found)
-                repeated = [name for name, kind in found if classes[kind] > 1]
-                names += [f"{parent}.{name}" for name in repeated if any(container.get_submodule(name).children())]
-        return names
+        """Qualified names of the blocks for activation checkpointing: those that ``recompute="blocks"`` finds."""
+        return [*find_blocks(self.model, self.pairs).names]
 
 
 def build(name: str) -> tuple[nn.Module, bool]:

@@ -95,9 +95,15 @@ def _checkpointed(workload: Workload, units: str) -> nn.Module:
 
 def _checkpoint(forward: Callable[..., Any], *inputs: Any) -> Any:
     def run(*inputs: Any) -> Any:
-        return forward(*tree_map(lambda leaf: leaf, inputs))  # HRNet changes the list that it gets
+        return forward(*_copied(inputs))  # HRNet changes the list that it gets
 
-    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+    # DenseNet changes the list later that its layers get.
+    return checkpoint(run, *_copied(inputs), use_reentrant=False, preserve_rng_state=False)
+
+
+def _copied(containers: Any) -> Any:
+    """Copy lists, tuples and dicts, not the tensors in them."""
+    return tree_map(lambda leaf: leaf, containers)
 
 
 VARIANTS: dict[str, Variant] = {
@@ -105,6 +111,7 @@ VARIANTS: dict[str, Variant] = {
     "eval": Variant("Eval", _eval, "#d9772b"),
     "tune": Variant("Tune", partial(_mode, mode="tune"), "#12998c"),
     "tune_recompute": Variant("Tune + elementwise", partial(_mode, mode="tune", recompute="elementwise"), "#5fbf5a"),
+    "tune_blocks": Variant("Tune + blocks", partial(_mode, mode="tune", recompute="blocks"), "#2c8f6b"),
     "tune_compiled": Variant(
         "Tune, compiled", partial(_compiled, build=partial(_mode, mode="tune")), "#2f7fd0", compiled=True
     ),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_convbn.command.bytes_per_block import sum_by_block
 from lightning_convbn.command.largest_batch import largest_batch
 from lightning_convbn.command.model_checks import check_has_batchnorm, check_names, check_takes, is_within
-from lightning_convbn.command.results import TITLES, VARIANTS, Measurement, Variant, VariantResult
+from lightning_convbn.command.results import RECOMPUTES, TITLES, VARIANTS, Measurement, Variant, VariantResult
 from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
 from lightning_convbn.layers.swap import Mode, Recompute
 from lightning_convbn.layers.table import takes_other_dimensions
@@ -118,9 +118,8 @@ class ModelMeasurer:
         """Return the module to run, its mode, its pairs and what it recomputes."""
         if variant == "deploy-copy":
             return self.deploy_copy, "train", ConvBNPairs([]), "none"  # Train mode does not convert any module
-        if variant == "tune-elementwise":
-            return self.model, "tune", self.pairs, "elementwise"
-        return self.model, variant, self.pairs, "none"
+        mode: Mode = "eval" if variant == "eval" else "tune"
+        return self.model, mode, self.pairs, RECOMPUTES.get(variant, "none")
 
     def _use(self, variant: Variant, batch: int, *, allow_real_run: bool = True) -> MemoryUse:
         """Count a variant, without data if it can."""

@@ -19,6 +19,7 @@ COLOURS: dict[Variant, str] = {
     "eval": "#c2570c",
     "tune": "#0f766e",
     "tune-elementwise": "#1d4ed8",
+    "tune-blocks": "#7c3aed",
     "deploy-copy": "#94a3b8",
 }
 

@@ -9,18 +9,21 @@ from typing import Any, Literal
 import torch
 
 from lightning_convbn.command.option_values import dtype_name
+from lightning_convbn.layers.swap import Recompute
 from lightning_convbn.memory.optimizers import Optimizer
 from lightning_convbn.pairs.pair import ConvBNPairs
 
 # What is compared: two modes of the model, Tune mode with recomputation, and the model's Deploy copy.
-Variant = Literal["eval", "tune", "tune-elementwise", "deploy-copy"]
-VARIANTS: tuple[Variant, ...] = ("eval", "tune", "tune-elementwise", "deploy-copy")
+Variant = Literal["eval", "tune", "tune-elementwise", "tune-blocks", "deploy-copy"]
+VARIANTS: tuple[Variant, ...] = ("eval", "tune", "tune-elementwise", "tune-blocks", "deploy-copy")
 TITLES: dict[Variant, str] = {
     "eval": "Eval",
     "tune": "Tune",
     "tune-elementwise": "Tune + recompute",
+    "tune-blocks": "Tune + blocks",
     "deploy-copy": "Deploy copy",
 }
+RECOMPUTES: dict[Variant, Recompute] = {"tune-elementwise": "elementwise", "tune-blocks": "blocks"}
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 Mode = Literal["train", "eval", "tune", "deploy"]
-Recompute = Literal["none", "elementwise"]
+Recompute = Literal["none", "elementwise", "blocks"]
 
-LINKS = ("_bn", "_reshaped", "_owns_weight", "_fold", "_check", "_recompute")  # attributes of ours beside the Swap
+LINKS = ("_bn", "_reshaped", "_owns_weight", "_fold", "_check", "_recompute", "_look")  # of ours beside the Swap
 
 
 class UncopiedHook:
@@ -87,13 +87,13 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return type(module) if swap is None else swap.plain
 
 
-def run_plain(module: nn.Module, *args: Any) -> Any:
+def run_plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run the forward of a module's plain class.
 
     A module may be plain while a forward of ours runs on it: if somebody has kept that method (``module.forward``) to
     wrap it, and the module was restored since.
     """
-    return plain_class(module).forward(module, *args)
+    return plain_class(module).forward(module, *args, **kwargs)
 
 
 def class_name(module: nn.Module) -> str:

@@ -28,7 +28,7 @@ def measure_memory(
     *inputs: Any,
     mode: Mode,
     pairs: ConvBNPairs | None = None,
-    recompute: Recompute = "none",
+    recompute: Recompute | Sequence[str] = "none",
     optimizer: Optimizer = "none",
     **kwargs: Any,
 ) -> MemoryUse:
@@ -96,7 +96,7 @@ def measure_memory_abstractly(
     *,
     mode: Mode,
     pairs: ConvBNPairs | None = None,
-    recompute: Recompute = "none",
+    recompute: Recompute | Sequence[str] = "none",
     optimizer: Optimizer = "none",
     allow_real_run: bool = True,
 ) -> MemoryUse:

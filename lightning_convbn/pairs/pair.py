@@ -109,7 +109,7 @@ class ConvBNPairs(Sequence[ConvBNPair]):
 
     def count_by_reason(self) -> dict[str, int]:
         """Count the BatchNorms in no pair by reason. Reasons that differ only in a qualified name count as one."""
-        return {reason: len(names) for reason, names in _grouped(self.unpaired).items()}
+        return {reason: len(names) for reason, names in grouped(self.unpaired).items()}
 
     def summary(self) -> list[str]:
         """Describe in a few lines what happens to the BatchNorms; those with the same reason share a line."""
@@ -118,7 +118,7 @@ class ConvBNPairs(Sequence[ConvBNPair]):
         lines = [f"folded      {len(self):>4} of {total} BatchNorms"]
         for state, bns in (("frozen", self.frozen), ("unfrozen", unfrozen)):
             lines.append(f"{state:<11} {len(bns):>4}")
-            lines += [f"  {len(names):>4} × {reason}: {_abbreviated(names)}" for reason, names in _grouped(bns).items()]
+            lines += [f"  {len(names):>4} × {reason}: {abbreviated(names)}" for reason, names in grouped(bns).items()]
         return lines
 
     def __str__(self) -> str:
@@ -138,12 +138,14 @@ class ConvBNPairs(Sequence[ConvBNPair]):
 _QUALIFIED_NAME = re.compile(r"(?<=in the forward of )`[^`]+`|`(?!Tensor\.)[^`]+\.[^`]+`")
 
 
-def _grouped(bns: Mapping[str, str]) -> dict[str, list[str]]:
+def grouped(bns: Mapping[str, str]) -> dict[str, list[str]]:
+    """Group names by their reason. Reasons that differ only in a qualified name count as one."""
     groups: dict[str, list[str]] = defaultdict(list)
     for bn, reason in bns.items():
         groups[_QUALIFIED_NAME.sub("…", reason)].append(bn)
     return groups
 
 
-def _abbreviated(names: Sequence[str], most: int = 3) -> str:
+def abbreviated(names: Sequence[str], most: int = 3) -> str:
+    """Name the first few."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")

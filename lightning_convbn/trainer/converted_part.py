@@ -9,11 +9,13 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
+from lightning_convbn.blocks.find import Blocks, recomputed_blocks
 from lightning_convbn.compat import inside_transform
+from lightning_convbn.conversion import restore_modules
 from lightning_convbn.layers.swap import Mode, Recompute, UncopiedHook, swap_of
 from lightning_convbn.memory.measure import measure_memory_abstractly
 from lightning_convbn.memory.use import MemoryUse, as_mib
-from lightning_convbn.modes import RECOMPUTING_MODES, get_mode, restore_modules, set_mode
+from lightning_convbn.modes import RECOMPUTING_MODES, get_mode, set_mode
 from lightning_convbn.pairs.find import (
     find_conv_bn_pairs,
     find_recorded_pairs,
@@ -67,6 +69,7 @@ class ConvertedPart:
         self._checked = False  # whether `check_first_batch` has run
         self._found: dict[bool, ConvBNPairs] = {}  # whether in train state -> the pairs found in that state
         self._in_force = ConvBNPairs([])
+        self._blocks = Blocks()  # as the first batch has shown them
         self._training_state = self._module.training
         self._tree = [*self._module.named_modules()]
         self._converted: WeakSet[nn.Module] = WeakSet()  # also those that were moved elsewhere since
@@ -211,6 +214,7 @@ class ConvertedPart:
         Args:
             processes: How many processes the Trainer has.
         """
+        self._blocks = recomputed_blocks(self._module)  # a switch forgets what they have shown
         found = self._verification
         mine = {} if found is None else {**found.unused, **found.wrong}
         wrong = merged_over_processes(mine, processes)
@@ -236,6 +240,7 @@ class ConvertedPart:
         name = f"`{self.path}`" if self.path else "the whole module"
         heading = f"ConvBN: {name} trains in {mode.title()} mode and is evaluated in {eval_mode.title()} mode"
         body = self._in_force.summary()
+        body += self._blocks.summary() if self._recompute == "blocks" else []
         body += self._describe_memory(mode)
         verified = self._verification
         if verified is not None and verified.deviation is not None:

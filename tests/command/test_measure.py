@@ -26,6 +26,7 @@ ASKED = {
     "eval": {"mode": "eval"},
     "tune": {"mode": "tune"},
     "tune-elementwise": {"mode": "tune", "recompute": "elementwise"},
+    "tune-blocks": {"mode": "tune", "recompute": "blocks"},
 }
 
 
@@ -60,6 +61,7 @@ class TestMeasure:
             "eval": output,
             "tune": vectors,
             "tune-elementwise": vectors,
+            "tune-blocks": vectors,
             "deploy-copy": 0,
         }
         assert blocks["0 + 1"]["about"] == "Conv2d and BatchNorm2d, folded"

@@ -238,8 +238,8 @@ class TestGpuScript:
         cells = [(tuple(setting.values()), tuple(variants)) for setting, variants in gpu.all_cells("cuda")]
         assert len({setting for setting, _ in cells}) == len(cells)
         variants = dict(cells)
-        assert variants["resnet50", 64, 224, "cuda", "fp32", False] == (*gpu.MODES, *gpu.CHECKPOINTED, *gpu.COMPILED)
-        assert {*gpu.MODES, *gpu.CHECKPOINTED} == {*variants["resnet50", 48, 448, "cuda", "fp32", False]}
+        assert variants["resnet50", 64, 224, "cuda", "fp32", False] == (*gpu.MODES, *gpu.BLOCKS, *gpu.COMPILED)
+        assert {*gpu.MODES, *gpu.BLOCKS} == {*variants["resnet50", 48, 448, "cuda", "fp32", False]}
         for name in gpu.NETWORKS:
             for batch in (1, 64):
                 for precision in ("fp32", "bf16"):

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_convbn import Mode, fuse_for_deploy, get_mode, set_mode
-from lightning_convbn.modes import restore_modules
+from lightning_convbn.conversion import restore_modules
 
 FROZEN: tuple[Mode, ...] = ("eval", "tune", "deploy")
 

@@ -27,6 +27,7 @@ from examples.benchmarks import memory as memory_table
 from examples.benchmarks import overhead as overhead_table
 from examples.results_file import with_table
 from lightning_convbn import measure_memory
+from lightning_convbn.blocks import reasons as block_reasons
 from lightning_convbn.layers import table
 from lightning_convbn.ops import elementwise
 from lightning_convbn.pairs import reasons
@@ -122,7 +123,7 @@ def test_the_page_of_supported_layers_names_the_table(row: str, rows: Iterable[t
 
 def test_every_reason_is_in_the_troubleshooting_table() -> None:
     documented = re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "use" / "troubleshooting.md").read_text(), re.MULTILINE)
-    for name, reason in vars(reasons).items():
+    for name, reason in (vars(reasons) | vars(block_reasons)).items():
         if name.isupper():
             assert re.sub(r"`?\{.*?\}`?", "…", reason) in documented, name
 

@@ -421,7 +421,7 @@ def test_a_module_without_a_batchnorm_is_refused() -> None:
         ({"start_epoch": -1}, r"start_epoch must be an epoch, 0 or later; got -1"),
         ({"start_epoch": 1.0}, r"start_epoch must be an epoch, 0 or later; got 1\.0"),
         ({"start_epoch": True}, r"start_epoch must be an epoch, 0 or later; got True"),
-        ({"recompute": True}, r"recompute must be one of 'none', 'elementwise'; got True"),
+        ({"recompute": True}, r"recompute must be one of 'none', 'elementwise', 'blocks'; got True"),
         (
             {"mode": "train", "recompute": "elementwise"},
             r"recompute='elementwise' needs the mode to be 'eval' or 'tune'; got 'train'",

@@ -157,7 +157,7 @@ def test_the_last_one_wins_and_the_printed_config_reads_back(
     ("flag", "message"),
     [
         ("--convbn.mode=deploy", r"Expected a typing.Literal\['train', 'eval', 'tune'\]. Got value: deploy"),
-        ("--convbn.recompute=true", r"Expected a typing.Literal\['none', 'elementwise'\]. Got value: true"),
+        ("--convbn.recompute=true", r"Expected a typing.Literal\['none', 'elementwise', 'blocks'\]. Got value: true"),
         ("--convbn.moed=tune", "moed"),
         ("--convbn=maybe", "Given value: maybe"),
     ],

@@ -1,0 +1,129 @@
+"""Looks at a block, to know if it can run twice, and if it draws random numbers.
+
+A shadow of the block runs on tensors without data. So nothing of the model or of its inputs changes, nothing is
+computed and no memory is taken. A table of classes could not tell as much: functions draw, too, and write.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_convbn.blocks import reasons
+from lightning_convbn.compat import (
+    FakeTensor,
+    TorchDispatchMode,
+    fake_tensor_mode,
+    storage_id,
+    tree_leaves,
+    tree_map_only,
+    without_modes,
+    without_torch_function,
+)
+from lightning_convbn.pairs.shadow import Shadow
+from lightning_convbn.pairs.side_effects import leaves_in_attributes, random_states, side_effects_undone
+from lightning_convbn.text import first_line
+
+# Schedules of these start with a probability of 0, at which nothing is drawn.
+_MAY_DRAW = re.compile(r"Drop|Stochastic")
+
+
+class Look(NamedTuple):
+    """What a look at a block has shown.
+
+    Attributes:
+        draws: Whether it may draw random numbers.
+        reason: Why it can't run again; None if it can.
+    """
+
+    draws: bool = False
+    reason: str | None = None
+
+
+def look_at(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Look:
+    """Look at a block that is about to run.
+
+    Args:
+        block: A block of a model in any mode.
+        args: Positional arguments of its forward. Their tensors may have no data.
+        kwargs: Keyword arguments of its forward.
+    """
+    may_draw = any(_MAY_DRAW.search(type(module).__name__) for module in block.modules())
+    try:
+        watch, reason = _run_shadow(block, args, kwargs)
+    except Exception as error:  # a user's forward may raise anything if a tensor has no data
+        return Look(reason=reasons.NEEDS_DATA.format(error=f"{type(error).__name__}: {first_line(error)}"))
+    return Look(may_draw or watch.draws, reason)
+
+
+def _run_shadow(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[_Watch, str | None]:
+    """Run a shadow without data, and without gradients: then it does not run anything again itself."""
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+    fake = given[0].fake_mode if given else fake_tensor_mode()
+    with without_modes(), torch.no_grad():
+        shadow = Shadow(block).model
+        args, kwargs = tree_map_only(Tensor, lambda tensor: _without_data(tensor, fake), (args, dict(kwargs)))
+        for module in shadow.modules():
+            vars(module).pop("_check", None)  # a verification compares values
+            for buffer, tensor in module.named_buffers(recurse=False):  # of a real one, writes to views are not seen
+                setattr(module, buffer, _without_data(tensor, fake))
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        with side_effects_undone(shadow, args, kwargs):
+            before, watch = random_states(), _Watch()
+            known = [(name, storage_id(tensor)) for name, tensor in _tensors_of(shadow)]
+            with fake, watch:
+                shadow(*args, **kwargs)
+            drawn = random_states()
+    if any(storage_id(tensor) in watch.written for tensor in inputs):
+        return watch, reasons.WRITES_INPUT
+    name = next((name for name, storage in known if storage in watch.written), None)
+    if name is not None:
+        return watch, reasons.WRITES_STATE.format(name=name)
+    return watch, None if drawn == before else reasons.DRAWS
+
+
+def _without_data(tensor: Tensor, fake: Any) -> Tensor:
+    with without_torch_function():
+        plain = tensor.detach()
+        return plain if isinstance(plain, FakeTensor) else fake.from_tensor(plain)  # type: ignore[no-any-return]
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield all tensors that a model holds, with their names: those that a second run would write again."""
+    yield from model.named_buffers()
+    yield from model.named_parameters()
+    for name, leaf in leaves_in_attributes(model):
+        if isinstance(leaf, Tensor):
+            yield name, leaf
+
+
+class _Watch(TorchDispatchMode):
+    """Notes what operations write, and whether they draw random numbers.
+
+    Attributes:
+        draws: Whether any has drawn.
+        written: The storages that were written.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws = False
+        self.written: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.draws |= torch.Tag.nondeterministic_seeded in func.tags
+        named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        trains = bool(named.get("training", named.get("train", "running_mean" in named)))
+        for argument in func._schema.arguments:
+            is_statistic = trains and argument.name in ("running_mean", "running_var")  # not declared as a write
+            if is_statistic or (argument.alias_info is not None and argument.alias_info.is_write):
+                written = tree_leaves(named.get(argument.name))
+                self.written |= {storage_id(tensor) for tensor in written if isinstance(tensor, Tensor)}
+        return func(*args, **kwargs)
