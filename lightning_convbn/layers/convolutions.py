@@ -16,9 +16,7 @@ from lightning_convbn.layers.marks import has_watching_hooks, mark, marked_plain
 from lightning_convbn.layers.norms import affine_of, frozen_batch_norm
 from lightning_convbn.layers.swap import run_plain
 from lightning_convbn.ops.convolution import autocast, conv_bn, folded_conv, output_numel
-from lightning_convbn.ops.fold import ConvSpec, fold_conv_bn, layout
-
-Operands = tuple[Any, Any, Any, Any, Any, Any, float]  # what is folded: the arguments of `conv_bn` after the input
+from lightning_convbn.ops.fold import ConvSpec, Operands, fold_conv_bn, layout
 
 
 class ConvBNLayer(DecidesForGraphs):
@@ -85,10 +83,7 @@ class ConvBNLayer(DecidesForGraphs):
         return frozen_batch_norm(bn, plain) if folds else plain
 
     def operands(self) -> Operands:
-        """Read what is folded: weight and bias, and the affine map of the BatchNorm with its epsilon.
-
-        A forward pass reads it once: a weight may be computed whenever it is read.
-        """
+        """Read what is folded. A forward pass does so once: a weight may be computed whenever it is read."""
         return read(self, "weight"), read(self, "bias"), *affine_of(self._bn[0])
 
 

@@ -28,10 +28,12 @@ The paper's Tune mode lets autograd save every :math:`w'`. Here the graph keeps 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+Operands = tuple[Any, Any, Any, Any, Any, Any, float]  # what is folded: the first seven arguments of `fold_conv_bn`
 
 
 class ConvSpec(NamedTuple):
