@@ -78,6 +78,17 @@ python -m pytest tests/gpu
 ```
 
 Neither needs a network."""
+SHORT = """All ratios are to Eval mode in the same setting, for batches above one. *Step* is a step that Python launches,
+*replay* the same step replayed as a CUDA graph. Where the ratio of the step is above that of the replay, the GPU waits
+for Python: for each pair, Tune mode launches about ten small kernels more than Eval mode. `torch.compile` and
+[CUDA graphs](../use/without-a-trainer.md#cuda-graphs) take that time away. On a slower GPU, or on larger images, the
+GPU's own work hides it."""
+SHOWN = {
+    "tune": "Tune",
+    "tune_recompute": "elementwise",
+    "tune_blocks": "blocks",
+    "checkpoint_blocks": "checkpoint per block",
+}
 LEGEND = """- *Kept* is what the allocator has counted after one forward pass. *Peak* is `max_memory_allocated` of
   forward and backward, gradients included. What was allocated before the step does not count for either.
 - *Step* is the median of interleaved rounds, as a ratio to Eval's, with the quartiles of the ratios of single rounds.
@@ -109,6 +120,8 @@ def as_markdown(measurements: Mapping[str, Any] | None) -> str:
         lines += ["", f"How float32 is multiplied, by PyTorch's own setting: {how}."]
     lines += ["", "The command:", "", f"    {measurements['command']}"]
     lines += ["", "## Tune against Eval, in float64", "", *_parity(measurements["parity"])]
+    if short := list(_in_short(rows)):
+        lines += ["", "## In short", "", SHORT, "", *short]
     if any(_row_of(rows, published) for published in PUBLISHED):
         lines += ["", "## Beside published figures", "", *_beside_published(rows)]
     lines += ["", "## All cells", "", LEGEND, "", *_cells(rows)]
@@ -122,6 +135,20 @@ def _parity(compared: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "|---|---:|---:|---:|"
     for row in compared:
         yield f"| {row['model']} | {row['pixels']} px | {row['output']:.0e} | {row['gradients']:.0e} |"
+
+
+def _in_short(rows: Sequence[Row]) -> Iterator[str]:
+    large = [row for row in rows if row["batch"] > 1 and measured(row, "tune")]
+    if large:
+        yield "| network | setting | " + " | ".join(f"{name}: peak | step | replay" for name in SHOWN.values()) + " |"
+        yield "|---|---|" + "---:|" * (3 * len(SHOWN))
+    for row in large:
+        cells = [row["model"], title(row)]
+        for name in SHOWN:
+            peak = bytes_ratio(row, name, "eval", "peak_bytes")
+            times = [time_ratio(row, name, "eval", what) for what in ("step_ms", "replay_ms")]
+            cells += ["-" if peak is None else f"{peak:.2f}", *(ratio_text(time, 2) or "-" for time in times)]
+        yield f"| {' | '.join(cells)} |"
 
 
 def _beside_published(rows: Sequence[Row]) -> Iterator[str]:
