@@ -11,7 +11,7 @@ from lightning_convbn.memory.optimizers import Optimizer
 from lightning_convbn.pairs.pair import ConvBNPairs
 
 WHAT_IS_COMPARED = (
-    "Eval and Tune are modes of the model. Tune + recompute is Tune mode with recompute='elementwise', Tune + blocks "
+    "Eval and Tune are modes of the model. Tune + elementwise is Tune mode with recompute='elementwise', Tune + blocks "
     "with recompute='blocks'. The Deploy copy is the plain copy that fuse_for_deploy makes. It is measured as if it "
     "were trained, but only to compare with, because training it is unstable."
 )

@@ -19,7 +19,7 @@ VARIANTS: tuple[Variant, ...] = ("eval", "tune", "tune-elementwise", "tune-block
 TITLES: dict[Variant, str] = {
     "eval": "Eval",
     "tune": "Tune",
-    "tune-elementwise": "Tune + recompute",
+    "tune-elementwise": "Tune + elementwise",
     "tune-blocks": "Tune + blocks",
     "deploy-copy": "Deploy copy",
 }
