@@ -43,4 +43,5 @@ class TestDocs:
         readme = " ".join((ROOT / "README.md").read_text().split())
         batches = re.search(r"batch (\d+) in Eval mode, (\d+) in Tune mode, and (\d+) where blocks run twice", readme)
         assert batches is not None
-        assert re.findall(r"^(?:Eval|Tune|Tune \+ blocks)  .* (\d+)$", self.PAGE, re.MULTILINE) == list(batches.groups())
+        found = re.findall(r"^(?:Eval|Tune|Tune \+ blocks)  .* (\d+)$", self.PAGE, re.MULTILINE)
+        assert found == list(batches.groups())
