@@ -28,6 +28,7 @@ __all__ = [
     "TorchDispatchMode",
     "assert_in_graph",
     "base_of",
+    "changes_input",
     "compiled_by_lightning",
     "fake_tensor_mode",
     "has_gradient_hooks",
@@ -157,6 +158,11 @@ def watches_output(module: nn.Module) -> bool:
 def watches_input(module: nn.Module) -> bool:
     """Whether hooks of a module see what it gets, or the gradient of that."""
     return bool(module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def changes_input(module: nn.Module) -> bool:
+    """Whether hooks of a module run before it, and may change what it gets, or itself (``_forward_pre_hooks``)."""
+    return bool(module._forward_pre_hooks)
 
 
 def load_as(plain: type[nn.Module], module: nn.Module, *args: Any) -> None:

@@ -71,6 +71,7 @@ def convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute: Recompu
     """
     conv_of = _checked_partners(model, pairs)
     blocks = _checked_blocks(model, pairs, recompute)
+    classes = {name: recomputed_class(plain_class(model.get_submodule(name))) for name in blocks}  # type: ignore[arg-type]
     level: Recompute = recompute if recompute in ("none", "elementwise") else "blocks"  # type: ignore[assignment]
     _part_from_others(set(model.modules()))
     folded_convs = set() if mode == "eval" else set(conv_of.values())
@@ -86,8 +87,8 @@ def convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute: Recompu
         cls = row.tune if mode == "tune" else row.deploy
         reshaped = pairs.reshaped.get(bn_name, 0)
         swap_class(modules[conv_name], cls, mode, bn=modules[bn_name], reshaped=reshaped)
-    for name in blocks:
-        swap_class(modules[name], recomputed_class(plain_class(modules[name])), mode)  # type: ignore[arg-type]
+    for name, recomputed in classes.items():
+        swap_class(modules[name], recomputed, mode)
 
 
 def _convert_norm(

@@ -8,7 +8,7 @@ from typing import get_args
 
 from torch import nn
 
-from lightning_convbn.blocks.find import recompute_of
+from lightning_convbn.blocks.find import recompute_of, why_not
 from lightning_convbn.blocks.recomputed import RecomputedBlock
 from lightning_convbn.conversion import convert, restore_modules, unfit
 from lightning_convbn.layers.swap import Mode, Recompute, swap_of
@@ -140,6 +140,9 @@ def conv_bn_mode(
         if _state(model) != before:
             mode, pairs, recompute = before
             pairs = None if pairs is None else _fitting(model, pairs)
+            if not isinstance(recompute, str):
+                there = {name for name, _ in model.named_modules()}
+                recompute = [name for name in recompute if name in there and why_not(model, name, pairs or ()) is None]
             set_mode(model, mode, pairs=pairs, recompute=recompute)
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from lightning_convbn.blocks import reasons
-from lightning_convbn.blocks.recomputed import RecomputedBlock, reason_of
+from lightning_convbn.blocks.recomputed import RecomputedBlock, reason_of, recomputed_class
 from lightning_convbn.layers.swap import Recompute, plain_class
 from lightning_convbn.layers.table import conv_layer
 from lightning_convbn.pairs.find import pairs_in_force
 from lightning_convbn.pairs.pair import ConvBNPair, abbreviated, grouped
 from lightning_convbn.pairs.units import is_compiled_unit, is_fsdp_unit
+from lightning_convbn.text import first_line
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 LEAST_CONVOLUTIONS = 2  # what a single convolution reads is kept in any case
@@ -108,6 +109,10 @@ def why_not(model: nn.Module, name: str, pairs: Iterable[ConvBNPair]) -> str | N
         return reasons.SCRIPTED
     if is_compiled_unit(block):
         return reasons.COMPILED
+    try:
+        recomputed_class(plain_class(block))  # type: ignore[arg-type]
+    except Exception as error:  # the class may forbid others to derive from it
+        return reasons.NOT_DERIVED.format(error=first_line(error))
     if any(is_fsdp_unit(module) for module in inside):
         return reasons.SHARDED
     for conv, bn in pairs:

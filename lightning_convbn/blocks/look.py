@@ -6,8 +6,10 @@ computed and no memory is taken. A table of classes could not tell as much: func
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from lightning_convbn.blocks import reasons
 from lightning_convbn.compat import (
     FakeTensor,
     TorchDispatchMode,
+    changes_input,
     fake_tensor_mode,
     storage_id,
     tree_leaves,
@@ -24,8 +27,15 @@ from lightning_convbn.compat import (
     without_modes,
     without_torch_function,
 )
+from lightning_convbn.layers.norms import FrozenNorm
+from lightning_convbn.ops.repetition import IMMUTABLE
 from lightning_convbn.pairs.shadow import Shadow
-from lightning_convbn.pairs.side_effects import leaves_in_attributes, random_states, side_effects_undone
+from lightning_convbn.pairs.side_effects import (
+    OF_EVERY_MODULE,
+    leaves_in_attributes,
+    random_states,
+    side_effects_undone,
+)
 from lightning_convbn.text import first_line
 
 # Schedules of these start with a probability of 0, at which nothing is drawn.
@@ -53,6 +63,10 @@ def look_at(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         kwargs: Keyword arguments of its forward.
     """
     may_draw = any(_MAY_DRAW.search(type(module).__name__) for module in block.modules())
+    if any(module is not block and changes_input(module) for module in block.modules()):
+        return Look(reason=reasons.HOOKED)
+    if any(_is_generator(leaf) for module in block.modules() for leaf in tree_leaves(dict(vars(module)))):
+        return Look(reason=reasons.DRAWS)
     try:
         watch, reason = _run_shadow(block, args, kwargs)
     except Exception as error:  # a user's forward may raise anything if a tensor has no data
@@ -68,22 +82,23 @@ def _run_shadow(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         shadow = Shadow(block).model
         args, kwargs = tree_map_only(Tensor, lambda tensor: _without_data(tensor, fake), (args, dict(kwargs)))
         for module in shadow.modules():
-            vars(module).pop("_check", None)  # a verification compares values
-            for buffer, tensor in module.named_buffers(recurse=False):  # of a real one, writes to views are not seen
-                setattr(module, buffer, _without_data(tensor, fake))
+            if isinstance(module, FrozenNorm):
+                vars(module).pop("_check", None)  # a verification compares values
+            _forget_data(module, fake)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         with side_effects_undone(shadow, args, kwargs):
             before, watch = random_states(), _Watch()
-            known = [(name, storage_id(tensor)) for name, tensor in _tensors_of(shadow)]
+            known = list(_held_by(shadow))
             with fake, watch:
                 shadow(*args, **kwargs)
-            drawn = random_states()
+            drawn = watch.draws_elsewhere or random_states() != before
     if any(storage_id(tensor) in watch.written for tensor in inputs):
         return watch, reasons.WRITES_INPUT
-    name = next((name for name, storage in known if storage in watch.written), None)
+    written = (name for name, leaf in known if isinstance(leaf, Tensor) and storage_id(leaf) in watch.written)
+    name = next(written, None) or _first_change(known, list(_held_by(shadow)))
     if name is not None:
         return watch, reasons.WRITES_STATE.format(name=name)
-    return watch, None if drawn == before else reasons.DRAWS
+    return watch, reasons.DRAWS if drawn else None
 
 
 def _without_data(tensor: Tensor, fake: Any) -> Tensor:
@@ -92,13 +107,38 @@ def _without_data(tensor: Tensor, fake: Any) -> Tensor:
         return plain if isinstance(plain, FakeTensor) else fake.from_tensor(plain)  # type: ignore[no-any-return]
 
 
-def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield all tensors that a model holds, with their names: those that a second run would write again."""
+def _forget_data(module: nn.Module, fake: Any) -> None:
+    """Give a module buffers and attributes without data: of real ones, writes to views are not seen."""
+    for name, tensor in module.named_buffers(recurse=False):
+        setattr(module, name, _without_data(tensor, fake))
+    for name, value in vars(module).items():
+        if name not in OF_EVERY_MODULE and any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+            vars(module)[name] = tree_map_only(Tensor, lambda tensor: _without_data(tensor, fake), value)
+
+
+def _is_generator(value: object) -> bool:
+    """Whether something draws random numbers by a state of its own."""
+    return isinstance(value, (random.Random, torch.Generator)) or type(value).__module__.startswith("numpy.random")
+
+
+def _held_by(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield all that a model holds, with names: what a second run would write, replace or add to again."""
     yield from model.named_buffers()
     yield from model.named_parameters()
-    for name, leaf in leaves_in_attributes(model):
-        if isinstance(leaf, Tensor):
-            yield name, leaf
+    yield from leaves_in_attributes(model)
+    for module in model.modules():  # once more, because that names an object once, however often a list holds it
+        for name, value in vars(module).items():
+            if name not in OF_EVERY_MODULE:
+                yield from ((name, leaf) for leaf in tree_leaves(value))
+
+
+def _first_change(before: list[tuple[str, Any]], after: list[tuple[str, Any]]) -> str | None:
+    """Return the name of the first thing that is another one afterwards, or was added or removed; None if none was."""
+    for (name, one), (other_name, other) in zip_longest(before, after, fillvalue=("", None)):
+        same = one is other or (isinstance(one, IMMUTABLE) and type(one) is type(other) and one == other)
+        if name != other_name or not same:
+            return name or other_name
+    return None
 
 
 class _Watch(TorchDispatchMode):
@@ -106,12 +146,13 @@ class _Watch(TorchDispatchMode):
 
     Attributes:
         draws: Whether any has drawn.
+        draws_elsewhere: Whether any has drawn from a generator that it was given.
         written: The storages that were written.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.draws = False
+        self.draws = self.draws_elsewhere = False
         self.written: set[int] = set()
 
     def __torch_dispatch__(
@@ -120,6 +161,7 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         self.draws |= torch.Tag.nondeterministic_seeded in func.tags
         named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        self.draws_elsewhere |= any(isinstance(value, torch.Generator) for value in named.values())
         trains = bool(named.get("training", named.get("train", "running_mean" in named)))
         for argument in func._schema.arguments:
             is_statistic = trains and argument.name in ("running_mean", "running_var")  # not declared as a write

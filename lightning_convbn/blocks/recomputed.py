@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,17 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_convbn.blocks import reasons
 from lightning_convbn.blocks.look import Look, look_at
-from lightning_convbn.compat import inside_transform, other_saved_tensor_hooks, tree_flatten, tree_unflatten
+from lightning_convbn.compat import (
+    changes_input,
+    inside_transform,
+    other_saved_tensor_hooks,
+    tree_flatten,
+    tree_unflatten,
+    version_of,
+)
 from lightning_convbn.layers.marks import Marked, seen_through
 from lightning_convbn.layers.swap import Converted, class_name, run_plain, swap_of
+from lightning_convbn.ops.convolution import HAS_DISTRIBUTED
 
 _CONSTANTS = (int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
@@ -22,48 +31,79 @@ _CONSTANTS = (int, float, complex, str, bytes, torch.dtype, torch.device, type(N
 class State(NamedTuple):
     """All that a look at a block depends on: its modules, and what is given to it beside tensors."""
 
-    modules: tuple[tuple[type[nn.Module], bool], ...]  # class and training flag
+    modules: tuple[tuple[type[nn.Module], bool, bool], ...]  # class, training flag, and whether it has pre-hooks
     structure: Any
     constants: tuple[Any, ...]
+
+
+class Written(NamedTuple):
+    """What a block computes from beside its inputs, to see whether it was written or replaced."""
+
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int | None, ...]
+    places: tuple[int, ...]  # ``.data = ...`` moves a parameter
+
+    @classmethod
+    def of(cls, block: nn.Module) -> Written:
+        """Describe a block now. DDP writes buffers into themselves before each forward pass, so they don't count."""
+        buffers = () if HAS_DISTRIBUTED and torch.distributed.is_initialized() else block.buffers()
+        tensors = (*block.parameters(), *buffers)
+        places = tuple(tensor.data_ptr() for tensor in tensors if type(tensor) is nn.Parameter)
+        return cls(tensors, tuple(map(version_of, tensors)), places)
+
+    def is_of(self, block: nn.Module) -> bool:
+        """Whether a block has the same tensors still, and nobody has written them."""
+        now = Written.of(block)
+        same = len(now.tensors) == len(self.tensors) and all(map(is_, now.tensors, self.tensors))
+        return same and now[1:] == self[1:]
 
 
 class RecomputedBlock(Converted):
     """Base of the classes of a block whose forward runs again in the backward pass.
 
     What lies inside of the block is not kept then; what is given to it is. Its own hooks run once, those of the modules
-    in it once more for each run. In these cases it runs plainly:
+    in it once more for each run. The second run starts with the random numbers of the first. It must see the same
+    weights and buffers, so a write in between is an error, as it is for autograd. In these cases it runs plainly:
 
     - if it can't run twice (`look.py`),
     - while none of its weights wants a gradient: then it keeps little,
     - without gradients, in graphs of a compiler or of a trace, and in transforms of ``torch.func``,
-    - under other saved-tensor hooks, such as those of a checkpoint around it: what they save is theirs to decide.
+    - under other saved-tensor hooks, such as those of a checkpoint around it: what they save is theirs to decide,
+    - while a CUDA graph captures a block that draws: the state of the random numbers can't be read then.
     """
+
+    _links = ("_convbn_look",)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block; note only what is given to it."""
+        if swap_of(self) is None:
+            return super().forward(*args, **kwargs)  # its class was called by somebody, to make another one
         if seen_through() or not torch.is_grad_enabled() or inside_transform() or other_saved_tensor_hooks():
             return run_plain(self, *args, **kwargs)
-        if swap_of(self) is None or not _trains_weights(self):
+        if not _trains_weights(self):
             return run_plain(self, *args, **kwargs)
         leaves, structure = tree_flatten((args, kwargs))
         state = State(_modules_of(self), structure, tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor)))
-        look = _current_look(self, state, args, kwargs)
-        if look.reason is not None or any(isinstance(leaf, Marked) for leaf in leaves):
+        look, captured = _current_look(self, state, args, kwargs), _is_captured()
+        if look.reason is not None or (captured and look.draws) or any(isinstance(leaf, Marked) for leaf in leaves):
             return run_plain(self, *args, **kwargs)
-        first_run = [(args, kwargs)]  # with the very containers that are given: a forward may change them
+        waiting = [(args, kwargs)]  # for the first run, with the very containers: it may change them
+        written = Written.of(self)
 
         def run(*leaves: Any) -> Any:
-            if not first_run:
-                _check_modules(self, state)
-            args, kwargs = first_run.pop() if first_run else tree_unflatten(leaves, structure)
+            if waiting:
+                args, kwargs = waiting.pop()
+            else:
+                _check_unchanged(self, state, written)
+                args, kwargs = tree_unflatten(leaves, structure)
             return run_plain(self, *args, **kwargs)
 
-        del args, kwargs
-        return checkpoint(run, *leaves, use_reentrant=False, preserve_rng_state=look.draws)
+        del args, kwargs  # the graph holds this frame's variables, and must not hold the containers
+        return checkpoint(run, *leaves, use_reentrant=False, preserve_rng_state=not captured)
 
 
 @cache
-def recomputed_class(plain: type[Any]) -> type[RecomputedBlock]:
+def recomputed_class(plain: Any) -> type[RecomputedBlock]:
     """Return the class that a block of a plain class is swapped to."""
     name = f"Recomputed{plain.__name__}"
     return type(name, (RecomputedBlock, plain), {"__module__": __name__, "__doc__": RecomputedBlock.__doc__})
@@ -71,7 +111,7 @@ def recomputed_class(plain: type[Any]) -> type[RecomputedBlock]:
 
 def reason_of(block: nn.Module) -> str | None:
     """Return the reason why a block ran plainly when it was last looked at; None if it ran again."""
-    _, look = vars(block).get("_look", (None, Look()))
+    _, look = vars(block).get("_convbn_look", (None, Look()))
     reason: str | None = look.reason
     return reason
 
@@ -79,31 +119,43 @@ def reason_of(block: nn.Module) -> str | None:
 def _current_look(block: nn.Module, state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Look:
     """Return what is known about a block in a state, or look at it now."""
     foreign = next((constant for constant in state.constants if not isinstance(constant, _CONSTANTS)), None)
-    known, look = vars(block).get("_look", (None, Look()))
+    known, look = vars(block).get("_convbn_look", (None, Look()))
     if foreign is not None:
         known, look = None, Look(reason=reasons.TAKES.format(cls=type(foreign).__name__))
     elif known != state:
         known, look = state, look_at(block, args, kwargs)
-    vars(block)["_look"] = known, look
+    vars(block)["_convbn_look"] = known, look
     return look  # type: ignore[no-any-return]
 
 
-def _modules_of(block: nn.Module) -> tuple[tuple[type[nn.Module], bool], ...]:
-    return tuple((type(module), module.training) for module in block.modules())
+def _modules_of(block: nn.Module) -> tuple[tuple[type[nn.Module], bool, bool], ...]:
+    inside = ((module, module is not block and changes_input(module)) for module in block.modules())
+    return tuple((type(module), module.training, hooked) for module, hooked in inside)
 
 
-def _check_modules(block: nn.Module, state: State) -> None:
+def _is_captured() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _check_unchanged(block: nn.Module, state: State, written: Written) -> None:
     """Check that a block is what it was in the forward pass.
 
     Raises:
-        RuntimeError: If a module was switched, replaced, or put in another train or eval state.
+        RuntimeError: If a module was switched, replaced, or put in another train or eval state, or if a parameter or a
+            buffer was written or replaced.
     """
     if _modules_of(block) != state.modules:
-        raise RuntimeError(
-            f"recompute='blocks': a {class_name(block)} is to run again in the backward pass, but since its forward "
-            "pass it was switched to another mode, or to another train or eval state. Call backward() before the "
-            "switch, or set_mode(model, mode, recompute='none')"
+        changed = (
+            "it was switched to another mode, or to another train or eval state. Call backward() before the switch"
         )
+    elif not written.is_of(block):
+        changed = "one of its parameters or buffers was written or replaced. Call backward() before that"
+    else:
+        return
+    raise RuntimeError(
+        f"recompute='blocks': a {class_name(block)} is to run again in the backward pass, but since its forward pass "
+        f"{changed}, or set_mode(model, mode, recompute='none')"
+    )
 
 
 def _trains_weights(block: nn.Module) -> bool:

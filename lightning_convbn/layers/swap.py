@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 Mode = Literal["train", "eval", "tune", "deploy"]
 Recompute = Literal["none", "elementwise", "blocks"]
 
-LINKS = ("_bn", "_reshaped", "_owns_weight", "_fold", "_check", "_recompute", "_look")  # of ours beside the Swap
+LINKS = ("_bn", "_reshaped", "_owns_weight", "_fold", "_check", "_recompute")  # of ours beside the Swap, on a layer
 
 
 class UncopiedHook:
@@ -43,7 +43,7 @@ class Swap(NamedTuple):
     """How a converted module was found, and what it is now."""
 
     plain: type[nn.Module]
-    swapped: type[nn.Module]  # what `swap_class` has put in the place of `plain`
+    swapped: type[Any]  # what `swap_class` has put in the place of `plain`
     mode: Mode
     conv: tuple[nn.Module] | None = None  # of a BatchNorm: the convolution that it is paired with
     reshaped: int = 0  # of a pair: the dimensions of the BatchNorm's input, if it is a view of a linear layer's output
@@ -58,6 +58,7 @@ class Converted(nn.Module):
     """
 
     _uses_running_statistics = False  # whether the class uses the running statistics of a BatchNorm
+    _links: tuple[str, ...] = LINKS  # the attributes that are ours; all others are the user's
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """Copy to the plain class. ``memo`` knows the copy before the attributes are copied: they may lead back."""
@@ -125,7 +126,7 @@ def swap_class(
         reason: Of a BatchNorm without a pair, why.
     """
     found = swap_of(module) or Swap(type(module), type(module), mode)
-    _drop_links(module)
+    _drop_links(module, found.swapped)
     _assign_class(module, found.swapped, cls)
     if bn is not None:
         module.__dict__["_bn"] = (bn,)
@@ -141,19 +142,20 @@ def restore_class(module: nn.Module) -> None:
     """Undo `swap_class`: the class as it was found. Does nothing to a plain module."""
     swap = module.__dict__.pop("_swap", None)
     if swap is not None:
-        _drop_links(module)
+        _drop_links(module, swap.swapped)
         _assign_class(module, swap.swapped, swap.plain)
 
 
 def partners_of(module: nn.Module) -> tuple[nn.Module, ...]:
     """Return what a module is paired with: the BatchNorm of a convolution, or the convolution of a BatchNorm."""
     swap = swap_of(module)
-    bn: tuple[nn.Module, ...] = module.__dict__.get("_bn", ())
+    is_layer = swap is not None and "_bn" in swap.swapped._links  # the attribute of a block is the user's
+    bn: tuple[nn.Module, ...] = module.__dict__.get("_bn", ()) if is_layer else ()
     return (*bn, *((swap and swap.conv) or ()))
 
 
-def _drop_links(module: nn.Module) -> None:
-    for name in LINKS:
+def _drop_links(module: nn.Module, swapped: type[nn.Module]) -> None:
+    for name in swapped._links if issubclass(swapped, Converted) else ():
         module.__dict__.pop(name, None)
 
 
@@ -161,7 +163,7 @@ def _plain_twin(module: Converted) -> nn.Module:
     """Return a module of the plain class that has the attributes of a converted one, without those of the swap."""
     swap: Swap = module.__dict__["_swap"]
     twin: nn.Module = object.__new__(_rebased(type(module), swap.swapped, swap.plain))
-    twin.__dict__.update({name: value for name, value in vars(module).items() if name not in ("_swap", *LINKS)})
+    twin.__dict__.update({name: value for name, value in vars(module).items() if name not in ("_swap", *module._links)})
     if type(module)._uses_running_statistics:
         twin.__dict__["training"] = False
     return twin

@@ -110,7 +110,7 @@ def leaves_in_attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """
     for module in model.modules():
         for name, value in vars(module).items():
-            if name not in _OF_EVERY_MODULE and not is_trainer(value):
+            if name not in OF_EVERY_MODULE and not is_trainer(value):
                 for leaf in leaves_of(value):
                     yield name, leaf
 
@@ -120,4 +120,4 @@ def is_trainer(value: object) -> bool:
     return any(cls.__name__ in ("Trainer", "Fabric") for cls in type(value).__mro__)
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # where PyTorch itself holds parameters, buffers, children and hooks
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # where PyTorch itself holds parameters, buffers, children and hooks

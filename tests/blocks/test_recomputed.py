@@ -7,7 +7,6 @@ import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -126,14 +125,6 @@ class TestRandomNumbers:
         expected = step_results(tower(), "none")
         assert_same_bits(step_results(model, "blocks"), expected)
         assert not all(map(torch.equal, step_results(model, "blocks", seed=1), expected))
-
-    @pytest.mark.parametrize(("between", "times"), [(nn.SiLU, 0), (Functional, 3), (nn.Dropout, 3)])
-    def test_are_put_back_only_where_a_block_draws(self, between: Callable[[], nn.Module], times: int) -> None:
-        model = Tower(lambda: Residual(between=between)).train()
-        step_results(model, "blocks")
-        with mock.patch("torch.set_rng_state", wraps=torch.set_rng_state) as put_back:
-            model(batch()).sum().backward()
-        assert put_back.call_count == 2 * times  # to draw again, and afterwards
 
     def test_a_schedule_that_begins_without_drawing_is_followed(self) -> None:
         def losses(recompute: Any) -> list[Tensor]:

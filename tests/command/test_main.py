@@ -58,7 +58,7 @@ def test_a_person_types_it(tmp_path: Path) -> None:
 
 def test_the_status_reaches_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-convbn", "inspect", "helpers.networks:no_net"])
-    monkeypatch.delitem(sys.modules, "lightning_convbn.__main__")
+    monkeypatch.delitem(sys.modules, "lightning_convbn.__main__", raising=False)
     with pytest.raises(SystemExit) as exit:
         runpy.run_module("lightning_convbn", run_name="__main__")
     assert exit.value.code == 1
@@ -83,7 +83,7 @@ class TestHelp:
     def test_examples_of_the_readme_parse(self) -> None:
         readme = (ROOT / "README.md").read_text()
         examples = re.findall(r"^lightning-convbn (.*)$", readme, re.MULTILINE)
-        assert len(examples) == 4
+        assert [example.split()[0] for example in examples] == ["inspect", "measure"]
         for example in examples:
             assert build_parser().parse_args(shlex.split(example, comments=True)).model
 
