@@ -13,7 +13,7 @@ from helpers.peak_by_allocator import peak_by_allocator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_convbn import Mode, Recompute, measure_memory, set_mode
+from lightning_convbn import Mode, Recompute, measure_memory, recomputed_blocks, set_mode
 from lightning_convbn.memory import count_saved_bytes, measure_memory_abstractly
 from lightning_convbn.memory.step import count_step
 
@@ -226,8 +226,10 @@ def test_the_peak_agrees_with_the_allocator(name: str) -> None:
         seen, without_copies = (
             peak_by_allocator(lambda: gradients_of(model, batch), own_of_kernels=own) for own in (True, False)
         )
+        # A checkpoint holds a random state for each block. The CPU's allocator sees those, which are no activations.
+        states = len(recomputed_blocks(model).names) * torch.get_rng_state().nbytes
         set_mode(model, "train")
         assert counted is not None
         print(f"{name} {mode} {recompute}: {100 * (counted / seen - 1):+.2f} %, {counted / without_copies - 1:+.5f}")
         assert counted == pytest.approx(seen, rel=NETWORKS[name]), f"{mode}, {recompute}"
-        assert counted == pytest.approx(without_copies, rel=0.001), f"{mode}, {recompute}"
+        assert counted == pytest.approx(without_copies, abs=states + 0.001 * without_copies), f"{mode}, {recompute}"
