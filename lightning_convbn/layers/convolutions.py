@@ -1,4 +1,4 @@
-"""The classes that a convolution is swapped to: Tune folds in every forward pass, Deploy folds once."""
+"""What the classes of folded convolutions are made of: Tune folds in every forward pass, Deploy once; geometries."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_convbn.compat import inside_transform, read, version_of, without_torch_function
-from lightning_convbn.layers.calls import Call
-from lightning_convbn.layers.graphs import DecidesForGraphs, check_rows
+from lightning_convbn.layers.calls import Call, described
+from lightning_convbn.layers.graphs import DecidesForGraphs
 from lightning_convbn.layers.marks import has_watching_hooks, mark, marked_plain, seen_through, unmarked
 from lightning_convbn.layers.norms import affine_of, frozen_batch_norm
 from lightning_convbn.layers.swap import run_plain
@@ -78,13 +78,32 @@ class ConvBNLayer(DecidesForGraphs):
             return output
         plain: Tensor = run_plain(self, input, *arguments)
         if folds and self._reshaped and input.dim() != self.dims:
-            check_rows(self, input.dim(), self.dims)
+            _check_rows(self, input.dim(), self.dims)
             return frozen_batch_norm(bn, plain.flatten(0, 1)).unflatten(0, plain.shape[:2])
         return frozen_batch_norm(bn, plain) if folds else plain
 
     def operands(self) -> Operands:
         """Read what is folded. A forward pass does so once: a weight may be computed whenever it is read."""
         return read(self, "weight"), read(self, "bias"), *affine_of(self._bn[0])
+
+
+def _check_rows(conv: nn.Module, given: int, dims: int) -> None:
+    """Check the input of a linear layer that is folded in a graph, and whose BatchNorm gets a view of its output.
+
+    Args:
+        conv: The layer.
+        given: The dimensions of its input.
+        dims: Those of a batch. One more is a batch of rows.
+
+    Raises:
+        RuntimeError: If it is neither. The proof says nothing of that.
+    """
+    if given not in (dims, dims + 1):
+        raise RuntimeError(
+            f"{described(conv)} is folded in a graph with a BatchNorm that gets a view of its output. That is right "
+            f"for inputs of {dims} or {dims + 1} dimensions, not for {given}: leave this pair out: set_mode(model, "
+            "mode, pairs=...)"
+        )
 
 
 class Tune(ConvBNLayer):
@@ -217,87 +236,3 @@ class LinearGeometry(ConvBNLayer):
     def geometry(self, input: Tensor, output_size: Sequence[int] | None) -> tuple[Tensor, ConvSpec | None]:
         """Return the input as it is."""
         return input, None
-
-
-class TuneConv1d(Tune, ConvGeometry, nn.Conv1d):
-    """`torch.nn.Conv1d` with its BatchNorm folded on the fly."""
-
-    dims = 3
-
-
-class TuneConv2d(Tune, ConvGeometry, nn.Conv2d):
-    """`torch.nn.Conv2d` with its BatchNorm folded on the fly."""
-
-    dims = 4
-
-
-class TuneConv3d(Tune, ConvGeometry, nn.Conv3d):
-    """`torch.nn.Conv3d` with its BatchNorm folded on the fly."""
-
-    dims = 5
-
-
-class TuneConvTranspose1d(Tune, ConvTransposeGeometry, nn.ConvTranspose1d):
-    """`torch.nn.ConvTranspose1d` with its BatchNorm folded on the fly."""
-
-    dims = 3
-
-
-class TuneConvTranspose2d(Tune, ConvTransposeGeometry, nn.ConvTranspose2d):
-    """`torch.nn.ConvTranspose2d` with its BatchNorm folded on the fly."""
-
-    dims = 4
-
-
-class TuneConvTranspose3d(Tune, ConvTransposeGeometry, nn.ConvTranspose3d):
-    """`torch.nn.ConvTranspose3d` with its BatchNorm folded on the fly."""
-
-    dims = 5
-
-
-class TuneLinear(Tune, LinearGeometry, nn.Linear):
-    """`torch.nn.Linear` with its BatchNorm1d folded on the fly."""
-
-    dims = 2
-
-
-class DeployConv1d(Deploy, ConvGeometry, nn.Conv1d):
-    """`torch.nn.Conv1d` with its BatchNorm folded once."""
-
-    dims = 3
-
-
-class DeployConv2d(Deploy, ConvGeometry, nn.Conv2d):
-    """`torch.nn.Conv2d` with its BatchNorm folded once."""
-
-    dims = 4
-
-
-class DeployConv3d(Deploy, ConvGeometry, nn.Conv3d):
-    """`torch.nn.Conv3d` with its BatchNorm folded once."""
-
-    dims = 5
-
-
-class DeployConvTranspose1d(Deploy, ConvTransposeGeometry, nn.ConvTranspose1d):
-    """`torch.nn.ConvTranspose1d` with its BatchNorm folded once."""
-
-    dims = 3
-
-
-class DeployConvTranspose2d(Deploy, ConvTransposeGeometry, nn.ConvTranspose2d):
-    """`torch.nn.ConvTranspose2d` with its BatchNorm folded once."""
-
-    dims = 4
-
-
-class DeployConvTranspose3d(Deploy, ConvTransposeGeometry, nn.ConvTranspose3d):
-    """`torch.nn.ConvTranspose3d` with its BatchNorm folded once."""
-
-    dims = 5
-
-
-class DeployLinear(Deploy, LinearGeometry, nn.Linear):
-    """`torch.nn.Linear` with its BatchNorm1d folded once."""
-
-    dims = 2

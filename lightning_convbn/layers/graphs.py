@@ -16,7 +16,6 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from lightning_convbn.layers.calls import described
 from lightning_convbn.layers.swap import Converted
 
 _FOLDED: WeakSet[nn.Module] = WeakSet()  # the convolutions that are folded in graphs
@@ -44,22 +43,3 @@ class DecidesForGraphs(Converted):
 def may_be_normalised(conv: nn.Module) -> bool:
     """Whether a tensor without a mark may be the folded output of a convolution: one that a graph has put out."""
     return conv in _FOLDED
-
-
-def check_rows(conv: nn.Module, given: int, dims: int) -> None:
-    """Check the input of a linear layer that is folded in a graph, and whose BatchNorm gets a view of its output.
-
-    Args:
-        conv: The layer.
-        given: The dimensions of its input.
-        dims: Those of a batch. One more is a batch of rows.
-
-    Raises:
-        RuntimeError: If it is neither. The proof says nothing of that.
-    """
-    if given not in (dims, dims + 1):
-        raise RuntimeError(
-            f"{described(conv)} is folded in a graph with a BatchNorm that gets a view of its output. That is right "
-            f"for inputs of {dims} or {dims + 1} dimensions, not for {given}: leave this pair out: set_mode(model, "
-            "mode, pairs=...)"
-        )

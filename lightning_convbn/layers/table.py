@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from lightning_convbn.layers import convolutions, norms, third_party
+from lightning_convbn.layers import norms, third_party, torch_convolutions
 from lightning_convbn.layers.convolutions import Deploy, Tune
 from lightning_convbn.layers.norms import EvalNorm, FoldedNorm
 from lightning_convbn.layers.swap import plain_class
@@ -53,17 +53,17 @@ class NormLayer:
 
 
 # Keys are exact classes, or their qualified names where importing a package just to name its class would be too much.
-_CONV3D = ConvLayer(convolutions.TuneConv3d, convolutions.DeployConv3d)
+_CONV3D = ConvLayer(torch_convolutions.TuneConv3d, torch_convolutions.DeployConv3d)
 _SAME = ConvLayer(third_party.TuneConv2dSame, third_party.DeployConv2dSame)
 _STATIC_SAME = ConvLayer(third_party.TuneConv2dStaticSame, third_party.DeployConv2dStaticSame)
 CONV_LAYERS: dict[type[nn.Module] | str, ConvLayer] = {
-    nn.Conv1d: ConvLayer(convolutions.TuneConv1d, convolutions.DeployConv1d),
-    nn.Conv2d: ConvLayer(convolutions.TuneConv2d, convolutions.DeployConv2d),
+    nn.Conv1d: ConvLayer(torch_convolutions.TuneConv1d, torch_convolutions.DeployConv1d),
+    nn.Conv2d: ConvLayer(torch_convolutions.TuneConv2d, torch_convolutions.DeployConv2d),
     nn.Conv3d: _CONV3D,
-    nn.ConvTranspose1d: ConvLayer(convolutions.TuneConvTranspose1d, convolutions.DeployConvTranspose1d),
-    nn.ConvTranspose2d: ConvLayer(convolutions.TuneConvTranspose2d, convolutions.DeployConvTranspose2d),
-    nn.ConvTranspose3d: ConvLayer(convolutions.TuneConvTranspose3d, convolutions.DeployConvTranspose3d),
-    nn.Linear: ConvLayer(convolutions.TuneLinear, convolutions.DeployLinear),
+    nn.ConvTranspose1d: ConvLayer(torch_convolutions.TuneConvTranspose1d, torch_convolutions.DeployConvTranspose1d),
+    nn.ConvTranspose2d: ConvLayer(torch_convolutions.TuneConvTranspose2d, torch_convolutions.DeployConvTranspose2d),
+    nn.ConvTranspose3d: ConvLayer(torch_convolutions.TuneConvTranspose3d, torch_convolutions.DeployConvTranspose3d),
+    nn.Linear: ConvLayer(torch_convolutions.TuneLinear, torch_convolutions.DeployLinear),
     # These two choose the arguments of Conv3d and change nothing else.
     "torchvision.models.video.resnet.Conv3DSimple": _CONV3D,
     "torchvision.models.video.resnet.Conv3DNoTemporal": _CONV3D,
