@@ -19,8 +19,8 @@ from lightning_convbn.compat import (
     other_saved_tensor_hooks,
     tree_flatten,
     tree_unflatten,
-    version_of,
 )
+from lightning_convbn.layers.calls import versions_of
 from lightning_convbn.layers.marks import Marked, seen_through
 from lightning_convbn.layers.swap import Converted, class_name, run_plain, swap_of
 from lightning_convbn.ops.convolution import HAS_DISTRIBUTED
@@ -40,22 +40,20 @@ class Written(NamedTuple):
     """What a block computes from beside its inputs, to see whether it was written or replaced."""
 
     tensors: tuple[Tensor, ...]
-    versions: tuple[int | None, ...]
-    places: tuple[int, ...]  # ``.data = ...`` moves a parameter
+    versions: list[int | None]
 
     @classmethod
     def of(cls, block: nn.Module) -> Written:
         """Describe a block now. DDP writes buffers into themselves before each forward pass, so they don't count."""
         buffers = () if HAS_DISTRIBUTED and torch.distributed.is_initialized() else block.buffers()
         tensors = (*block.parameters(), *buffers)
-        places = tuple(tensor.data_ptr() for tensor in tensors if type(tensor) is nn.Parameter)
-        return cls(tensors, tuple(map(version_of, tensors)), places)
+        return cls(tensors, versions_of(tensors))
 
     def is_of(self, block: nn.Module) -> bool:
         """Whether a block has the same tensors still, and nobody has written them."""
         now = Written.of(block)
         same = len(now.tensors) == len(self.tensors) and all(map(is_, now.tensors, self.tensors))
-        return same and now[1:] == self[1:]
+        return same and now.versions == self.versions
 
 
 class RecomputedBlock(Converted):

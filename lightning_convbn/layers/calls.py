@@ -6,8 +6,9 @@ what may be another later, and computes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any, cast
 
 import torch
@@ -39,8 +40,18 @@ class Call:
     """
 
     __slots__ = (
-        *("_arguments", "_autocast", "_device", "_input", "_parameters", "_versions"),
-        *("bn", "conv", "folded", "plain", "taken", "with_grad"),
+        "_arguments",
+        "_autocast",
+        "_device",
+        "_input",
+        "_parameters",
+        "_versions",
+        "bn",
+        "conv",
+        "folded",
+        "plain",
+        "taken",
+        "with_grad",
     )
 
     def __init__(
@@ -59,7 +70,7 @@ class Call:
         self.taken = False
         self._input, self._arguments = input, arguments
         self._parameters = _parameters_of(conv, weight, bias)
-        self._versions = _versions_of(input, self._parameters)
+        self._versions = [version_of(input), *versions_of(self._parameters)]
         self._device = input.device.type
         self._autocast = autocast_dtype(self._device)
 
@@ -83,8 +94,8 @@ class Call:
     def _check(self) -> None:
         conv: Any = self.conv
         parameters = _parameters_of(conv, conv.weight, conv.bias)
-        same = len(parameters) == len(self._parameters) and all(map(_is, parameters, self._parameters))
-        if not same or _versions_of(self._input, parameters) != self._versions:
+        same = len(parameters) == len(self._parameters) and all(map(is_, parameters, self._parameters))
+        if not same or [version_of(self._input), *versions_of(parameters)] != self._versions:
             raise RuntimeError(
                 f"{described(self.conv)} is folded with its BatchNorm. Its own output is read, but its input or its "
                 "weight was written or replaced since. Read the output before that, or leave this pair out: "
@@ -135,19 +146,15 @@ def _parameters_of(conv: nn.Module, weight: Tensor, bias: Tensor | None) -> tupl
     return *conv.parameters(), *conv.buffers()
 
 
-def _versions_of(input: Tensor, parameters: tuple[Tensor | None, ...]) -> list[int | None]:
-    """How often the tensors of a call were written in place, and where parameters lie: ``.data = ...`` moves them."""
-    versions = [version_of(input)]
-    for parameter in parameters:
-        if parameter is not None:
-            versions.append(version_of(parameter))
-            if type(parameter) is nn.Parameter:
-                versions.append(parameter.data_ptr())
+def versions_of(tensors: Iterable[Tensor | None]) -> list[int | None]:
+    """How often tensors were written in place, and where parameters lie: ``.data = ...`` moves them."""
+    versions: list[int | None] = []
+    for tensor in tensors:
+        if tensor is not None:
+            versions.append(version_of(tensor))
+            if type(tensor) is nn.Parameter:
+                versions.append(tensor.data_ptr())
     return versions
-
-
-def _is(one: object, other: object) -> bool:
-    return one is other
 
 
 def _is_folded(call: Call) -> bool:
