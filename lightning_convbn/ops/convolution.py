@@ -29,7 +29,7 @@ from lightning_convbn.compat import replace_saved, version_of, without_torch_fun
 from lightning_convbn.ops.autocast import autocast_dtype
 from lightning_convbn.ops.fold import ConvSpec, cast, fold_conv_bn, fold_steps, layout, reciprocal_std, scaled
 from lightning_convbn.ops.recipes import Recipe, Source, replace_saved_by_conv, shape_of, takes_recipes, unwritten
-from lightning_convbn.ops.recomputable import Recomputable, recipe_of, under_other_hooks, unmark
+from lightning_convbn.ops.recomputable import Recomputable, recipe_of, step_aside_for_other_hooks, unmark
 
 HAS_DISTRIBUTED = torch.distributed.is_available()
 LARGE = 64  # values for each channel: beside them, one more for each channel does not count
@@ -79,8 +79,8 @@ def conv_bn(
     if has_torch_function(operands):
         unmark(input)  # another subclass of Tensor handles the functions from here on
         return _conv_bn(input, *operands, spec)
-    under_other_hooks(input)
     with without_torch_function():
+        step_aside_for_other_hooks(input)
         return _conv_bn(input, *operands, spec)
 
 

@@ -137,8 +137,14 @@ def recipe_of(tensor: Tensor, dtype: torch.dtype) -> Recipe | None:
     return holder if tensor.dtype is dtype else lambda: holder().to(dtype)
 
 
-def under_other_hooks(*args: object) -> bool:
-    """Whether other saved-tensor hooks are in force. A checkpoint, say, holds the arguments, so we go by these then."""
+def step_aside_for_other_hooks(*args: object) -> bool:
+    """If other saved-tensor hooks are in force, go by the arguments themselves: a checkpoint, say, holds these.
+
+    Torch functions must be off for subclasses.
+
+    Returns:
+        Whether such hooks are in force.
+    """
     if not other_saved_tensor_hooks():
         return False
     marked: list[Any] = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Recomputable)]
@@ -173,7 +179,7 @@ def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     if _writes(func, kwargs):
         for leaf in tree_leaves((args[:1], kwargs.get("input"), kwargs.get("out"))):
             _before_write(leaf)
-    if not torch.is_grad_enabled() or inside_transform() or under_other_hooks(*args, *kwargs.values()):
+    if not torch.is_grad_enabled() or inside_transform() or step_aside_for_other_hooks(*args, *kwargs.values()):
         return func(*args, **kwargs)
     row = ROWS.get(func) if args else None
     if row is not None and row.kind == "parts":
