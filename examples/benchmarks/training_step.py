@@ -35,8 +35,7 @@ class Step:
 
     def __call__(self, *, fresh_inputs: bool = False) -> None:
         """Make a step."""
-        self.loss(fresh_inputs=fresh_inputs).backward()  # type: ignore[no-untyped-call]
-        self.drop_gradients()
+        self._backward(self.loss(fresh_inputs=fresh_inputs))
 
     def loss(self, *, fresh_inputs: bool = False) -> Tensor:
         """Run the forward pass; with `fresh_inputs` on a copy of the batch, so that it counts as allocated."""
@@ -67,11 +66,11 @@ class Step:
         aside, here = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
-            self._step()
+            self._backward(self._loss(self.inputs))
         here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._step()
+            self._backward(self._loss(self.inputs))
         found = []
         for _ in range(times + 1):
             self._wait()
@@ -112,8 +111,8 @@ class Step:
             "reserved_bytes": torch.cuda.max_memory_reserved(self.device),
         }
 
-    def _step(self) -> None:
-        self._loss(self.inputs).backward()  # type: ignore[no-untyped-call]
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
         self.drop_gradients()
 
     def _loss(self, inputs: Any) -> Tensor:
