@@ -32,6 +32,11 @@ LIGHTNING_SAYS = [
         r"The '\w+_dataloader' does not have many workers",
     )
 ]
+RESUMING_SAYS = [
+    *LIGHTNING_SAYS,
+    pytest.mark.filterwarnings(r"ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings(r"ignore:Be aware that when using `ckpt_path`"),
+]
 
 # Before 2.6 Lightning trusted every checkpoint and had no such argument.
 TRUSTED = {"weights_only": False} if "weights_only" in inspect.signature(Trainer.fit).parameters else {}

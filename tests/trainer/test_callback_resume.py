@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.tiny_training import (
     BATCHES_PER_EPOCH,
-    LIGHTNING_SAYS,
+    RESUMING_SAYS,
     TRUSTED,
     BoringModule,
     ResumableLoader,
@@ -24,11 +24,7 @@ from helpers.tiny_training import (
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-pytestmark = [
-    *LIGHTNING_SAYS,
-    pytest.mark.filterwarnings(r"ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings(r"ignore:Be aware that when using `ckpt_path`"),
-]
+pytestmark = RESUMING_SAYS
 
 
 def train(module: BoringModule, folder: Path, epochs: int, *callbacks: Any, resume: Path | None = None) -> None:

@@ -13,7 +13,7 @@ from helpers.comparing import BACKWARD, assert_close
 from helpers.lightning_matrix import documented_parameters
 from helpers.tiny_training import (
     BATCHES_PER_EPOCH,
-    LIGHTNING_SAYS,
+    RESUMING_SAYS,
     TRUSTED,
     BoringModule,
     PrintedLines,
@@ -31,9 +31,7 @@ from torch.utils.data import DataLoader
 from lightning_convbn import ConvBNModeCallback, measure_memory
 
 pytestmark = [
-    *LIGHTNING_SAYS,
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings(r"ignore:Be aware that when using `ckpt_path`"),
+    *RESUMING_SAYS,
     pytest.mark.filterwarnings(r"ignore:.*fit\(ckpt_path="),
 ]
 

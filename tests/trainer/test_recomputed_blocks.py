@@ -10,7 +10,7 @@ import torch
 from helpers.blocks import Residual, count_calls
 from helpers.tiny_training import (
     BATCHES_PER_EPOCH,
-    LIGHTNING_SAYS,
+    RESUMING_SAYS,
     TRUSTED,
     Backbone,
     BoringModule,
@@ -27,11 +27,7 @@ from torch.nn import functional as F
 
 from lightning_convbn import ConvBNModeCallback
 
-pytestmark = [
-    *LIGHTNING_SAYS,
-    pytest.mark.filterwarnings(r"ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings(r"ignore:Be aware that when using `ckpt_path`"),
-]
+pytestmark = RESUMING_SAYS
 
 
 class WritesInput(Residual):
