@@ -16,7 +16,7 @@ from fuzz.trial import try_scenario
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from lightning_convbn.layers import convolutions
+from lightning_convbn.layers import torch_convolutions
 
 PAIR = Network(
     steps=(Step("call", (0,), "a"), Step("call", (1,), "b")), layers={"a": Layer("conv"), "b": Layer("norm")}
@@ -71,12 +71,12 @@ MISTAKES: dict[str, Mistake] = {
 
 def plant(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every folded Conv2d make a mistake."""
-    right = convolutions.TuneConv2d.forward
+    right = torch_convolutions.TuneConv2d.forward
 
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         return mistake(self, input, right(self, input))
 
-    monkeypatch.setattr(convolutions.TuneConv2d, "forward", forward)
+    monkeypatch.setattr(torch_convolutions.TuneConv2d, "forward", forward)
 
 
 def test_a_pair_is_folded_and_right() -> None:
