@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
     from lightning_convbn.exporting.export import export
     from lightning_convbn.layers.swap import Mode, Recompute
+    from lightning_convbn.memory.fit_budget import fit_memory_budget
     from lightning_convbn.memory.measure import measure_memory
+    from lightning_convbn.memory.plan import MemoryPlan
     from lightning_convbn.memory.use import MemoryUse
     from lightning_convbn.modes import conv_bn_mode, get_mode, set_mode
     from lightning_convbn.pairs.find import find_conv_bn_pairs
@@ -20,12 +22,14 @@ __all__ = [
     "ConvBNModeCallback",
     "ConvBNPair",
     "ConvBNPairs",
+    "MemoryPlan",
     "MemoryUse",
     "Mode",
     "Recompute",
     "conv_bn_mode",
     "export",
     "find_conv_bn_pairs",
+    "fit_memory_budget",
     "fuse_for_deploy",
     "get_mode",
     "measure_memory",
@@ -39,12 +43,14 @@ _HOMES = {
     "ConvBNModeCallback": "callback",
     "ConvBNPair": "pairs.pair",
     "ConvBNPairs": "pairs.pair",
+    "MemoryPlan": "memory.plan",
     "MemoryUse": "memory.use",
     "Mode": "layers.swap",
     "Recompute": "layers.swap",
     "conv_bn_mode": "modes",
     "export": "exporting.export",
     "find_conv_bn_pairs": "pairs.find",
+    "fit_memory_budget": "memory.fit_budget",
     "fuse_for_deploy": "exporting.deploy_copy",
     "get_mode": "modes",
     "measure_memory": "memory.measure",

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from typing_extensions import override
 
-from lightning_convbn.exporting.argument_checks import check_suffix
 from lightning_convbn.layers.swap import Mode, Recompute
-from lightning_convbn.modes import RECOMPUTE, check_choice, check_recompute
 from lightning_convbn.trainer import other_callbacks
+from lightning_convbn.trainer.argument_checks import check_export_path, check_modes, check_recomputation
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.export_at_end import FitExport
 from lightning_convbn.trainer.find_converted_parts import checked_paths, find_parts
 from lightning_convbn.trainer.lightning_api import Callback, LightningModule, Trainer
-from lightning_convbn.trainer.report import log_kept_bytes, log_peaks, print_table, warn_about
+from lightning_convbn.trainer.logged_metrics import log_kept_bytes, log_peaks
+from lightning_convbn.trainer.planned_recomputation import PlannedRecomputation
+from lightning_convbn.trainer.report import print_table, warn_about
 from lightning_convbn.trainer.run_state import Run
 
 _CHECKPOINT_KEY = "lightning_convbn"
@@ -56,6 +56,10 @@ class ConvBNModeCallback(Callback):
             for the backward pass: outputs of activations, gates, concatenations. The numbers are the same, with less
             memory. With ``"blocks"``, repeated blocks also run their forward again in the backward pass: much less
             memory, longer steps. Both need the mode ``"eval"`` or ``"tune"``. ``"none"`` recomputes nothing.
+        memory_budget: What a training step may take, as ``"8GiB"`` or in bytes. Before the first batch runs, and before
+            a larger one, the least recomputation is chosen whose step fits: parameters, gradients, optimizer and the
+            peak of the target's step. It is printed, and logged as ``convbn/predicted_peak_mib``. A warning says if
+            nothing fits. ``"auto"`` is what the CUDA device has left, less a tenth.
         verify: Whether to compare each pair with Eval mode at the first batch, on the spot, in the one real pass. Pairs
             that differ, or whose fold is of no use, go back to Eval mode, with a warning.
         log_memory: Whether to count, print and log memory.
@@ -87,25 +91,21 @@ class ConvBNModeCallback(Callback):
         start_epoch: int = 0,
         freeze_untrained: bool = False,
         recompute: Recompute = "none",
+        memory_budget: int | str | None = None,
         verify: bool = True,
         log_memory: bool = True,
         export_path: str | PathLike[str] | None = None,
     ) -> None:
-        why_not = {"deploy": "Training folded weights is unstable (arXiv 2305.11624): use 'tune'"}
-        check_choice("mode", mode, ("train", "eval", "tune"), why_not.get(str(mode), ""))
-        check_choice("eval_mode", eval_mode, ("eval", "tune", "deploy"))
-        if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
-            raise ValueError(f"start_epoch must be an epoch, 0 or later; got {start_epoch!r}")
-        check_choice("recompute", recompute, RECOMPUTE)
-        check_recompute(mode, recompute)
-        if export_path is not None:
-            check_suffix("export_path", Path(export_path))
+        check_modes(mode, eval_mode, start_epoch)
+        check_recomputation(mode, recompute, memory_budget)
+        check_export_path(export_path)
         self.mode: Mode = mode
         self.eval_mode: Mode = eval_mode
         self.target = checked_paths(target)
         self.start_epoch = start_epoch
         self.freeze_untrained = freeze_untrained
         self.recompute: Recompute = recompute
+        self.memory_budget = memory_budget
         self.verify = verify
         self.log_memory = log_memory
         self.export_path = export_path
@@ -166,6 +166,9 @@ class ConvBNModeCallback(Callback):
         """
         other_callbacks.check_no_weight_averaging(trainer)
         self._run.parts = self._find_parts(pl_module)
+        if self.memory_budget is not None:
+            self._run.planned = PlannedRecomputation(self.memory_budget, trainer, pl_module)
+            self._run.planned.check(self._run.parts)
         if self._run.export is not None:
             self._run.export.prepare(trainer, pl_module, [part.path for part in self._run.parts])
         self._convert_for_trials(trainer, pl_module, "on_fit_start")
@@ -282,7 +285,7 @@ class ConvBNModeCallback(Callback):
 
     def _convert_for_trials(self, trainer: Trainer, pl_module: LightningModule, hook: str) -> None:
         enter = partial(self._enter_training, trainer, pl_module)
-        other_callbacks.convert_for_trials(trainer, hook, enter, self._run.give_back)
+        other_callbacks.convert_for_trials(trainer, hook, enter, self._run.end_trials)
 
     def _enter_evaluation(self, pl_module: LightningModule) -> None:
         if not self._run.parts:

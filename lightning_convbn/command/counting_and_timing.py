@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_convbn.command.bytes_per_block import sum_by_block
-from lightning_convbn.command.largest_batch import largest_batch
 from lightning_convbn.command.model_checks import check_has_batchnorm, check_names, check_takes, is_within
 from lightning_convbn.command.results import RECOMPUTES, TITLES, VARIANTS, Measurement, Variant, VariantResult
 from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
 from lightning_convbn.layers.swap import Mode, Recompute
 from lightning_convbn.layers.table import takes_other_dimensions
+from lightning_convbn.memory.budget import fixed_bytes
+from lightning_convbn.memory.largest_batch import largest_batch
 from lightning_convbn.memory.measure import forward_and_backward, measure_memory, measure_memory_abstractly
 from lightning_convbn.memory.optimizers import Optimizer
 from lightning_convbn.memory.use import MemoryUse, as_mib
@@ -149,7 +150,7 @@ class ModelMeasurer:
             progress(f"counting {TITLES[variant]}")
             use = self._use(variant, self.batch)
             by_module[variant] = use.saved_by_module
-            fixed = _fixed_bytes(self._variant(variant)[0])
+            fixed = fixed_bytes(self._variant(variant)[0])
             found.variants[variant] = VariantResult(use.saved_bytes, fixed, use.peak_bytes)
             if use.peak_bytes is None:
                 found.notes.append(f"{TITLES[variant]}: no peak, because its backward pass fails")
@@ -218,7 +219,3 @@ def step_seconds(model: nn.Module, batch: Tensor) -> float:
     if batch.is_cuda:
         torch.cuda.synchronize(batch.device)
     return time.perf_counter() - started
-
-
-def _fixed_bytes(model: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

@@ -8,9 +8,8 @@ from argparse import Namespace
 import torch
 
 from lightning_convbn.command.errors import CommandError
+from lightning_convbn.memory.budget import size_in_bytes
 from lightning_convbn.text import first_line
-
-UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -59,10 +58,10 @@ def budget_bytes(budget: str) -> int:
         >>> budget_bytes("8GiB")
         8589934592
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]+)", budget.strip().upper())
-    if match is None or match[2] not in UNITS or not float(match[1]):
-        raise CommandError(f"--budget {budget!r} is no amount of memory, as 8GiB, 500MiB or 24GB")
-    return int(float(match[1]) * UNITS[match[2]])
+    try:
+        return size_in_bytes(budget)
+    except ValueError as error:
+        raise CommandError(f"--budget {error}") from error
 
 
 def chosen_device(name: str | None) -> torch.device:

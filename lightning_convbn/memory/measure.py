@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_convbn.compat import fake_tensor_mode, has_gradient_hooks, tree_map_only
 from lightning_convbn.layers.swap import Mode, Recompute
 from lightning_convbn.memory.ledger import tensors_in
-from lightning_convbn.memory.optimizers import Optimizer, check_optimizer
+from lightning_convbn.memory.optimizers import Optimizer, OptimizerBytes, check_optimizer
 from lightning_convbn.memory.step import count_step
 from lightning_convbn.memory.use import MemoryUse
 from lightning_convbn.modes import set_mode
@@ -29,7 +29,7 @@ def measure_memory(
     mode: Mode,
     pairs: ConvBNPairs | None = None,
     recompute: Recompute | Sequence[str] = "none",
-    optimizer: Optimizer = "none",
+    optimizer: Optimizer | OptimizerBytes = "none",
     **kwargs: Any,
 ) -> MemoryUse:
     """Count the bytes that a forward pass of a model in a mode keeps for the backward pass, and the peak of a step.
@@ -97,7 +97,7 @@ def measure_memory_abstractly(
     mode: Mode,
     pairs: ConvBNPairs | None = None,
     recompute: Recompute | Sequence[str] = "none",
-    optimizer: Optimizer = "none",
+    optimizer: Optimizer | OptimizerBytes = "none",
     allow_real_run: bool = True,
 ) -> MemoryUse:
     """Count as `measure_memory` does, but on tensors without data if the model allows it.
@@ -143,7 +143,11 @@ def _shadow(model: nn.Module) -> Shadow:
 
 
 def _count(
-    model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any], optimizer: Optimizer, allocated: int | None
+    model: nn.Module,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    optimizer: Optimizer | OptimizerBytes,
+    allocated: int | None,
 ) -> MemoryUse:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     step = count_step(model, inputs, kwargs, parameters)

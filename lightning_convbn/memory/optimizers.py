@@ -1,17 +1,25 @@
-"""What an optimizer needs in memory: its state, and what its step allocates for a moment."""
+"""What an optimizer needs in memory: its state, and what its step allocates for a moment.
+
+No formula knows that: the optimizer itself takes two steps, on tensors without data.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Literal, NamedTuple, get_args
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from lightning_convbn.compat import fake_tensor_mode, tree_map_only, without_modes
+from lightning_convbn.memory.ledger import StorageLedger
 
 Optimizer = Literal["none", "sgd", "adamw"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
-_BUFFERS = {"none": 0, "sgd": 1, "adamw": 2}  # for each parameter: none, momentum, exp_avg and exp_avg_sq
-_STEP_COUNTER = 4  # AdamW has one float32 for each parameter
+_Layout = tuple[torch.Size, torch.dtype, torch.device]
 
 
 class OptimizerBytes(NamedTuple):
@@ -26,26 +34,93 @@ class OptimizerBytes(NamedTuple):
     temporary: int
 
 
-def check_optimizer(optimizer: str) -> None:
-    """Raise a ValueError if this is not a known optimizer."""
-    if optimizer not in OPTIMIZERS:
+def check_optimizer(optimizer: Optimizer | OptimizerBytes) -> None:
+    """Raise a ValueError if this is neither the name of a known optimizer nor what one needs."""
+    if not isinstance(optimizer, OptimizerBytes) and optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r} is unknown; it must be one of {', '.join(map(repr, OPTIMIZERS))}")
 
 
-def optimizer_bytes(parameters: Sequence[Tensor], optimizer: Optimizer) -> OptimizerBytes:
-    """Return the bytes of ``torch.optim.SGD`` with momentum, or of ``torch.optim.AdamW``, as they are by default.
-
-    AdamW computes a denominator. On the CPU it goes from parameter to parameter and has two tensors of the size of one
-    at once. On other devices it handles all parameters at once (``foreach``) and has one tensor for each of them.
+def optimizer_bytes(parameters: Sequence[Tensor], optimizer: Optimizer | OptimizerBytes) -> OptimizerBytes:
+    """Return what ``torch.optim.SGD`` with momentum needs, or ``torch.optim.AdamW``, as they are by default.
 
     Args:
         parameters: The parameters that want a gradient. Each has its own shape, dtype and device.
-        optimizer: ``"none"``, ``"sgd"`` or ``"adamw"``.
+        optimizer: ``"none"``, ``"sgd"`` or ``"adamw"``; or what is known already.
     """
-    sizes = [parameter.numel() * parameter.element_size() for parameter in parameters]
-    state = _BUFFERS[optimizer] * sum(sizes)
-    if optimizer != "adamw":
-        return OptimizerBytes(state, 0)
-    on_cpu = [size for size, parameter in zip(sizes, parameters, strict=True) if parameter.device.type == "cpu"]
-    temporary = max(2 * max(on_cpu, default=0), sum(sizes) - sum(on_cpu))
-    return OptimizerBytes(state + _STEP_COUNTER * len(sizes), temporary)
+    if isinstance(optimizer, OptimizerBytes):
+        return optimizer
+    return _named(tuple(map(_layout, parameters)), optimizer)
+
+
+def bytes_of_optimizers(optimizers: Iterable[torch.optim.Optimizer]) -> OptimizerBytes:
+    """Return what optimizers need together, in later steps. They step one after the other. They are not changed.
+
+    An optimizer that can't step without data, or that its class can't make again, counts as an AdamW.
+    """
+    needs = [_needs_of(optimizer) for optimizer in optimizers]
+    return OptimizerBytes(sum(need.state for need in needs), max((need.temporary for need in needs), default=0))
+
+
+def _needs_of(optimizer: torch.optim.Optimizer) -> OptimizerBytes:
+    known = inspect.signature(type(optimizer)).parameters
+    options = {name: value for name, value in optimizer.defaults.items() if name in known}
+
+    def again() -> torch.optim.Optimizer:
+        groups, named = tree_map_only(Tensor, _twin, ([dict(group) for group in optimizer.param_groups], options))
+        return type(optimizer)(groups, **named)
+
+    try:
+        return _two_steps(again)
+    except Exception:  # a user's class may ask for other arguments, or look at values
+        trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        return optimizer_bytes([parameter for parameter in trained if parameter.requires_grad], "adamw")
+
+
+@cache
+def _named(layouts: tuple[_Layout, ...], optimizer: Optimizer) -> OptimizerBytes:
+    if optimizer == "none" or not layouts:
+        return OptimizerBytes(0, 0)
+
+    def again() -> torch.optim.Optimizer:
+        twins = [_without_data(layout) for layout in layouts]
+        return torch.optim.AdamW(twins) if optimizer == "adamw" else torch.optim.SGD(twins, lr=0.1, momentum=0.9)
+
+    return _two_steps(again)
+
+
+def _two_steps(again: Callable[[], torch.optim.Optimizer]) -> OptimizerBytes:
+    """Take two steps of an optimizer on tensors without data: one that makes its state, and one to count.
+
+    Args:
+        again: Makes the optimizer.
+    """
+    with without_modes(), fake_tensor_mode():
+        optimizer = again()
+        for group in optimizer.param_groups:
+            on_cpu = any(parameter.device.type == "cpu" for parameter in group["params"])
+            if group.get("foreach", False) is None and not group.get("fused") and not on_cpu:
+                group["foreach"] = True  # PyTorch's default on a device, but not for tensors without data
+        first, second = StorageLedger(optimizer.step), StorageLedger(optimizer.step)
+        with torch.no_grad():
+            with first:
+                optimizer.step()
+            state = sum(first.bytes_alive().values())
+            with second:
+                optimizer.step()
+    return OptimizerBytes(state, second.peak)
+
+
+def _twin(tensor: Tensor) -> nn.Parameter:
+    return _without_data(_layout(tensor), tensor.requires_grad)
+
+
+def _layout(tensor: Tensor) -> _Layout:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _without_data(layout: _Layout, wants_gradient: bool = True) -> nn.Parameter:
+    """Return a parameter without data, that has its gradient if it wants one."""
+    shape, dtype, device = layout
+    twin = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), wants_gradient)
+    twin.grad = torch.empty_like(twin) if wants_gradient else None
+    return twin

@@ -13,7 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from lightning_convbn.compat import tree_map_only
 from lightning_convbn.memory.ledger import StorageLedger, tensors_in
-from lightning_convbn.memory.optimizers import Optimizer, optimizer_bytes
+from lightning_convbn.memory.optimizers import Optimizer, OptimizerBytes, optimizer_bytes
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class StepBytes:
     forward_peak: int
     peak: int | None
 
-    def peak_with(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> int | None:
+    def peak_with(self, optimizer: Optimizer | OptimizerBytes, parameters: Sequence[Tensor]) -> int | None:
         """Return the peak of a step with an optimizer.
 
         With one it is the peak of a later step, in which the optimizer's state is there from the beginning. As

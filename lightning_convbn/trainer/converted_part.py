@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -14,7 +14,7 @@ from lightning_convbn.compat import inside_transform
 from lightning_convbn.conversion import restore_modules
 from lightning_convbn.layers.swap import Mode, Recompute, UncopiedHook, swap_of
 from lightning_convbn.memory.measure import measure_memory_abstractly
-from lightning_convbn.memory.use import MemoryUse, as_mib
+from lightning_convbn.memory.use import MemoryUse
 from lightning_convbn.modes import RECOMPUTING_MODES, get_mode, set_mode
 from lightning_convbn.pairs.find import (
     find_conv_bn_pairs,
@@ -42,6 +42,13 @@ class ConvertedPart:
         recompute: What training in Eval or Tune mode recomputes; as for `set_mode`.
 
     Attributes:
+        module: What is converted.
+        recompute: The same. A memory budget changes it: see `recompute_from_now_on`.
+        pairs: The pairs in force.
+        blocks: The blocks that run again in the backward pass, as the first batch has shown them.
+        checked: Whether `check_first_batch` has run.
+        verification: The comparison of the pairs with Eval mode in the first batch; None before it.
+        notes: What else the first batch has shown, for the table.
         untrained: Untrained BatchNorms, which stay in Train mode. None until they are named, at the first freeze.
         wrong: BatchNorms that are not folded any more, by what the first batch has shown -> why.
         kept_bytes: Bytes kept for the backward pass in Eval and in Tune mode; None if they were not counted.
@@ -55,30 +62,35 @@ class ConvertedPart:
         module: nn.Module,
         untrained: list[str] | None = None,
         *,
-        recompute: Recompute = "none",
+        recompute: Recompute | Sequence[str] = "none",
     ) -> None:
         self.path = path
+        self.module = _without_compile(module)
+        self.recompute = recompute
+        self.pairs = ConvBNPairs([])
+        self.blocks = Blocks()
+        self.checked = False
+        self.verification: Verification | None = None
+        self.notes: list[str] = []
         self.untrained = untrained
         self.wrong: dict[str, str] = {}
         self.kept_bytes: dict[Mode, int] | None = None
         self.peak_bytes: dict[Mode, int] | None = None
         self._called = module
-        self._module = _without_compile(module)
-        self._recompute: Recompute = recompute
-        self._verification: Verification | None = None
-        self._checked = False  # whether `check_first_batch` has run
         self._found: dict[bool, ConvBNPairs] = {}  # whether in train state -> the pairs found in that state
-        self._in_force = ConvBNPairs([])
-        self._blocks = Blocks()  # as the first batch has shown them
-        self._training_state = self._module.training
-        self._tree = [*self._module.named_modules()]
+        self._training_state = self.module.training
+        self._tree = [*self.module.named_modules()]
         self._converted: WeakSet[nn.Module] = WeakSet()  # also those that were moved elsewhere since
-        self._notes: list[str] = []
         self._remove_hook: Callable[[], None] = _nothing
 
     def full_name(self, name: str) -> str:
         """Return the qualified name, within the LightningModule, of a module of this part."""
         return f"{self.path}.{name}" if self.path else name
+
+    @property
+    def mode(self) -> Mode:
+        """The mode that it is in."""
+        return get_mode(self.module)
 
     # -------------------------------------------------------------------------------------------------------- modes
 
@@ -92,20 +104,27 @@ class ConvertedPart:
         if former.untrained is None or freeze_untrained:
             return
         known = {module for _, module in former._tree}
-        new = [name for name in find_untrained(self._module) if self._module.get_submodule(name) not in known]
+        new = [name for name in find_untrained(self.module) if self.module.get_submodule(name) not in known]
         names = {name for name, _ in self._tree}
         self.untrained = list(dict.fromkeys([*(name for name in former.untrained if name in names), *new]))
 
     def train_in(self, mode: Mode, *, freeze_untrained: bool) -> None:
         """Switch to the mode that training runs in. The first time it freezes, name the untrained BatchNorms."""
         if mode != "train" and self.untrained is None:
-            self.untrained = [] if freeze_untrained else find_untrained(self._module)
-        self._training_state = self._module.training
+            self.untrained = [] if freeze_untrained else find_untrained(self.module)
+        self._training_state = self.module.training
         self._switch(mode, self._pairs_to_train())
+
+    def recompute_from_now_on(self, recompute: Recompute | Sequence[str]) -> None:
+        """Recompute something else, at once and in later switches. The comparison with Eval mode goes on."""
+        self.recompute = recompute
+        self._switch(self.mode, self.pairs)
+        if self.verification is not None and self.verification.running:
+            self.verification.start()
 
     def state_has_changed(self) -> bool:
         """Whether the module is in another state, train or eval, than when training was prepared."""
-        return self._module.training != self._training_state
+        return self.module.training != self._training_state
 
     def has_changed(self, pl_module: nn.Module) -> bool:
         """Whether modules were replaced, added or removed since the part was found."""
@@ -113,44 +132,56 @@ class ConvertedPart:
             found = pl_module.get_submodule(self.path)
         except AttributeError:
             return True
-        return found is not self._called or [*self._module.named_modules()] != self._tree
+        return found is not self._called or [*self.module.named_modules()] != self._tree
 
     def evaluate_in(self, mode: Mode) -> None:
         """Switch to the mode that evaluation runs in. There every BatchNorm uses its running statistics."""
-        self._switch(mode, self._pairs_in(self._module.training))
+        self._switch(mode, self._pairs_in(self.module.training))
 
     def restore(self) -> None:
         """Give back plain modules, wherever they are now. What is known about the part is kept."""
         self.unwatch()
-        restore_modules([*self._module.modules(), *self._converted])
+        restore_modules([*self.module.modules(), *self._converted])
 
     def _pairs_in(self, state: bool) -> ConvBNPairs:
         """Return the pairs for the train state (True) or the eval state (False), without those found wrong."""
         if state not in self._found:
-            self._found[state] = find_conv_bn_pairs(self._module)
+            self._found[state] = find_conv_bn_pairs(self.module)
         return self._found[state].unfold(self.wrong)
 
     def _pairs_to_train(self) -> ConvBNPairs:
         return self._pairs_in(self._training_state).unfreeze(dict.fromkeys(self.untrained or (), UNTRAINED))
 
     def _switch(self, mode: Mode, pairs: ConvBNPairs) -> None:
-        recompute = self._recompute if mode in RECOMPUTING_MODES else "none"
-        set_mode(self._module, mode, pairs=pairs, recompute=recompute)
-        self._converted.update(module for module in self._module.modules() if swap_of(module) is not None)
-        self._in_force = pairs
+        recompute = self.recompute if mode in RECOMPUTING_MODES else "none"
+        set_mode(self.module, mode, pairs=pairs, recompute=recompute)
+        self._converted.update(module for module in self.module.modules() if swap_of(module) is not None)
+        self.pairs = pairs
 
     # -------------------------------------------------------------------------------------------------- first batch
 
     def watch(self, check: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
         """Call ``check`` with the arguments of the part's next forward, just before that forward."""
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if runs_its_forward(module) and not inside_transform():  # no tensor can be looked at in a transform
-                self.unwatch()
-                check(args, kwargs)
+        def once(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.unwatch()
+            check(args, kwargs)
 
         self.unwatch()
-        self._remove_hook = self._called.register_forward_pre_hook(UncopiedHook(before), with_kwargs=True).remove
+        self._remove_hook = self.call_before_forwards(once)
+
+    def call_before_forwards(self, call: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Callable[[], None]:
+        """Call a function with the arguments of each forward of the part, just before it.
+
+        Returns:
+            What ends that.
+        """
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if runs_its_forward(module) and not inside_transform():  # no tensor can be looked at in a transform
+                call(args, kwargs)
+
+        return self._called.register_forward_pre_hook(UncopiedHook(before), with_kwargs=True).remove
 
     def unwatch(self) -> None:
         """Take back what `watch` does."""
@@ -159,14 +190,14 @@ class ConvertedPart:
 
     def verify(self) -> None:
         """Compare the folded pairs with Eval mode from now on, until `stop_verification`."""
-        names = {self._module.get_submodule(pair.bn): pair.bn for pair in self._in_force}
-        self._verification = Verification(names)
-        self._verification.start()
+        names = {self.module.get_submodule(pair.bn): pair.bn for pair in self.pairs}
+        self.verification = Verification(names)
+        self.verification.start()
 
     def stop_verification(self) -> None:
         """Compare no more."""
-        if self._verification is not None:
-            self._verification.stop()
+        if self.verification is not None:
+            self.verification.stop()
 
     def check_first_batch(self, inputs: tuple[Any, ...], kwargs: dict[str, Any], *, measure: bool) -> None:
         """Look at the pairs in force with real inputs, and count what Eval and Tune mode keep, and their peaks.
@@ -179,21 +210,21 @@ class ConvertedPart:
             kwargs: Keyword arguments of the part's forward.
             measure: Whether to count the kept bytes and the peaks.
         """
-        self._checked = True
+        self.checked = True
         try:
-            if self._in_force.untraced:
-                self._found[self._module.training] = find_recorded_pairs(self._module, inputs, kwargs)
-                self._switch(get_mode(self._module), self._pairs_to_train())
-                if self._verification is not None:  # the pairs are others now
+            if self.pairs.untraced:
+                self._found[self.module.training] = find_recorded_pairs(self.module, inputs, kwargs)
+                self._switch(self.mode, self._pairs_to_train())
+                if self.verification is not None:  # the pairs are others now
                     self.verify()
             if measure:
-                self._measure(self._in_force, inputs, kwargs)
+                self._measure(self.pairs, inputs, kwargs)
         except Exception as error:  # memory does not suffice, or the shadow of the user's module can't run
-            self._notes.append(f"not counted: {type(error).__name__}: {first_line(error)}")
+            self.notes.append(f"not counted: {type(error).__name__}: {first_line(error)}")
 
     def _measure(self, pairs: ConvBNPairs, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(is_fsdp_unit(module) for module in self._module.modules()):
-            self._notes.append("not counted: FSDP gathers parameters in its forward")
+        if any(is_fsdp_unit(module) for module in self.module.modules()):
+            self.notes.append("not counted: FSDP gathers parameters in its forward")
             return
         uses = {mode: self._count(mode, pairs, inputs, kwargs) for mode in RECOMPUTING_MODES}
         self.kept_bytes = {mode: use.saved_bytes for mode, use in uses.items()}
@@ -201,12 +232,12 @@ class ConvertedPart:
         self.peak_bytes = peaks if len(peaks) == len(uses) else None
         tensors = (leaf for leaf in leaves_of((inputs, kwargs)) if isinstance(leaf, Tensor))
         shape = next((tensor.shape for tensor in tensors), ())
-        self._notes.append(f"counted on an input of {' × '.join(map(str, shape))}")
+        self.notes.append(f"counted on an input of {' × '.join(map(str, shape))}")
 
     def _count(self, mode: Mode, pairs: ConvBNPairs, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> MemoryUse:
         """Count for a mode. Tune's count is compared with Eval mode without this package, so without recomputation."""
-        recompute = self._recompute if mode in ("tune", get_mode(self._module)) else "none"
-        return measure_memory_abstractly(self._module, inputs, kwargs, mode=mode, pairs=pairs, recompute=recompute)
+        recompute = self.recompute if mode in ("tune", self.mode) else "none"
+        return measure_memory_abstractly(self.module, inputs, kwargs, mode=mode, pairs=pairs, recompute=recompute)
 
     def merge_findings(self, processes: int) -> None:
         """Unfold what any of the processes has found wrong. Every process must call this.
@@ -214,56 +245,19 @@ class ConvertedPart:
         Args:
             processes: How many processes the Trainer has.
         """
-        self._blocks = recomputed_blocks(self._module)  # a switch forgets what they have shown
-        found = self._verification
+        self.blocks = recomputed_blocks(self.module)  # a switch forgets what they have shown
+        found = self.verification
         mine = {} if found is None else {**found.unused, **found.wrong}
         wrong = merged_over_processes(mine, processes)
         if wrong:
             self.wrong.update(wrong)
-            self._switch(get_mode(self._module), self._in_force.unfold(self.wrong))
-
-    # ------------------------------------------------------------------------------------------------------- report
+            self._switch(self.mode, self.pairs.unfold(self.wrong))
 
     @property
     def unverified(self) -> bool:
         """Whether pairs are folded, and not one of them was compared with Eval mode."""
-        compared = self._verification is not None and self._verification.compared
-        return not compared and len(self._in_force) > 0
-
-    def describe(self, mode: Mode, eval_mode: Mode) -> list[str]:
-        """Return the lines of the callback's table.
-
-        Args:
-            mode: The mode that training runs in.
-            eval_mode: The mode that evaluation runs in.
-        """
-        name = f"`{self.path}`" if self.path else "the whole module"
-        heading = f"ConvBN: {name} trains in {mode.title()} mode and is evaluated in {eval_mode.title()} mode"
-        body = self._in_force.summary()
-        body += self._blocks.summary() if self._recompute == "blocks" else []
-        body += self._describe_memory(mode)
-        verified = self._verification
-        if verified is not None and verified.deviation is not None:
-            word = "differs from" if verified.wrong else "equals"
-            body.append(f"verified: Tune {word} Eval, relative deviation {verified.deviation:.1e}")
-        if not self._checked:
-            also = "" if verified is not None and verified.compared else "neither verified nor "
-            body.append(f"{also or 'not '}counted: the first batch did not pass through its forward")
-        return [heading, *(f"  {line}" for line in (*body, *self._notes))]
-
-    def _describe_memory(self, mode: Mode) -> list[str]:
-        if self.kept_bytes is None:
-            return []
-        before, after = self.kept_bytes["eval"], self.kept_bytes["tune"]
-        saved = f"{100 * (before - after) / before:.1f} % saved" if before else "no parameter wants a gradient"
-        keeps, takes = ("Tune", "Tune") if mode == "tune" else ("Tune would keep", "Tune would take")
-        recomputing = f" (recompute={self._recompute})" if self._recompute != "none" else ""
-        lines = [f"kept for backward: Eval {as_mib(before)}, {keeps} {as_mib(after)}{recomputing}, {saved}"]
-        if self.peak_bytes is not None:
-            before, after = self.peak_bytes["eval"], self.peak_bytes["tune"]
-            change = f"{100 * abs(after - before) / before:.1f} % {'more' if after > before else 'less'}"
-            lines.append(f"peak of a step: Eval {as_mib(before)}, {takes} {as_mib(after)}{recomputing}, {change}")
-        return lines
+        compared = self.verification is not None and self.verification.compared
+        return not compared and len(self.pairs) > 0
 
 
 def runs_its_forward(module: nn.Module) -> bool:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch.distributed
+
+T = TypeVar("T")
 
 
 def merged_over_processes(notes: Mapping[str, str], processes: int) -> dict[str, str]:
@@ -14,8 +17,18 @@ def merged_over_processes(notes: Mapping[str, str], processes: int) -> dict[str,
         notes: What this process has noted.
         processes: How many processes the Trainer has. With one there is nothing to merge, even within a larger job.
     """
+    return {name: note for other in reversed(gathered(dict(notes), processes)) for name, note in other.items()}
+
+
+def gathered(value: T, processes: int) -> list[T]:
+    """Return the values of all processes, in the order of the processes. Each process must call it.
+
+    Args:
+        value: What this process has.
+        processes: As for `merged_over_processes`.
+    """
     if processes == 1 or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return dict(notes)
-    gathered: list[dict[str, str]] = [{} for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(gathered, dict(notes))
-    return {name: note for other in reversed(gathered) for name, note in other.items()}
+        return [value]
+    values: list[T] = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

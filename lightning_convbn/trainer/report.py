@@ -1,14 +1,12 @@
-"""What the callback says: it prints a table, warns, and logs metrics."""
+"""What the callback says: it prints a table, and warns."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from lightning_convbn.layers.swap import Mode
-from lightning_convbn.memory.use import MIB
+from lightning_convbn.memory.use import as_mib
 from lightning_convbn.pairs.reasons import UNTRAINED
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import Trainer, rank_zero_info, rank_zero_warn
@@ -25,10 +23,52 @@ def print_table(trainer: Trainer, parts: Sequence[ConvertedPart], mode: Mode, ev
         mode: The mode that training runs in.
         eval_mode: The mode that evaluation runs in.
     """
+    print_lines(trainer, [line for part in parts for line in describe(part, mode, eval_mode)])
+
+
+def print_lines(trainer: Trainer, lines: Sequence[str]) -> None:
+    """Print lines in the first process, above the progress bar if there is one."""
     if trainer.is_global_zero:
-        lines = [line for part in parts for line in part.describe(mode, eval_mode)]
         bar = trainer.progress_bar_callback
         (bar.print if bar is not None else rank_zero_info)("\n".join(lines))
+
+
+def describe(part: ConvertedPart, mode: Mode, eval_mode: Mode) -> list[str]:
+    """Return the lines of the table about one part.
+
+    Args:
+        part: A converted part.
+        mode: The mode that training runs in.
+        eval_mode: The mode that evaluation runs in.
+    """
+    name = f"`{part.path}`" if part.path else "the whole module"
+    heading = f"ConvBN: {name} trains in {mode.title()} mode and is evaluated in {eval_mode.title()} mode"
+    recomputes_blocks = part.recompute not in ("none", "elementwise")
+    body = [*part.pairs.summary(), *(part.blocks.summary() if recomputes_blocks else ()), *_memory_lines(part, mode)]
+    verified = part.verification
+    if verified is not None and verified.deviation is not None:
+        word = "differs from" if verified.wrong else "equals"
+        body.append(f"verified: Tune {word} Eval, relative deviation {verified.deviation:.1e}")
+    if not part.checked:
+        also = "" if verified is not None and verified.compared else "neither verified nor "
+        body.append(f"{also or 'not '}counted: the first batch did not pass through its forward")
+    return [heading, *(f"  {line}" for line in (*body, *part.notes))]
+
+
+def _memory_lines(part: ConvertedPart, mode: Mode) -> list[str]:
+    if part.kept_bytes is None:
+        return []
+    before, after = part.kept_bytes["eval"], part.kept_bytes["tune"]
+    saved = f"{100 * (before - after) / before:.1f} % saved" if before else "no parameter wants a gradient"
+    keeps, takes = ("Tune", "Tune") if mode == "tune" else ("Tune would keep", "Tune would take")
+    chosen = part.recompute if isinstance(part.recompute, str) else f"{len(part.recompute)} blocks"
+    recomputing = f" (recompute={chosen})" if chosen != "none" else ""
+    lines = [f"kept for backward: Eval {as_mib(before)}, {keeps} {as_mib(after)}{recomputing}, {saved}"]
+    if part.peak_bytes is not None:
+        before, after = part.peak_bytes["eval"], part.peak_bytes["tune"]
+        change = f"{100 * abs(after - before) / before:.1f} % {'more' if after > before else 'less'}"
+        lines.append(f"peak of a step: Eval {as_mib(before)}, {takes} {as_mib(after)}{recomputing}, {change}")
+    return lines
 
 
 def warn_about(part: ConvertedPart, *, verify: bool) -> None:
@@ -61,44 +101,3 @@ def _causes(wrong: Mapping[str, str]) -> list[tuple[list[str], str]]:
     for name, reason in wrong.items():
         causes.setdefault(_NUMBER_OR_NAME.sub("", reason), ([], reason))[0].append(name)
     return list(causes.values())
-
-
-def log_kept_bytes(trainer: Trainer, parts: Sequence[ConvertedPart]) -> None:
-    """Log what Eval and Tune mode keep for the backward pass, summed over the parts that were counted.
-
-    If there is one part, its peaks are logged, too. The peaks of several parts are not those of their step.
-    """
-    counted = [part.kept_bytes for part in parts if part.kept_bytes is not None]
-    if not counted:
-        return
-    before, after = (sum(kept_bytes[mode] for kept_bytes in counted) / MIB for mode in ("eval", "tune"))
-    metrics = {
-        "activations_eval_mib": before,
-        "activations_tune_mib": after,
-        "activations_saved_mib": before - after,
-        "activations_saved_percent": 100 * (before - after) / before if before else 0.0,
-    }
-    if len(parts) == 1 and parts[0].peak_bytes is not None:
-        metrics |= {f"predicted_peak_{mode}_mib": peak / MIB for mode, peak in parts[0].peak_bytes.items()}
-    _log(trainer, metrics)
-
-
-def log_peaks(trainer: Trainer, device: torch.device) -> None:
-    """Log the most CUDA memory that was in use since the peaks were last reset."""
-    metrics = {
-        "peak_allocated_mib": torch.cuda.max_memory_allocated(device) / MIB,
-        "peak_reserved_mib": torch.cuda.max_memory_reserved(device) / MIB,
-    }
-    _log(trainer, metrics)
-
-
-def _log(trainer: Trainer, metrics: dict[str, float]) -> None:
-    """Log to every logger, as ``convbn/...``.
-
-    ``LightningModule.log`` does not work in all hooks, and it does not use each logger's own separator.
-    """
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return
-    for logger in trainer.loggers:
-        named = {f"convbn{logger.group_separator}{name}": value for name, value in metrics.items()}
-        logger.log_metrics(named, step=trainer.global_step)

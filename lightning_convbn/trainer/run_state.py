@@ -14,6 +14,7 @@ from lightning_convbn.layers.swap import Mode
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.export_at_end import FitExport
 from lightning_convbn.trainer.lightning_api import LightningModule, rank_zero_warn
+from lightning_convbn.trainer.planned_recomputation import PlannedRecomputation
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Run:
             checkpoint may be saved later.
         checks_batch: Whether the current training batch is the one that is checked.
         reported: Whether the first batch was checked and reported.
+        planned: What recomputes by a memory budget during a fit; None without one.
         watches: What to take back after a batch that is checked or recorded.
     """
 
@@ -41,6 +43,7 @@ class Run:
     untrained: dict[str, list[str]] = field(default_factory=dict)
     checks_batch: bool = False
     reported: bool = False
+    planned: PlannedRecomputation | None = None
     watches: ExitStack = field(default_factory=ExitStack)
 
     def train_in(self, mode: Mode, *, freeze_untrained: bool) -> None:
@@ -54,6 +57,8 @@ class Run:
             part.train_in(mode, freeze_untrained=freeze_untrained)
             if part.untrained is not None:
                 self.untrained[part.path] = part.untrained
+        if self.planned is not None and mode != "train":
+            self.planned.watch(self.parts)
         self.training_mode = mode
 
     def evaluate_in(self, mode: Mode) -> None:
@@ -81,6 +86,8 @@ class Run:
             former = {part.path: part for part in self.parts}
             self.parts = find(pl_module)
             self.reported = False
+            if self.planned is not None:
+                self.planned.forget()
             for part in self.parts:
                 if part.path in former:
                     part.take_over(former[part.path], freeze_untrained=freeze_untrained)
@@ -90,13 +97,22 @@ class Run:
         self.training_mode = None
         with ExitStack() as stack:  # calls all, also if one raises
             stack.callback(self.watches.close)
+            if self.planned is not None:
+                stack.callback(self.planned.unwatch)
             for part in self.parts:
                 stack.callback(part.restore)
+
+    def end_trials(self) -> None:
+        """Give back plain modules after a finder's trials. It may not take the largest batch that it tried."""
+        self.give_back()
+        if self.planned is not None:
+            self.planned.forget()
 
     def restore(self) -> None:
         """Give back plain modules at the end of a run."""
         self.give_back()
         self.parts = []
+        self.planned = None
         if self.export is not None:
             self.export.unwatch()
 
@@ -149,6 +165,8 @@ class Run:
             processes: How many processes the Trainer has.
         """
         for part in self.parts:
+            if self.planned is not None:
+                self.planned.merge(part, processes)
             part.merge_findings(processes)
             if self.export is not None:
                 self.export.wrong.update({part.full_name(name): reason for name, reason in part.wrong.items()})

@@ -24,6 +24,7 @@ class Verification:
         names: The BatchNorms of the pairs -> their qualified names.
 
     Attributes:
+        running: Whether it compares at this moment.
         deviation: The largest relative deviation from Eval mode; None if no pair has run yet.
         compared: The BatchNorms that were compared.
         wrong: The BatchNorms that must not be folded: qualified name -> why.
@@ -31,6 +32,7 @@ class Verification:
     """
 
     def __init__(self, names: Mapping[nn.Module, str]) -> None:
+        self.running = False
         self.deviation: float | None = None
         self.compared: set[str] = set()
         self.wrong: dict[str, str] = {}
@@ -39,12 +41,14 @@ class Verification:
 
     def start(self) -> None:
         """Compare from now on."""
+        self.running = True
         for bn in self._names:
             if isinstance(bn, FoldedNorm):
                 bn.__dict__["_check"] = self
 
     def stop(self) -> None:
         """Compare no more."""
+        self.running = False
         for bn in self._names:
             bn.__dict__.pop("_check", None)
 

@@ -98,7 +98,7 @@ class TestMeasure:
         state = 2 * sum(parameter.nbytes for parameter in small_net().parameters())
         for variant, asked in ASKED.items():
             with_optimizer, without = with_state["variants"][variant], found["variants"][variant]
-            assert with_optimizer["peak_bytes"] > without["peak_bytes"] + state
+            assert with_optimizer["peak_bytes"] >= without["peak_bytes"] + state
             assert with_optimizer["largest_batch"] <= without["largest_batch"]
             expected = measure_memory(small_net().eval(), images(BATCH, 3, 8, 8), optimizer="adamw", **asked)  # type: ignore[arg-type]
             assert with_optimizer["peak_bytes"] == expected.peak_bytes

@@ -16,8 +16,8 @@ from helpers.networks import images, random_model
 from torch import nn
 
 from lightning_convbn import Mode, Recompute, set_mode
-from lightning_convbn.command.largest_batch import largest_batch
 from lightning_convbn.memory import MIB, forward_and_backward, measure_memory_abstractly
+from lightning_convbn.memory.largest_batch import largest_batch
 
 CHOICES: list[tuple[Mode, Recompute]] = [("eval", "none"), ("tune", "none"), ("tune", "elementwise")]
 ROOM = {"cpu": 128 * MIB, "cuda": 1024 * MIB}

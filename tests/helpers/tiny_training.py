@@ -240,6 +240,9 @@ class PrintedLines(ProgressBar):
     def disable(self) -> None:
         """Show nothing still."""
 
+    def enable(self) -> None:
+        """Show nothing in any case."""
+
 
 def make_trainer(*callbacks: Any, trainer_class: Any = Trainer, **options: Any) -> Any:
     """Make a Trainer on the CPU that writes nothing unless it is asked to."""

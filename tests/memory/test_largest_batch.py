@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_convbn.command.largest_batch import largest_batch
+from lightning_convbn.memory.largest_batch import largest_batch
 
 
 @given(
