@@ -72,7 +72,7 @@ def main() -> None:
         results_file.write_json(
             arguments.out, rows, _installed(), commands=list(dict.fromkeys(commands)), **facts["written"]
         )
-        print(f"{row['seconds']:.0f} s", *cell_table(rows, row, arguments.budget_mib), "", sep="\n", flush=True)
+        print(f"{row['seconds']:.0f} s", *cell_table(row), "", sep="\n", flush=True)
     print(f"{len(rows)} cells in {arguments.out}")
 
 
@@ -183,7 +183,7 @@ def _check(arguments: argparse.Namespace) -> None:
     """Raise an error for wrong arguments before anything is measured."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no GPU on this machine; use --device cpu")
-    for name, least in (("rounds", 1), ("threads", 1), ("budget_mib", 1)):
+    for name, least in (("rounds", 1), ("threads", 1)):
         if (value := getattr(arguments, name)) is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     for name in arguments.models:
@@ -216,7 +216,7 @@ def _facts(arguments: argparse.Namespace) -> dict[str, Any]:
     machine = results_file.machine(torch.device(arguments.device))
     return {
         "compared": {"machine": machine, "versions": results_file.versions(_installed())},
-        "written": {"machine": machine, "budget_mib": arguments.budget_mib},
+        "written": {"machine": machine},
     }
 
 
@@ -252,7 +252,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast")
     parser.add_argument("--channels-last", action="store_true", help="use this memory format for images and weights")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
-    parser.add_argument("--budget-mib", type=int, default=8192, help="memory for the column of the largest batch")
     parser.add_argument(
         "--out", type=Path, required=True, help="the JSON file; the cells that it holds are not measured again"
     )

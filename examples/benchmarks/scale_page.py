@@ -95,7 +95,7 @@ def along(rows: Sequence[Row], key: str) -> list[Row]:
 
 
 def as_markdown(rows: Sequence[Row], processes: Mapping[str, Any]) -> str:
-    """Draw the page from the results of `run.py` and of `processes.py`."""
+    """Draw the page from the results of `all_modes.py` and of `processes.py`."""
     tables = {key: growth_table(rows, key) for key in AXES.values()}
     tables |= {"setting": setting(rows), "sync": sync_table(), "processes": processes_table(processes)}
     return PROSE.format(**{name: "\n".join(lines) for name, lines in tables.items()})

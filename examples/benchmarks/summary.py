@@ -1,8 +1,7 @@
-"""Summaries of what `run.py` has measured: ratios with their spread, the largest batch in a budget, tables."""
+"""Summaries of what `all_modes.py` has measured: ratios with their spread, tables."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median, quantiles
 from typing import Any, NamedTuple
@@ -20,7 +19,6 @@ COLUMNS = (
     "step, ms (quartiles)",
     "/ Eval",
     "/ Deploy",
-    "largest batch",
     "gradient deviation",
 )
 
@@ -62,34 +60,6 @@ def time_ratio(row: Row, variant: str, other: str, what: str = "step_ms") -> Spr
     return ratios._replace(median=median(own[what]) / median(reference[what]))
 
 
-def largest_batch(rows: Sequence[Row], row: Row, variant: str, budget_mib: float) -> tuple[int, list[int]] | None:
-    """Derive the largest batch that fits a budget from two measured points.
-
-    Parameters and buffers do not depend on the batch. The peak of forward and backward, with the gradients, grows by
-    nearly the same amount for each sample.
-
-    Args:
-        rows: All measured cells.
-        row: The setting; its batch does not matter.
-        variant: The variant.
-        budget_mib: The budget.
-
-    Returns:
-        The largest batch, and the smallest and the largest measured batch of this setting. None if there are not two.
-        The largest batch is 0 if not even one sample fits.
-    """
-    alike = [one for one in rows if all(one[key] == row[key] for key in SETTING if key != "batch")]
-    points = {one["batch"]: found for one in alike if (found := measured(one, variant)) is not None}
-    if len(points) < 2:
-        return None
-    small, large = min(points), max(points)
-    per_sample = (points[large]["peak_bytes"] - points[small]["peak_bytes"]) / (large - small)
-    if per_sample <= 0:
-        return None
-    constant = points[small]["resident_bytes"] + points[small]["peak_bytes"] - small * per_sample
-    return max(0, math.floor((budget_mib * MIB - constant) / per_sample)), [small, large]
-
-
 def title(row: Row) -> str:
     """Return the setting of a row as text."""
     precision = "" if row["precision"] == "fp32" else f", {row['precision']} autocast"
@@ -97,21 +67,20 @@ def title(row: Row) -> str:
     return f"batch {row['batch']}, {row['pixels']} px, {row['device']}{precision}{layout}"
 
 
-def cell_table(rows: Sequence[Row], row: Row, budget_mib: float) -> list[str]:
+def cell_table(row: Row) -> list[str]:
     """Draw the measurements of one network in one setting as a table for a console."""
-    lines = [list(COLUMNS), *_cells(rows, row, budget_mib)]
+    lines = [list(COLUMNS), *_cells(row)]
     widths = [max(len(line[place]) for line in lines) for place in range(len(COLUMNS))]
     drawn = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     return [line.rstrip() for line in [drawn[0], "-" * len(drawn[0]), *drawn[1:], *notes(row)]]
 
 
-def _cells(rows: Sequence[Row], row: Row, budget_mib: float) -> Iterator[list[str]]:
+def _cells(row: Row) -> Iterator[list[str]]:
     for name in row["variants"]:
         found = measured(row, name)
         if found is None:
             yield [VARIANTS[name].title, "failed", *[""] * (len(COLUMNS) - 2)]
             continue
-        fitting = largest_batch(rows, row, name, budget_mib)
         off = found["gradient_deviation"]
         yield [
             VARIANTS[name].title,
@@ -121,7 +90,6 @@ def _cells(rows: Sequence[Row], row: Row, budget_mib: float) -> Iterator[list[st
             spread_text(Spread.of(found["step_ms"]), 1),
             ratio_text(time_ratio(row, name, "eval"), 2),
             ratio_text(time_ratio(row, name, "deploy"), 2),
-            "" if fitting is None else str(fitting[0]),
             "" if off is None else f"{off:.1e}",
         ]
 

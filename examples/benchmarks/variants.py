@@ -14,9 +14,18 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from examples.benchmarks.networks import Workload, loss_of
-from lightning_convbn import Mode, Recompute, set_mode
+from lightning_convbn import Mode, Recompute, fit_memory_budget, set_mode
+from lightning_convbn.memory import measure_memory_abstractly
+from lightning_convbn.memory.budget import fixed_bytes
 
 INDUCTOR_PASS = "inductor_pass"
+BUDGETS = (0.9, 0.7, 0.5, 0.35)  # of Eval's peak, beyond parameters and buffers
+COMPILED_BUDGETS = {"compiled_75": 0.75, "compiled_half": 0.5, "compiled_25": 0.25, "compiled_0": 0.0}
+
+
+def budget_name(share: float) -> str:
+    """Return the name of the variant that may take a share of Eval's peak."""
+    return f"tune_budget_{round(100 * share)}"
 
 
 class Variant(NamedTuple):
@@ -53,6 +62,19 @@ def _mode(workload: Workload, mode: Mode, recompute: Recompute = "none") -> nn.M
     return model
 
 
+def _within_budget(workload: Workload, share: float) -> nn.Module:
+    """Take the least recomputation whose peak is at most a share of Eval's, beyond parameters and buffers."""
+    model = workload.copy(workload.model)
+    eval_peak = measure_memory_abstractly(model, workload.inputs, {}, mode="eval").peak_bytes
+    if eval_peak is None:
+        raise ValueError("its backward pass fails without data, so there is no peak to take a share of")
+    budget = fixed_bytes(model) + int(share * eval_peak)
+    plan = fit_memory_budget(model, *workload.inputs, memory_budget=budget, pairs=workload.pairs)
+    if not plan.fits:
+        raise ValueError(plan.complaint())
+    return model
+
+
 def _deploy(workload: Workload) -> nn.Module:
     return workload.copy(workload.fused)
 
@@ -73,10 +95,10 @@ def _mmengine(workload: Workload) -> nn.Module:
     return model
 
 
-def _compiled_in_half(workload: Workload) -> nn.Module:
-    """The partitioner recomputes until about half of the activations are kept. The model is compiled here for that."""
+def _compiled_within(workload: Workload, share: float) -> nn.Module:
+    """The partitioner recomputes until a share of the activations is kept. The model is compiled here for that."""
     model = _compiled(workload, _eval)
-    with functorch_config.patch(activation_memory_budget=0.5):
+    with functorch_config.patch(activation_memory_budget=share):
         loss_of(model(*workload.inputs)).backward()
     model.zero_grad(set_to_none=True)
     return model
@@ -112,6 +134,12 @@ VARIANTS: dict[str, Variant] = {
     "tune": Variant("Tune", partial(_mode, mode="tune"), "#12998c"),
     "tune_recompute": Variant("Tune + elementwise", partial(_mode, mode="tune", recompute="elementwise"), "#5fbf5a"),
     "tune_blocks": Variant("Tune + blocks", partial(_mode, mode="tune", recompute="blocks"), "#2c8f6b"),
+    **{
+        budget_name(share): Variant(
+            f"Tune, budget {share:.2f} of Eval", partial(_within_budget, share=share), "#1f6f5c"
+        )
+        for share in BUDGETS
+    },
     "tune_compiled": Variant(
         "Tune, compiled", partial(_compiled, build=partial(_mode, mode="tune")), "#2f7fd0", compiled=True
     ),
@@ -127,7 +155,12 @@ VARIANTS: dict[str, Variant] = {
         compiled=True,
     ),
     "compiled": Variant("torch.compile alone", partial(_compiled, build=_eval), "#b5893c", compiled=True),
-    "compiled_half": Variant("torch.compile, memory budget 0.5", _compiled_in_half, "#8a6d1f", compiled=True),
+    **{
+        name: Variant(
+            f"torch.compile, memory budget {share}", partial(_compiled_within, share=share), "#8a6d1f", compiled=True
+        )
+        for name, share in COMPILED_BUDGETS.items()
+    },
     "checkpoint": Variant("checkpoint per stage", partial(_checkpointed, units="stages"), "#d1495b"),
     "checkpoint_blocks": Variant("checkpoint per block", partial(_checkpointed, units="blocks"), "#8f2d3c"),
 }

@@ -1,4 +1,4 @@
-"""Write the pages of the docs about modes and scale, with their pictures, from what `run.py` has measured.
+"""Write the pages of the docs about modes and scale, with their pictures, from what `all_modes.py` has measured.
 
     python examples/benchmarks/write_pages.py
 
@@ -19,7 +19,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.benchmarks import gpu_page, modes_page, scale_page
+from examples.benchmarks import gpu_page, modes_page, scale_page, trade_off
 from examples.benchmarks.summary import Row, bytes_ratio, measured, time_ratio
 from examples.benchmarks.variants import VARIANTS
 from examples.results_file import BENCHMARKS
@@ -56,6 +56,8 @@ def main() -> None:
         written.append(page)
         for name, rows in modes_page.pictures(measurements["rows"], arguments.modes.stem).items():
             written.append(_save(compare(rows), page.with_name(name)))
+            if len(rows) >= modes_page.LEAST_NETWORKS:
+                written.append(_save(peak_against_time(rows), page.with_name(modes_page.trade_off_picture(name))))
     if arguments.scale.exists():
         rows = json.loads(arguments.scale.read_text())["rows"]
         processes = json.loads(arguments.processes.read_text())
@@ -98,6 +100,33 @@ def compare(rows: Sequence[Row]) -> Figure:
     legend = dict(zip(labels, handles, strict=True))
     style: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": TEXT}
     figure.legend(legend.values(), legend, loc="outside lower center", ncols=len(legend), columnspacing=1.2, **style)
+    return figure
+
+
+def peak_against_time(rows: Sequence[Row]) -> Figure:
+    """Draw the points of each network, relative to Eval mode: ours joined by a line, and those of other tools."""
+    columns = 4
+    lines = -(-len(rows) // columns)
+    figure = Figure(figsize=(15, 0.9 + 3 * lines), layout="constrained", dpi=110, facecolor=PANEL)
+    grid = figure.subplots(lines, columns, squeeze=False).flat
+    for axes, row in zip(grid, rows, strict=False):
+        _plain(axes, "peak / Eval's peak")
+        axes.set_title(row["model"], color=TEXT, fontsize=11)
+        axes.set_ylabel("step / Eval's step", color=TEXT)
+        axes.grid(color=GRID)
+        ours = sorted(trade_off.points(row, trade_off.OURS), key=lambda point: point.peak)
+        line = [point.peak for point in ours], [point.step.median for point in ours]
+        axes.plot(*line, color=VARIANTS["tune"].colour, marker="o", label="Tune: none, elementwise, budgets, blocks")
+        for point in trade_off.points(row, trade_off.PEERS):
+            variant = VARIANTS[point.variant]
+            style: dict[str, Any] = {"marker": "D" if variant.compiled else "s", "label": variant.title}
+            axes.scatter([point.peak], [point.step.median], s=34, color=variant.colour, **style)
+    for axes in [*grid][len(rows) :]:
+        axes.set_visible(False)
+    drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
+    legend = {label: handle for handles, labels in drawn for handle, label in zip(handles, labels, strict=True)}
+    style = {"frameon": False, "fontsize": 9, "labelcolor": TEXT}
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=5, **style)
     return figure
 
 

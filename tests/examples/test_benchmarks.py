@@ -16,15 +16,16 @@ from helpers.tiny_training import LIGHTNING_SAYS
 from matplotlib.image import imread
 
 from examples import results_file
-from examples.benchmarks import adversarial, gpu, gpu_page, modes_page, scale_page, segmentation, summary, write_pages
+from examples.benchmarks import adversarial, gpu, gpu_page, modes_page, scale_page, segmentation, trade_off, write_pages
 from examples.benchmarks import all_modes as script
 from examples.benchmarks.networks import Workload, workload
 from examples.benchmarks.training_step import Step, allocations, deviation
-from examples.benchmarks.variants import VARIANTS
+from examples.benchmarks.variants import BUDGETS, VARIANTS, budget_name
 from examples.data.digit_scenes import write_digit_masks
 from lightning_convbn import measure_memory
 
-EAGER = [name for name, variant in VARIANTS.items() if not variant.compiled]
+WITHIN_BUDGETS = [*map(budget_name, BUDGETS)]
+EAGER = [name for name, variant in VARIANTS.items() if not variant.compiled and name not in WITHIN_BUDGETS]
 CPU = torch.device("cpu")
 
 
@@ -120,7 +121,6 @@ class TestRun:
             (["--sizes", "8"], "--sizes 8: must be BATCH:PIXELS"),
             (["--sizes", "0:32"], "--sizes 0:32: must be BATCH:PIXELS"),
             (["--rounds", "0"], "--rounds 0: must be at least 1"),
-            (["--budget-mib", "0"], "--budget-mib 0: must be at least 1"),
             (["--models", "resnet19"], "torchvision has no 'resnet19'; did you mean"),
             (["--variants", "faster"], "invalid choice: 'faster'"),
             (["--out", "no/such/folder/out.json"], "there is no folder"),
@@ -292,14 +292,45 @@ class TestMeasuring:
         assert torch.equal(work.model.bn1.running_mean, before)
         assert not torch.equal(train.bn1.running_mean, before)
 
+    def test_a_variant_within_a_budget_keeps_to_it_or_says_what_would_fit(self) -> None:
+        work = workload("mobilenet_v2", 4, 64, CPU, channels_last=False)
+        eval_peak = Step(work, VARIANTS["eval"].build(work), CPU, "fp32").memory()["peak_bytes"]
+        found = Step(work, VARIANTS["tune_budget_50"].build(work), CPU, "fp32").memory()["peak_bytes"]
+        assert found <= 0.53 * eval_peak  # a kernel has workspaces
+        small = workload("resnet18", 2, 32, CPU, channels_last=False)  # its gradients decide
+        with pytest.raises(ValueError, match="no recomputation makes a step fit into memory_budget"):
+            VARIANTS["tune_budget_35"].build(small)
+
 
 class TestResults:
-    def test_the_largest_batch_is_derived_from_two_points(self, rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            row["variants"]["tune"] |= {"peak_bytes": (10 + 5 * row["batch"]) * 2**20, "resident_bytes": 20 * 2**20}
-        assert summary.largest_batch(rows, rows[0], "tune", 100) == (14, [2, 3])
-        assert summary.largest_batch(rows, rows[0], "tune", 1) == (0, [2, 3])
-        assert summary.largest_batch(rows[:1], rows[0], "tune", 100) is None
+    def test_a_peer_beats_a_point_only_if_it_is_lower_and_shorter_beyond_the_quartiles(
+        self, rows: list[dict[str, Any]]
+    ) -> None:
+        variants = rows[0]["variants"]
+        for name in (*trade_off.OURS, *trade_off.PEERS):
+            variants[name] = {"peak_bytes": 100, "step_ms": [10, 11, 12]}
+        assert list(trade_off.beaten(rows[0])) == []
+        variants["mmengine"] = {"peak_bytes": 99, "step_ms": [9, 10, 13]}
+        assert list(trade_off.beaten(rows[0])) == []
+        variants["mmengine"] = {"peak_bytes": 99, "step_ms": [9, 10, 11]}
+        assert list(trade_off.beaten(rows[0])) == [(ours, "mmengine") for ours in trade_off.OURS]
+        variants["mmengine"] = {"peak_bytes": 100, "step_ms": [9, 10, 11]}
+        assert list(trade_off.beaten(rows[0])) == []
+        variants["mmengine"] = {"failed": "KeyError"}
+        assert list(trade_off.beaten(rows[0])) == []
+        text = "\n".join(trade_off.section([rows[0]], "picture.png"))
+        assert text.endswith("- none does.")
+
+    def test_a_setting_of_many_networks_has_a_picture_of_peak_against_time(
+        self, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = json.loads(measured.read_text())
+        found["rows"] = [{**found["rows"][0], "model": f"network {number}"} for number in range(9)]
+        (tmp_path / "many.json").write_text(json.dumps(found))
+        missing = ("--scale", tmp_path / "none.json", "--gpu", tmp_path / "gpu.json")
+        run(monkeypatch, write_pages, "--modes", tmp_path / "many.json", *missing)
+        assert "](many-batch2-32px-cpu-trade-off.png)" in (tmp_path / "many.md").read_text()
+        assert imread(tmp_path / "many-batch2-32px-cpu-trade-off.png").std() > 0.01
 
     def test_ratios_above_a_target_are_marked(self, rows: list[dict[str, Any]]) -> None:
         time, kept = modes_page.TIME[0], modes_page.KEPT[0]
@@ -326,7 +357,6 @@ class TestResults:
         page = (tmp_path / "tiny.md").read_text()
         assert "- resnet18, batch 2, 32 px, cpu: mmengine failed: KeyError: 'input'" in page
         assert "not measured on a GPU yet" in page
-        assert "## Largest batch in 8192 MiB" in page
         for name in ("tiny-batch2-32px-cpu.png", "tiny-batch3-32px-cpu.png"):
             assert f"]({name})" in page
             pixels = imread(tmp_path / name)
