@@ -43,7 +43,6 @@ COMPILED = (INDUCTOR_PASS, "compiled", "tune_compiled")
 QUICK_NETWORKS = ("mobilenet_v2", "resnet18")
 NETWORKS = ("efficientnet_b0", "densenet121", "mobilenet_v2", "resnet50")
 ROUNDS, QUICK_ROUNDS = 7, 1
-BUDGET_MIB = 8192
 # Both modes round as often as a sum has terms and a network has layers, by 2**-53 at most: some thousand of them for an
 # output, and more for a gradient. A wrong fold is off by 1e-8 or more.
 PARITY = {"output": 1e-12, "gradients": 1e-10}
@@ -84,7 +83,7 @@ def main() -> None:
             row = measure(setting, variants, QUICK_ROUNDS if arguments.quick else ROUNDS)
         rows.append(row)
         results_file.write_json(path, rows, PACKAGES, **facts)
-        said = [row["failed"]] if "failed" in row else ["", *cell_table(rows, row, BUDGET_MIB), ""]
+        said = [row["failed"]] if "failed" in row else ["", *cell_table(row), ""]
         print(*said, sep="\n", flush=True)
     page = gpu_page.write(path)
     print(f"{len(rows)} cells in {path}, drawn in {page}")

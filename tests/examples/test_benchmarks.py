@@ -293,10 +293,10 @@ class TestMeasuring:
         assert not torch.equal(train.bn1.running_mean, before)
 
     def test_a_variant_within_a_budget_keeps_to_it_or_says_what_would_fit(self) -> None:
-        work = workload("mobilenet_v2", 4, 64, CPU, channels_last=False)
+        work = workload("mobilenet_v2", 4, 96, CPU, channels_last=False)
         eval_peak = Step(work, VARIANTS["eval"].build(work), CPU, "fp32").memory()["peak_bytes"]
-        found = Step(work, VARIANTS["tune_budget_50"].build(work), CPU, "fp32").memory()["peak_bytes"]
-        assert found <= 0.53 * eval_peak  # a kernel has workspaces
+        found = Step(work, VARIANTS["tune_budget_70"].build(work), CPU, "fp32").memory()["peak_bytes"]
+        assert found <= 0.73 * eval_peak  # a kernel has workspaces
         small = workload("resnet18", 2, 32, CPU, channels_last=False)  # its gradients decide
         with pytest.raises(ValueError, match="no recomputation makes a step fit into memory_budget"):
             VARIANTS["tune_budget_35"].build(small)
@@ -310,7 +310,7 @@ class TestResults:
         for name in (*trade_off.OURS, *trade_off.PEERS):
             variants[name] = {"peak_bytes": 100, "step_ms": [10, 11, 12]}
         assert list(trade_off.beaten(rows[0])) == []
-        variants["mmengine"] = {"peak_bytes": 99, "step_ms": [9, 10, 13]}
+        variants["mmengine"] = {"peak_bytes": 99, "step_ms": [9, 10, 15]}
         assert list(trade_off.beaten(rows[0])) == []
         variants["mmengine"] = {"peak_bytes": 99, "step_ms": [9, 10, 11]}
         assert list(trade_off.beaten(rows[0])) == [(ours, "mmengine") for ours in trade_off.OURS]

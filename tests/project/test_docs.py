@@ -20,7 +20,7 @@ from helpers.tiny_training import LIGHTNING_SAYS
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from examples.benchmarks import against_revision, figures
+from examples.benchmarks import against_revision, figures, memory_budget
 from examples.benchmarks import coverage_of_models as coverage_table
 from examples.benchmarks import deploy as deploy_table
 from examples.benchmarks import memory as memory_table
@@ -142,6 +142,11 @@ def test_memory_tables_come_from_the_committed_counts() -> None:
 def test_the_comparison_with_the_earlier_core_comes_from_its_results() -> None:
     page, rows = against_revision.PAGE.read_text(), json.loads(against_revision.RESULTS.read_text())["rows"]
     assert with_table(page, against_revision.MARK, against_revision.table(rows)) == page
+
+
+def test_the_table_of_runs_under_a_budget_comes_from_its_results() -> None:
+    page, rows = memory_budget.PAGE.read_text(), json.loads(memory_budget.RESULTS.read_text())["rows"]
+    assert with_table(page, memory_budget.MARK, memory_budget.table(rows)) == page
 
 
 @pytest.mark.parametrize("name", ["memory", "modes"])
