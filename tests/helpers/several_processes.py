@@ -7,6 +7,7 @@ Every process writes what it has seen of every run to FOLDER, for `test_strategi
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from helpers.blocks import ResidualBackbone
 from helpers.tiny_training import (
     TRUSTED,
     Backbone,
@@ -35,6 +37,7 @@ from helpers.tiny_training import (
 )
 from helpers.torch_settings import apply_torch_settings
 from lightning_convbn import ConvBNModeCallback, get_mode
+from lightning_convbn.blocks.find import recompute_of
 
 BATCHES_PER_PROCESS = 4
 MODES = ("eval", "tune")
@@ -101,6 +104,21 @@ class Unused(Shared):
         return features[:, :4] if skips else self.head(features)
 
 
+class Budgeted(Shared):
+    """Notes what each step recomputes."""
+
+    def __init__(self) -> None:
+        super().__init__(ResidualBackbone)
+        self.recomputed: list[str] = []
+
+    def step(self, stage: str, batch: list[Tensor]) -> Tensor:
+        """Note it."""
+        loss = super().step(stage, batch)
+        if stage == "fit":
+            self.recomputed.append(recompute_of(self.backbone))
+        return loss
+
+
 class Deceptive(Shared):
     """In the second process only, somebody reads a folded convolution's output past the data flow that was proven."""
 
@@ -145,6 +163,7 @@ RUNS: dict[str, tuple[Callable[[], Shared], dict[str, Any]]] = {
     "static_graph": (Shared, {"strategy": partial(DDPStrategy, static_graph=True)}),
     "by_hand": (ByHand, {"strategy": "ddp"}),
     "unused": (Unused, {"strategy": "ddp_find_unused_parameters_true"}),
+    "budget": (Budgeted, {"strategy": "ddp", "memory_budget": ("1GiB", "100KiB")}),
     "bf16": (Single, {"strategy": "ddp", "precision": "bf16-mixed"}),
     "deceptive": (Deceptive, {"strategy": "ddp"}),
     "deceptive_export": (Deceptive, {"strategy": "ddp"}),
@@ -158,6 +177,8 @@ RUNS: dict[str, tuple[Callable[[], Shared], dict[str, Any]]] = {
 def run(name: str, mode: Any, folder: Path) -> dict[str, Any]:
     """Train in a mode; return what this process saw."""
     make_module, options = RUNS[name]
+    options = dict(options)
+    budgets = options.pop("memory_budget", (None, None))  # of the two processes
     if callable(options["strategy"]):
         options = {**options, "strategy": options["strategy"]()}
     module = make_module()
@@ -166,6 +187,7 @@ def run(name: str, mode: Any, folder: Path) -> dict[str, Any]:
         ConvBNModeCallback(
             mode,
             eval_mode="eval" if mode == "eval" else "deploy",
+            memory_budget=budgets[int(os.environ.get("LOCAL_RANK", "0"))],
             export_path=folder / f"{mode}.pt" if name == "deceptive_export" else None,
         ),
         devices=2,
@@ -189,6 +211,7 @@ def seen_of(module: Shared, told: list[str]) -> dict[str, Any]:
         "state": state,
         "converted": converted,
         "mode": get_mode(module),
+        "recomputed": getattr(module, "recomputed", []),
         "told": told,
     }
 

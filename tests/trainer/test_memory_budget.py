@@ -7,22 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.blocks import Residual
+from helpers.blocks import ResidualBackbone
 from helpers.tiny_training import (
     LIGHTNING_SAYS,
     Backbone,
     BoringModule,
     PrintedLines,
-    conv_bn,
     csv_metrics,
     differing,
     make_trainer,
-    pretend_trained,
     state_of,
 )
 from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_convbn import ConvBNModeCallback, measure_memory
@@ -36,24 +34,11 @@ pytestmark = LIGHTNING_SAYS
 PIXELS = 48
 
 
-class Blocks(nn.Module):
-    """A stem and four blocks, which keep much more than they have parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = conv_bn(3, 8)
-        self.body = nn.Sequential(*(Residual(8, nn.SiLU) for _ in range(4)))
-        pretend_trained(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.body(self.stem(images)).mean((2, 3))  # type: ignore[no-any-return]
-
-
 class Module(BoringModule):
     """Notes before each step what its backbone recomputed in the step before, and how many blocks ran again."""
 
     def __init__(self, sizes: tuple[int, ...] = (2, 2, 2)) -> None:
-        super().__init__(Blocks)
+        super().__init__(ResidualBackbone)
         self.sizes = sizes
         self.recomputed: list[tuple[str, int]] = []
 
@@ -157,7 +142,7 @@ class TestWhatIsSaid:
         assert f"the smallest peak is {needed('blocks', 4) / MIB:.1f} MiB" in said
 
     def test_what_looks_at_values_recomputes_all_blocks(self) -> None:
-        class LooksAtValues(Blocks):
+        class LooksAtValues(ResidualBackbone):
             def forward(self, images: Tensor) -> Tensor:
                 return super().forward(images) * float(images.shape[0] + 0 * images.mean())
 

@@ -95,6 +95,13 @@ def test_what_one_process_finds_wrong_is_unfolded_in_all(ranks: list[dict[Any, A
     assert len(warned) == 1
 
 
+def test_all_processes_recompute_what_one_of_them_must(ranks: list[dict[Any, Any]]) -> None:
+    """The first one has room enough; after the first batch it follows the second, which has not."""
+    one, other = (rank["budget", "tune"] for rank in ranks)
+    assert one["recomputed"] == ["none"] + ["blocks"] * (STEPS - 1)
+    assert other["recomputed"] == ["blocks"] * STEPS
+
+
 def test_what_another_process_finds_wrong_is_not_folded_in_the_export(ranks: list[dict[Any, Any]]) -> None:
     names = torch.load(ranks[0]["folder"] / "tune.pt", weights_only=True)
     assert "backbone.last.1.running_mean" in names
