@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -156,9 +157,9 @@ class StepPlanner:
 
     def _operations(self) -> dict[str, int]:
         """Return the floating-point operations of the forward pass of each block: of its convolutions and products."""
-        shadow = Shadow(self._model).restore()
         counter = FlopCounterMode(display=False)
-        with fake_tensor_mode() as fake:
+        with _without_data(), fake_tensor_mode() as fake:
+            shadow = Shadow(self._model).restore()
             args, kwargs = tree_map_only(Tensor, fake.from_tensor, self._arguments)
             with side_effects_undone(shadow, args, kwargs), torch.no_grad(), counter:
                 shadow(*args, **kwargs)
@@ -193,13 +194,20 @@ class StepPlanner:
         inputs, kwargs = self._arguments
         if batch is not None:
             inputs, kwargs = tree_map_only(Tensor, lambda tensor: _in_batch(tensor, batch), self._arguments)
-        try:
+        with _without_data():
             return measure_memory_abstractly(
                 self._model, inputs, kwargs, recompute=recompute, allow_real_run=False, **self._options
             )
-        except Exception as error:  # a user's forward may raise anything if a tensor has no data
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise CantCountError(f"it can't run on tensors without data: {reason}") from error
+
+
+@contextmanager
+def _without_data() -> Iterator[None]:
+    """Say of any error that a model can't run on tensors without data: a user's forward may raise anything there."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CantCountError(f"it can't run on tensors without data: {reason}") from error
 
 
 def _in_batch(tensor: Tensor, batch: int) -> Tensor:

@@ -10,16 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_convbn.compat import compiled_by_lightning
 from lightning_convbn.memory.budget import bytes_on, check_budget_holds, checked_budget, fixed_bytes
 from lightning_convbn.memory.ledger import tensors_in
 from lightning_convbn.memory.optimizers import bytes_of_optimizers
 from lightning_convbn.memory.plan import CantCountError, MemoryPlan, StepPlanner
-from lightning_convbn.pairs.units import is_compiled_unit, is_fsdp_unit
+from lightning_convbn.pairs.units import innermost_unit, is_compiled_unit, is_fsdp_unit
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import LightningModule, Trainer, rank_zero_warn
 from lightning_convbn.trainer.logged_metrics import log_plan
 from lightning_convbn.trainer.processes import gathered
 from lightning_convbn.trainer.report import print_lines
+
+_UNITS = {
+    is_compiled_unit: "is compiled: there the compiler decides what is kept; leave out memory_budget, or torch.compile",
+    is_fsdp_unit: "is sharded by FSDP; leave memory_budget out, and set recompute=...",
+}
 
 
 class PlannedRecomputation:
@@ -58,14 +64,13 @@ class PlannedRecomputation:
                 f"memory_budget plans for one part, and {len(parts)} are converted: {names}; set target=... to one "
                 "module that holds them"
             )
-        for module in self._pl_module.modules():
-            if is_compiled_unit(module):
-                raise ValueError(
-                    "memory_budget can't plan for what is compiled: there the compiler decides what is kept; leave out "
-                    "memory_budget, or torch.compile"
-                )
-            if is_fsdp_unit(module):
-                raise ValueError("memory_budget can't plan for what FSDP shards; leave it out, and set recompute=...")
+        (part,) = parts
+        if compiled_by_lightning(self._pl_module):
+            raise ValueError(f"memory_budget can't plan for what {_UNITS[is_compiled_unit]}")
+        for is_unit, why_not in _UNITS.items():
+            around = innermost_unit(self._pl_module, part.path, is_unit)
+            if around is not None or any(map(is_unit, part.module.modules())):
+                raise ValueError(f"memory_budget can't plan for what {why_not}")
 
     def watch(self, parts: Sequence[ConvertedPart]) -> None:
         """Plan before the forwards of the part that trains. It raises what `check` raises."""

@@ -78,7 +78,7 @@ def needed(recompute: Any, batch: int = 2) -> int:
 
 
 def fit(memory_budget: Any, *callbacks: Any, module: Module | None = None, **options: Any) -> Module:
-    module = module or Module()
+    module = Module() if module is None else module
     arguments = {name: options.pop(name) for name in ("mode", "recompute", "target") if name in options}
     callback = ConvBNModeCallback(memory_budget=memory_budget, **arguments)
     make_trainer(callback, *callbacks, max_epochs=2, **options).fit(module)
@@ -218,8 +218,19 @@ class TestBadInput:
         with pytest.raises(ValueError, match="memory_budget plans for one part, and 2 are converted: `backbone`, `oth"):
             fit("1GiB", module=module, target=["backbone", "other"])
 
-    def test_a_compiled_part_is_refused(self) -> None:
+    @pytest.mark.parametrize("what", ["backbone", "backbone.body", ""])
+    def test_a_compiled_part_is_refused(self, what: str) -> None:
         module = Module()
-        module.backbone.compile()
+        module.get_submodule(what).compile()
         with pytest.raises(ValueError, match="memory_budget can't plan for what is compiled"):
             fit("1GiB", module=module)
+
+    def test_a_compiled_lightning_module_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="memory_budget can't plan for what is compiled"):
+            fit("1GiB", module=torch.compile(Module()))  # type: ignore[arg-type]
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's compiler looks at it
+    def test_another_compiled_module_is_no_matter(self) -> None:
+        module = Module()
+        module.head.compile(backend="eager")
+        assert fit("1GiB", module=module).recomputed == [("none", 0)] * 6
