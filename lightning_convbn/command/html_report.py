@@ -1,4 +1,7 @@
-"""Writes the page of ``measure --html``: what each block keeps. The style and the script are in `html_report.html`."""
+"""Writes the page of ``measure --html``: what each block keeps, and peak against step time.
+
+The style and the script are in `html_report.html`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from string import Template
 
 from lightning_convbn.command.bytes_per_block import sum_by_section
 from lightning_convbn.command.results import TITLES, Block, Measurement, Variant
+from lightning_convbn.command.trade_off import as_svg, points_of
 from lightning_convbn.memory.use import MIB
 
 
@@ -31,6 +35,7 @@ def render_report(
     """
     template = (files("lightning_convbn.command") / "html_report.html").read_text(encoding="utf-8")
     variants = list(found.variants)
+    points = points_of(found)
     (script,) = re.findall(r"<script>(.*)</script>", template, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return Template(template).substitute(
@@ -38,6 +43,7 @@ def render_report(
         title=escape(title),
         facts=escape(facts),
         cards="\n".join(_card(variant, found, budget) for variant in variants),
+        trade_off=as_svg(points) if points else "",
         legend="".join(f'<li class="{variant}">{TITLES[variant]}</li>' for variant in variants),
         columns=_columns(variants),
         column_count=str(len(variants) + (len(variants) > 1)),

@@ -1,4 +1,4 @@
-"""Draws the picture of ``measure --plot``: what each section of the model keeps."""
+"""Draws the picture of ``measure --plot``: what each section of the model keeps, and peak against step time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lightning_convbn.command.bytes_per_block import sum_by_section
 from lightning_convbn.command.errors import CommandError
 from lightning_convbn.command.results import TITLES, Block, Measurement, Variant
+from lightning_convbn.command.trade_off import draw_points, points_of
 from lightning_convbn.memory.use import MIB
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ COLOURS: dict[Variant, str] = {
     "tune-blocks": "#7c3aed",
     "deploy-copy": "#94a3b8",
 }
+
+TRADE_OFF_HEIGHT = 3.5  # inches
 
 
 def check_plottable(path: Path) -> None:
@@ -36,7 +39,9 @@ def check_plottable(path: Path) -> None:
 
 
 def write_plot(path: Path, title: str, found: Measurement) -> None:
-    """Draw the bytes that each section of the model keeps, one bar for each variant.
+    """Draw the bytes that each section of the model keeps, one bar for each variant; and peak against step time.
+
+    The second is left out if nothing was timed.
 
     Args:
         path: The file. `check_plottable` has accepted it. The suffix chooses the format.
@@ -47,8 +52,12 @@ def write_plot(path: Path, title: str, found: Measurement) -> None:
 
     variants = list(found.variants)
     sections = sum_by_section(found.blocks, variants)
-    figure = Figure(figsize=(9, 1.5 + 0.16 * (len(variants) + 1) * len(sections)), layout="constrained", dpi=150)
-    axes = figure.add_subplot()
+    points = points_of(found)
+    heights = [1.5 + 0.16 * (len(variants) + 1) * len(sections), *([TRADE_OFF_HEIGHT] if points else [])]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained", dpi=150)
+    axes, *others = figure.subplots(len(heights), squeeze=False, height_ratios=heights).flat
+    for other in others:
+        draw_points(other, points, COLOURS)
     for place, variant in enumerate(variants):
         total = found.variants[variant].saved_bytes / MIB
         _draw_bars(axes, sections, variant, place, len(variants), f"{TITLES[variant]}, {total:,.1f} MiB kept in total")
@@ -61,7 +70,7 @@ def write_plot(path: Path, title: str, found: Measurement) -> None:
     axes.grid(axis="x", color="#e2e8f0")
     axes.set_axisbelow(True)
     figure.suptitle(_literal(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
-    figure.legend(loc="outside lower left", ncols=len(variants), frameon=False, fontsize=9)
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path)
 
 
