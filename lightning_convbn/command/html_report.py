@@ -46,7 +46,6 @@ def render_report(
         trade_off=as_svg(points) if points else "",
         legend="".join(f'<li class="{variant}">{TITLES[variant]}</li>' for variant in variants),
         columns=_columns(variants),
-        column_count=str(len(variants) + (len(variants) > 1)),
         blocks=_rows(found.blocks, variants),
         sections=_rows(sum_by_section(found.blocks, variants), variants),
         notes="".join(f"<li>{escape(note)}</li>" for note in notes),
