@@ -66,6 +66,7 @@ def test_blocks_run_elsewhere_are_read_there() -> None:
         ("export.md", "tests/project/test_docs.py"),
         ("other-trainers.md", "tests/examples/test_other_trainers.py"),
         ("other-trainers.md", "tests/examples/test_ultralytics_yolo.py"),
+        ("first-fine-tuning.md", "tests/examples/test_tutorial.py"),
     }
 
 
