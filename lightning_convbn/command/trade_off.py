@@ -52,7 +52,7 @@ def draw_points(axes: Axes, points: Sequence[Point], colours: dict[Variant, str]
 
 def as_svg(points: Sequence[Point]) -> str:
     """Return the same as a drawing for a page. Its colours are those of the page's variants."""
-    most_peak, most_time = (1.1 * max(point[place] for point in points) for place in (1, 2))
+    most_peak, most_time = 1.1 * max(point.peak for point in points), 1.1 * max(point.time for point in points)
 
     def place(point: Point) -> tuple[float, float]:
         x = _LEFT + point.peak / most_peak * (_WIDTH - _LEFT - _RIGHT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from lightning_convbn.compat import compiled_by_lightning
 from lightning_convbn.memory.budget import bytes_on, check_budget_holds, checked_budget, fixed_bytes
 from lightning_convbn.memory.ledger import tensors_in
 from lightning_convbn.memory.optimizers import bytes_of_optimizers
-from lightning_convbn.memory.plan import CantCountError, MemoryPlan, StepPlanner
+from lightning_convbn.memory.plan import CantCountError, Choice, MemoryPlan, StepPlanner
 from lightning_convbn.pairs.units import innermost_unit, is_compiled_unit, is_fsdp_unit
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import LightningModule, Trainer, rank_zero_warn
@@ -28,8 +28,15 @@ _UNITS = {
 }
 
 
+class _Size(NamedTuple):
+    """How large a step is: the bytes of the inputs, and of the parameters that want a gradient."""
+
+    inputs: int
+    trained: int
+
+
 class PlannedRecomputation:
-    """Plans the recomputation of the one part of a LightningModule, before its first forward and before larger inputs.
+    """Plans what the one part of a LightningModule recomputes: before its first forward, and before larger steps.
 
     What is planned for is a step of the part, with the gradients of all parameters, the optimizers of the Trainer, and
     the parameters and buffers of the LightningModule. What other modules compute is not in it.
@@ -47,8 +54,8 @@ class PlannedRecomputation:
         self._budget = checked_budget(memory_budget)
         self._trainer = trainer
         self._pl_module = pl_module
-        self._plans: dict[int, MemoryPlan | None] = {}  # bytes of the inputs -> the plan; None if none could be made
-        self._planned_for = -1  # bytes of the inputs of the plan in force
+        self._plans: dict[_Size, MemoryPlan | None] = {}  # None if none could be made
+        self._planned_for = _Size(-1, -1)  # what the plan in force is for
         self._remove_hook: Callable[[], None] | None = None
         check_budget_holds(self._bytes(()), pl_module)
 
@@ -87,7 +94,7 @@ class PlannedRecomputation:
     def forget(self) -> None:
         """Plan anew before the next forward: modules were changed, or a batch that was tried is not used."""
         self._plans.clear()
-        self._planned_for = -1
+        self._planned_for = _Size(-1, -1)
 
     def merge(self, part: ConvertedPart, processes: int) -> None:
         """Recompute what the process recomputes that must recompute most. Every process must call this.
@@ -101,15 +108,21 @@ class PlannedRecomputation:
             part.recompute_from_now_on(most)
 
     def _follow(self, part: ConvertedPart, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Plan if this forward has larger inputs than all before. Its own graph is not begun yet."""
-        size = sum(tensor.nbytes for tensor in tensors_in((inputs, kwargs)))
-        if not torch.is_grad_enabled() or size <= self._planned_for:
+        """Plan if this forward has larger inputs than those before, or if more is trained. It has not begun yet."""
+        size = _Size(
+            sum(tensor.nbytes for tensor in tensors_in((inputs, kwargs))),
+            sum(parameter.nbytes for parameter in self._pl_module.parameters() if parameter.requires_grad),
+        )
+        smaller = size.inputs <= self._planned_for.inputs and size.trained <= self._planned_for.trained
+        if smaller or not torch.is_grad_enabled():
             return
         self._planned_for = size
         if size not in self._plans:
             self._plans[size] = self._plan(part, inputs, kwargs)
         plan = self._plans[size]
-        part.recompute_from_now_on("blocks" if plan is None else plan.recompute)
+        recompute: Choice = "blocks" if plan is None else plan.recompute
+        if recompute != part.recompute:
+            part.recompute_from_now_on(recompute)
 
     def _plan(self, part: ConvertedPart, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MemoryPlan | None:
         """Make a plan, and say it."""

@@ -160,6 +160,16 @@ class TestLargerBatches:
         assert module.recomputed == [("none", 0)] + 5 * [("elementwise", 0)]
         assert lines.text.count("predicted peak of a step") == 2
 
+    def test_parameters_that_are_unfrozen_are_planned_for_anew(self) -> None:
+        class Unfreezes(Module):
+            def on_train_epoch_start(self) -> None:
+                self.backbone.requires_grad_(self.current_epoch == 1)
+
+        lines = PrintedLines()
+        module = fit(needed("elementwise"), lines, module=Unfreezes())
+        assert module.recomputed == [("none", 0)] * 3 + [("elementwise", 0)] * 3
+        assert lines.text.count("predicted peak of a step") == 2
+
     def test_what_a_finder_tried_is_planned_for_and_forgotten(self, tmp_path: Path) -> None:
         """It tries 1, 2, 4 and 8. That fails, as if memory did not suffice. So it takes 4."""
 
