@@ -56,10 +56,9 @@ class ConvBNModeCallback(Callback):
             for the backward pass: outputs of activations, gates, concatenations. The numbers are the same, with less
             memory. With ``"blocks"``, repeated blocks also run their forward again in the backward pass: much less
             memory, longer steps. Both need the mode ``"eval"`` or ``"tune"``. ``"none"`` recomputes nothing.
-        memory_budget: What a training step may take, as ``"8GiB"`` or in bytes. Before the first batch runs, and before
-            a larger one, the least recomputation is chosen whose step fits: parameters, gradients, optimizer and the
-            peak of the target's step. It is printed, and logged as ``convbn/predicted_peak_mib``. A warning says if
-            nothing fits. ``"auto"`` is what the CUDA device has left, less a tenth.
+        memory_budget: What a step may take, as ``"8GiB"`` or in bytes. Before the first batch runs, and before a larger
+            one, the least recomputation is chosen whose step fits; ``convbn/predicted_peak_mib`` is logged. A warning
+            says if nothing fits. ``"auto"`` is what the CUDA device has left, less a tenth.
         verify: Whether to compare each pair with Eval mode at the first batch, on the spot, in the one real pass. Pairs
             that differ, or whose fold is of no use, go back to Eval mode, with a warning.
         log_memory: Whether to count, print and log memory.
@@ -167,8 +166,7 @@ class ConvBNModeCallback(Callback):
         other_callbacks.check_no_weight_averaging(trainer)
         self._run.parts = self._find_parts(pl_module)
         if self.memory_budget is not None:
-            self._run.planned = PlannedRecomputation(self.memory_budget, trainer, pl_module)
-            self._run.planned.check(self._run.parts)
+            self._run.plan_recomputation(PlannedRecomputation(self.memory_budget, trainer, pl_module))
         if self._run.export is not None:
             self._run.export.prepare(trainer, pl_module, [part.path for part in self._run.parts])
         self._convert_for_trials(trainer, pl_module, "on_fit_start")

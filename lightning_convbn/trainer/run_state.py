@@ -102,6 +102,11 @@ class Run:
             for part in self.parts:
                 stack.callback(part.restore)
 
+    def plan_recomputation(self, planned: PlannedRecomputation) -> None:
+        """Keep to a memory budget during this fit. It raises what `PlannedRecomputation.check` raises."""
+        planned.check(self.parts)
+        self.planned = planned
+
     def end_trials(self) -> None:
         """Give back plain modules after a finder's trials. It may not take the largest batch that it tried."""
         self.give_back()
