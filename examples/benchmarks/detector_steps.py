@@ -6,7 +6,6 @@ are sampled. A step here has the same layers and losses, but as many samples as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 

@@ -1,0 +1,124 @@
+"""Draw the page of the docs about the paper's table of detectors, from what `detectors_of_the_paper.py` has counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+NAME = "detectors-of-the-paper.md"
+TITLES = {
+    "eval": "Eval",
+    "tune_as_published": "Tune as published",
+    "tune": "Tune",
+    "tune_elementwise": "Tune + elementwise",
+    "tune_blocks": "Tune + blocks",
+}
+TOLERANCE_PERCENT = 1  # how far a counted step may be from a real one in the tests
+LEVELS = ("tune", "tune_elementwise", "tune_blocks")
+INTRODUCTION = """# The paper's detectors
+
+For users who want to know what Tune mode saves in a real detector, and for readers of
+[the paper](https://arxiv.org/abs/2305.11624) who compare its table of detectors with this package. The paper trained them
+with MMDetection on GPUs. Here one training step of each row is *counted* at its real size, {height} × {width} px, without
+data and without a GPU, by `python examples/benchmarks/detectors_of_the_paper.py`.
+
+- *In all* is what must fit into memory: parameters, buffers, and the peak of a step with SGD and momentum, gradients
+  included. This is nearest to what MMDetection reports. *Kept* is what the forward pass keeps for the backward pass.
+- *Tune as published* leaves the folding to autograd, which keeps every folded weight. *Tune* is this package's.
+- All sizes are in GiB. The paper says GB. We take them for GiB, because then the differences agree.
+
+## Beside the paper
+
+*Less* is what Tune needs less than Eval."""
+DETAILS = """## What is counted
+
+The detectors are torchvision's, set up as MMDetection's configurations do it: 80 classes, BatchNorms that use their
+running statistics and are trained, and a frozen stem and first stage. In HRNet all is trained, because MMDetection's
+HRNet freezes nothing. A batch has 2 to 16 images of 800 × 1333 px, padded to {height} × {width}.
+
+| the paper's name | counted as | why |
+|---|---|---|
+| ResNeXt101 | ResNeXt-101 32x4d | mAP .4126; MMDetection's model zoo has .412 for it, and .421 for 64x4d |
+| RegNet | RegNetX-3.2GF | mAP .3985; the model zoo has .399 for it, and no other RegNet with Faster R-CNN at that time |
+| HRNet | HRNetV2p-W32 from timm, with MMDetection's HRFPN | mAP .4017; the model zoo has .402 for it, .369 for W18, .412 for W40 |
+| fp16 | `torch.autocast` to float16, with losses in float32 | mixed precision |
+
+A detector looks at values: at the overlap of boxes, and at scores. So it can't run without data as a whole. What is
+counted has the same layers and losses, but fixed numbers of samples: for each image 256 anchors, 512 proposals and, in
+Mask R-CNN, 128 proposals with a mask, the most that the configurations allow. RetinaNet's focal loss has all anchors, and
+allocates as one kernel, as MMDetection's does. **Not counted** are: making anchors and proposals, matching them with boxes,
+the masks and boxes of the data, workspaces of cuDNN, and what the allocator rounds up.
+
+`tests/examples/test_detectors_of_the_paper.py` compares such steps with real training steps of torchvision's detectors at
+a small size. The kept bytes and the peak agree with what the CPU's allocator has seen to {tolerance} %.
+
+## What it shows
+
+{findings}"""
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """Draw the page.
+
+    Args:
+        report: What is in the JSON file.
+    """
+    rows, size = report["rows"], {name: report[name] for name in ("height", "width")}
+    lines = [INTRODUCTION.format(**size), "", *beside_the_paper(rows), "", "## Each level", "", "In all, GiB:", ""]
+    lines += [*levels(rows, in_all), "", "Kept for the backward pass, GiB:", "", *levels(rows, kept), ""]
+    lines.append(DETAILS.format(**size, tolerance=TOLERANCE_PERCENT, findings=findings(rows, report["half_batch"])))
+    return "\n".join(lines) + "\n"
+
+
+def findings(rows: Sequence[dict[str, Any]], half_batch: dict[str, Any]) -> str:
+    """Say what the rows show."""
+    return ""
+
+
+def in_all(row: dict[str, Any], variant: str) -> float:
+    """Return the GiB of parameters, buffers, and the peak."""
+    return float(row["fixed_mib"] + row["counted"][variant]["peak_mib"]) / 1024
+
+
+def kept(row: dict[str, Any], variant: str) -> float:
+    """Return the GiB that are kept for the backward pass."""
+    return float(row["counted"][variant]["kept_mib"]) / 1024
+
+
+def less(row: dict[str, Any]) -> tuple[float, float]:
+    """Return how much less Tune needs in all than Eval: in the paper, and as counted."""
+    return row["eval"] - row["tune"], in_all(row, "eval") - in_all(row, "tune_as_published")
+
+
+def beside_the_paper(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Draw the table that has the paper's figures beside the counted ones."""
+    lines = ["| detector | paper: Eval → Tune | | less | counted: Eval → Tune as published | | less | Tune, here | |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        plain, published, tune = (in_all(row, name) for name in ("eval", "tune_as_published", "tune"))
+        paper, counted = less(row)
+        cells = [name(row), f"{row['eval']:.3f} → {row['tune']:.3f}", percent(row["eval"], row["tune"]), f"{paper:.3f}"]
+        cells += [f"{plain:.3f} → {published:.3f}", percent(plain, published), f"{counted:.3f}"]
+        lines.append(f"| {' | '.join([*cells, f'{tune:.3f}', percent(plain, tune)])} |")
+    return lines
+
+
+def levels(rows: Sequence[dict[str, Any]], size: Any) -> list[str]:
+    """Draw the table of one size in Eval mode and in each level of Tune mode, with percents of Eval's."""
+    lines = [f"| detector | Eval | {' | '.join(f'{TITLES[level]} | ' for level in LEVELS)} |"]
+    lines.append("|---|---:|" + "---:|---:|" * len(LEVELS))
+    for row in rows:
+        plain = size(row, "eval")
+        cells = [f"{size(row, level):.2f} | {percent(plain, size(row, level))}" for level in LEVELS]
+        lines.append(f"| {name(row)} | {plain:.2f} | {' | '.join(cells)} |")
+    return lines
+
+
+def name(row: dict[str, Any]) -> str:
+    """Name a row by its detector, backbone, batch and precision."""
+    return f"{row['detector']}, {row['backbone']}, {row['batch']} × {row['precision']}"
+
+
+def percent(before: float, after: float) -> str:
+    """Write a change, with a minus sign if it is less."""
+    return f"{100 * (after / before - 1):+.1f} %".replace("-", "\N{MINUS SIGN}")
