@@ -2,8 +2,8 @@
 
     python examples/benchmarks/detectors_of_the_paper.py
 
-writes `docs/benchmarks/detectors_of_the_paper.json` and the page `docs/benchmarks/detectors-of-the-paper.md`. The counts
-are made on tensors without data, so they take minutes and little memory on any machine.
+writes `docs/benchmarks/detectors_of_the_paper.json` and the page `docs/benchmarks/detectors-of-the-paper.md`. The
+counts are made on tensors without data, so they take minutes and little memory on any machine.
 """
 
 from __future__ import annotations
@@ -173,3 +173,7 @@ class HighResolutionPyramid(nn.Module):
         mixed = self.mix(torch.cat([first, *scaled], 1))
         maps = [mixed, *(F.avg_pool2d(mixed, 2**level) for level in range(1, len(self.LEVELS)))]
         return {name: layer(one) for name, layer, one in zip(self.LEVELS, self.convolutions, maps, strict=True)}
+
+
+if __name__ == "__main__":
+    main()
