@@ -72,26 +72,27 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 def findings(rows: Sequence[dict[str, Any]], half_batch: dict[str, Any]) -> str:
     """Say what the rows show."""
-    full = [less(row) for row in rows if row["precision"] == "fp32"]
-    apart = max(abs(counted / paper - 1) for paper, counted in full)
+    apart = [abs(counted / paper - 1) for paper, counted in (less(row) for row in rows if row["precision"] == "fp32")]
     above = [row["eval"] - in_all(row, "eval") for row in rows if row["batch"] == 2]
-    eight, sixteen = (
-        next(less(row) for row in rows if (row["detector"], row["batch"]) == ("Faster R-CNN", batch))
-        for batch in (8, 16)
-    )
-    per_image = [(more - fewer) / 8 for fewer, more in zip(eight, sixteen, strict=True)]
-    mask = next(row for row in rows if (row["detector"], row["batch"]) == ("Mask R-CNN", half_batch["batch"] * 2))
+    eight, sixteen = (less(row_of(rows, "Faster R-CNN", batch)) for batch in (8, 16))
+    paper, counted = ((more - fewer) / 8 for fewer, more in zip(eight, sixteen, strict=True))
+    mask, batch = row_of(rows, "Mask R-CNN", 16), half_batch["batch"]
     return f"""- **In fp32, Tune saves what the paper says.** The GiB that *Tune as published* needs less than Eval differ from
-  the paper's by {100 * apart:.1f} % at most. This package's Tune saves more, because it keeps no folded weights.
+  the paper's by {100 * max(apart):.1f} % at most. This package's Tune saves more: it keeps no folded weights.
 - **The totals of the paper are higher**: in Eval mode at batch 2 by {min(above):.2f} to {max(above):.2f} GiB. So its
-  percents are smaller. The parts that are not counted are listed above. Which of them it is we can't say: nobody has
-  run these rows on a GPU with this package.
-- **In fp16 each image saves what the paper says**: from batch 8 to 16 of Faster R-CNN, {per_image[1]:.3f} GiB for each
-  image as counted, {per_image[0]:.3f} in the paper.
-- **One row of the paper does not fit.** Mask R-CNN with ResNet-101 at batch 16 needs less there than Faster R-CNN with
-  the same backbone and batch, which has a head less. The figures look like those of half the batch: at batch
-  {half_batch["batch"]} we count {in_all(half_batch, "eval"):.3f} GiB in Eval mode, and {less(half_batch)[1]:.3f} less in
-  Tune mode as published. The paper has {mask["eval"]:.3f} and {mask["eval"] - mask["tune"]:.3f}."""
+  percents are smaller. What is not counted is listed above. Which of it makes the difference we can't say: these rows
+  were not run on a GPU with this package.
+- **In fp16 each image saves what the paper says**: from batch 8 to 16 of Faster R-CNN {counted:.3f} GiB for each image
+  are counted, and the paper has {paper:.3f}.
+- **One row of the paper does not fit.** Its Mask R-CNN with ResNet-101 at batch 16 needs less than its Faster R-CNN with
+  the same backbone and batch, which has a head less. At batch {batch} we count {in_all(half_batch, "eval"):.3f} GiB in
+  Eval mode, and {less(half_batch)[1]:.3f} less in Tune mode as published. The paper's row has {mask["eval"]:.3f} and
+  {less(mask)[0]:.3f}, so its batch may have been {batch}."""
+
+
+def row_of(rows: Sequence[dict[str, Any]], detector: str, batch: int) -> dict[str, Any]:
+    """Return the row of a detector that is there once with this batch."""
+    return next(row for row in rows if (row["detector"], row["batch"]) == (detector, batch))
 
 
 def in_all(row: dict[str, Any], variant: str) -> float:
