@@ -79,16 +79,16 @@ def findings(rows: Sequence[dict[str, Any]], half_batch: dict[str, Any]) -> str:
     paper, counted = ((more - fewer) / 8 for fewer, more in zip(eight, sixteen, strict=True))
     mask, batch = row_of(rows, "Mask R-CNN", 16), half_batch["batch"]
     return f"""- **In fp32, Tune saves what the paper says.** What *Tune as published* needs less than Eval
-  differs from the paper's figure by {100 * max(apart):.1f} % at most. This package's Tune saves more: it keeps no folded
-  weights.
+  differs from the paper's figure by {100 * max(apart):.1f} % at most. This package's Tune saves more: it keeps no
+  folded weights.
 - **The totals of the paper are higher**: in Eval mode at batch 2 by {min(above):.2f} to {max(above):.2f} GiB. So its
   percents are smaller. What is not counted is listed above. Which of it makes the difference we can't say: these rows
   were not run on a GPU with this package.
 - **In fp16 each image saves what the paper says**: from batch 8 to 16 of Faster R-CNN {counted:.3f} GiB for each image
   are counted, and the paper has {paper:.3f}.
 - **One row of the paper does not fit.** Its Mask R-CNN with ResNet-101 at batch 16 needs less than its Faster R-CNN
-  with the same backbone and batch, which has a head less. At batch {batch} we count {in_all(half_batch, "eval"):.3f} GiB in
-  Eval mode, and {less(half_batch)[1]:.3f} less in Tune mode as published. The paper's row has {mask["eval"]:.3f} and
+  with the same backbone and batch, which has a head less. At batch {batch} we count {in_all(half_batch, "eval"):.3f}
+  GiB in Eval mode, and {less(half_batch)[1]:.3f} less in Tune mode as published. The paper's row has {mask["eval"]:.3f} and
   {less(mask)[0]:.3f}, so its batch may have been {batch}."""
 
 
