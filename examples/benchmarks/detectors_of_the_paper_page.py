@@ -88,8 +88,8 @@ def findings(rows: Sequence[dict[str, Any]], half_batch: dict[str, Any]) -> str:
   are counted, and the paper has {paper:.3f}.
 - **One row of the paper does not fit.** Its Mask R-CNN with ResNet-101 at batch 16 needs less than its Faster R-CNN
   with the same backbone and batch, which has a head less. At batch {batch} we count {in_all(half_batch, "eval"):.3f}
-  GiB in Eval mode, and {less(half_batch)[1]:.3f} less in Tune mode as published. The paper's row has {mask["eval"]:.3f} and
-  {less(mask)[0]:.3f}, so its batch may have been {batch}."""
+  GiB in Eval mode, and {less(half_batch)[1]:.3f} less in Tune mode as published. The paper's row has
+  {mask["eval"]:.3f} and {less(mask)[0]:.3f}, so its batch may have been {batch}."""
 
 
 def row_of(rows: Sequence[dict[str, Any]], detector: str, batch: int) -> dict[str, Any]:
