@@ -90,15 +90,15 @@ def findings(rows: Sequence[dict[str, Any]], half_batch: dict[str, Any]) -> str:
   rows were not run on a GPU with this package.
 - **In fp16 each image saves what the paper says**: from batch 8 to 16 of Faster R-CNN {counted:.3f} GiB for each
   image are counted, and the paper has {paper:.3f}. At each of its batches the paper saves {min(rest):.2f} to
-  {max(rest):.2f} GiB less than we count. As much would be kept by folded weights in float32 ({weights:.2f} GiB).
+  {max(rest):.2f} GiB less than we count. Folded weights in float32 are {weights:.2f} GiB.
 - **Blocks that run again save most**: {100 * (1 - blocks / plain):.0f} % of what Eval needs, in all rows together.
 - **Elementwise recomputation changes little.** What it saves in a ResNet is at the max-pool, which is frozen here. In
   RetinaNet its peak is {above_tune:.2f} GiB above Tune's: the head concatenates its outputs, and
   [the concatenation holds its parts](../understand/how-it-works.md#recomputed-activations) until the losses are there.
 - **One row of the paper does not fit.** Its Mask R-CNN with ResNet-101 at batch 16 needs less than its Faster R-CNN
-  with the same backbone and batch, which has a head less. The paper has {mask["eval"]:.3f} GB in Eval mode, and
-  {less(mask)[0]:.3f} less as published. At batch 16 we count {in_all(mask, "eval"):.3f} and {less(mask)[1]:.3f}, at batch
-  {half_batch["batch"]} {in_all(half_batch, "eval"):.3f} and {less(half_batch)[1]:.3f}."""
+  with the same backbone and batch, which has a head less. It has {mask["eval"]:.3f} GB in Eval mode, and {less(mask)[0]:.3f}
+  less in Tune mode. We count {in_all(mask, "eval"):.3f} and {less(mask)[1]:.3f} at batch 16, and
+  {in_all(half_batch, "eval"):.3f} and {less(half_batch)[1]:.3f} at batch {half_batch["batch"]}."""
 
 
 def row_of(rows: Sequence[dict[str, Any]], *wanted: str | int, backbone: str | None = None) -> dict[str, Any]:
