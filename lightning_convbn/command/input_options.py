@@ -58,9 +58,7 @@ def read_inputs(options: Namespace) -> Inputs | None:
         for name in ("size", "batch_size", "input_shape"):
             if (value := getattr(options, name)) is not None:
                 option = f"--{name.replace('_', '-')} {value}"
-                raise CommandError(
-                    f"--input {options.input[0]} has the batch and all sizes: leave out {option}"
-                )
+                raise CommandError(f"--input {options.input[0]} has the batch and all sizes: leave out {option}")
         return _parsed(options.input)
     if options.input_shape is not None:
         if options.batch_size is not None:

@@ -120,7 +120,7 @@ class Inputs:
                 return {str(key): plain(value) for key, value in node.items()}
             return [plain(value) for value in node] if isinstance(node, (list, tuple)) else str(node)
 
-        return {"args": plain(self.args), "kwargs": plain(self.kwargs), "source": self.source or "options"}
+        return {"args": plain(self.args), "kwargs": plain(self.kwargs), "source": self.source or None}
 
     def __str__(self) -> str:
         """Return the texts that ``--input`` has for the arguments."""
