@@ -116,6 +116,15 @@ class TestForms:
         assert found["variants"]["tune"]["peak_bytes"] < found["variants"]["eval"]["peak_bytes"]
 
 
+class TestOutputs:
+    def test_tensors_in_any_output_are_counted(self, capsys: pytest.CaptureFixture[str]) -> None:
+        plain = run_json(capsys, "measure", "helpers.other_inputs:Wrapped", *COUNT, "--size", "8")["variants"]
+        for kind in ("InDataclass", "InMapping"):
+            wrapped = run_json(capsys, "measure", f"helpers.other_inputs:{kind}", *COUNT, "--size", "8")["variants"]
+            assert [wrapped[mode]["saved_bytes"] for mode in wrapped] == [plain[mode]["saved_bytes"] for mode in plain]
+            assert [wrapped[mode]["peak_bytes"] for mode in wrapped] == [plain[mode]["peak_bytes"] for mode in plain]
+
+
 class TestLargestBatch:
     def test_all_inputs_get_the_batch(self, capsys: pytest.CaptureFixture[str]) -> None:
         found = count(capsys, TwoImages(), *TWO, "--budget", "1MiB")["variants"]["tune"]
@@ -183,12 +192,12 @@ class TestExample:
 
     def test_its_values_are_used(self, capsys: pytest.CaptureFixture[str]) -> None:
         write_module(
-            "captioned",
+            "with_words",
             "from helpers.other_inputs import Captioned\nnet = Captioned()\n"
             "net.example_input_array = {'image': torch.zeros(2, 3, 8, 8), 'mode': torch.tensor([[7], [8]])}",
         )
-        assert run_json(capsys, "inspect", "captioned:net")["inputs"]["kwargs"]["mode"] == tensor(2, 1, dtype="int64")
-        from captioned import net
+        assert run_json(capsys, "inspect", "with_words:net")["inputs"]["kwargs"]["mode"] == tensor(2, 1, dtype="int64")
+        from with_words import net  # type: ignore[import-not-found]
 
         assert {tuple(words.flatten().tolist()) for words in net.words} == {(7, 8)}
 
@@ -202,9 +211,9 @@ class TestExample:
 class TestOtherCommands:
     def test_inspect_proves_with_all_inputs(self, capsys: pytest.CaptureFixture[str]) -> None:
         model = write_checkpoint(Captioned())
-        assert "can't be traced" in run_json(capsys, "inspect", *model)["frozen"]["block.1"]
+        assert "can't be traced" in run_json(capsys, "inspect", *model)["frozen"]["bn"]
         arguments = ["--input", "image=2x3x8x8", "--input", "mode=2x4:int64"]
-        assert run_json(capsys, "inspect", *model, *arguments)["folded"] == [{"conv": "block.0", "bn": "block.1"}]
+        assert run_json(capsys, "inspect", *model, *arguments)["folded"] == [{"conv": "conv", "bn": "bn"}]
 
     def test_export_gives_the_file_all_inputs(self) -> None:
         torch.manual_seed(0)

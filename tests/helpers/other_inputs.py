@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,14 +90,14 @@ class Captioned(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block, self.embedding = conv_bn(3, 4), nn.Embedding(10, 4)
+        self.conv, self.bn, self.embedding = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Embedding(10, 4)
         self.words = []
 
     def forward(self, image: Tensor, *, mode: Tensor) -> Tensor:
         """Add the mean word to each channel. The argument is called as an option of `measure_memory`."""
         if mode.max() >= 0:
             self.words.append(mode)
-        return self.block(image) + self.embedding(mode).mean(1)[:, :, None, None]
+        return self.bn(self.conv(image)) + self.embedding(mode).mean(1)[:, :, None, None]
 
 
 class WithExample(TwoImages):
@@ -106,3 +108,43 @@ class WithExample(TwoImages):
     def __init__(self) -> None:
         super().__init__()
         self.example_input_array = self.example
+
+
+@dataclass
+class Prediction:
+    """An output that PyTorch does not look into."""
+
+    scores: Tensor
+    name: str = "scores"
+
+
+class Wrapped(LightningModule):
+    """Takes images, and gives a tensor in what `wrap` makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = conv_bn(3, 4)
+
+    def wrap(self, output: Tensor) -> Any:
+        """Give the tensor itself."""
+        return output
+
+    def forward(self, images: Tensor) -> Any:
+        """Run one block."""
+        return self.wrap(self.block(images))
+
+
+class InDataclass(Wrapped):
+    """Gives a list of a dataclass."""
+
+    def wrap(self, output: Tensor) -> Any:
+        """Wrap it twice."""
+        return [Prediction(output)]
+
+
+class InMapping(Wrapped):
+    """Gives a mapping that is no dict."""
+
+    def wrap(self, output: Tensor) -> Any:
+        """Wrap it."""
+        return UserDict(scores=output)
