@@ -60,10 +60,10 @@ def export_model(options: Namespace) -> None:
 def _by_position(model: nn.Module, call: Call) -> tuple[Any, ...]:
     """Return all arguments as positional ones, which a file has."""
     args, kwargs = call
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs)
     if bound.kwargs:
         raise CommandError(
-            f"--input {next(iter(bound.kwargs))}=...: a file has positional arguments, and this one comes behind an "
-            "argument that is left out; give all before it, or export a module that calls this one"
+            f"--input {next(iter(bound.kwargs))}=...: a file has positional arguments, and this one can't be given by "
+            "position: give all arguments before it, or export a module that calls this one"
         )
     return bound.args
