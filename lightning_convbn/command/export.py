@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from lightning_convbn.command.errors import errors_in_one_line
+from lightning_convbn.command.errors import CommandError, errors_in_one_line
+from lightning_convbn.command.input_options import INPUT_HELP, add_input, default_inputs, read_inputs
+from lightning_convbn.command.inputs import Call
 from lightning_convbn.command.model_argument import has_random_weights, load_model
 from lightning_convbn.command.model_checks import check_has_batchnorm, check_takes
-from lightning_convbn.command.option_values import input_shape
-from lightning_convbn.command.shared_options import add_command, add_input
+from lightning_convbn.command.shared_options import add_command
 from lightning_convbn.command.terminal import print_status
 from lightning_convbn.exporting.argument_checks import check_path
 from lightning_convbn.exporting.export import export
 
-EXAMPLES = """\
+EXAMPLES = f"""\
 examples:
   lightning-convbn export my_project.models:trained model.onnx --size 224
-  lightning-convbn export last.ckpt model.pt2 --class my_project.models:Classifier"""
+  lightning-convbn export last.ckpt model.pt2 --class my_project.models:Classifier
+
+{INPUT_HELP}"""
 
 
 def add_parser(commands: Any) -> None:
@@ -38,14 +43,27 @@ def add_parser(commands: Any) -> None:
 
 def export_model(options: Namespace) -> None:
     """Write the Deploy copy, and compare the file with the model in Eval mode."""
-    example = torch.randn(input_shape(options))
+    inputs = read_inputs(options)
     with errors_in_one_line():
         check_path("PATH", options.path)
     model = load_model(options.model, options.checkpoint_class, options.trust_checkpoint)
     check_has_batchnorm(model)
-    check_takes(model, example)
+    inputs = inputs or default_inputs(options, model)
+    example = _by_position(model, check_takes(model, inputs, torch.float32, torch.device("cpu")))
     if has_random_weights(options.model):
         print_status(f"{options.model} has random weights; for trained weights, give your own factory or a checkpoint")
     with errors_in_one_line():
-        export(model, options.path, (example,), dynamic_batch=not options.static_batch)
+        export(model, options.path, example, dynamic_batch=not options.static_batch)
     print(f"wrote {options.path}: it was read back, and it computes what {options.model} computes in Eval mode")
+
+
+def _by_position(model: nn.Module, call: Call) -> tuple[Any, ...]:
+    """Return all arguments as positional ones, which a file has."""
+    args, kwargs = call
+    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs)
+    if bound.kwargs:
+        raise CommandError(
+            f"--input {next(iter(bound.kwargs))}=...: a file has positional arguments, and this one can't be given by "
+            "position: give all arguments before it, or export a module that calls this one"
+        )
+    return bound.args

@@ -6,25 +6,32 @@ from argparse import Namespace
 from typing import Any
 
 import torch
+from torch import nn
 
+from lightning_convbn.command.input_options import INPUT_HELP, add_input, read_inputs
+from lightning_convbn.command.inputs import Inputs, example_inputs
 from lightning_convbn.command.model_argument import load_model
 from lightning_convbn.command.model_checks import check_has_batchnorm, check_takes
-from lightning_convbn.command.notes_below_tables import folded_count, notes_on_model
-from lightning_convbn.command.option_values import input_shape
+from lightning_convbn.command.notes_below_tables import folded_count, input_facts, notes_on_model
 from lightning_convbn.command.output_files import STDOUT, check_output_files, write_json
 from lightning_convbn.command.results import count_batchnorms
-from lightning_convbn.command.shared_options import add_command, add_json, add_shape
+from lightning_convbn.command.shared_options import add_command, add_json
 from lightning_convbn.command.terminal import print_notes, print_table
-from lightning_convbn.pairs.find import find_conv_bn_pairs
+from lightning_convbn.pairs.find import find_conv_bn_pairs, find_recorded_pairs
 from lightning_convbn.pairs.pair import ConvBNPairs
 
-EXAMPLES = """\
+EXAMPLES = f"""\
 examples:
   lightning-convbn inspect torchvision:resnet50
   lightning-convbn inspect timm:efficientnet_b0 --json pairs.json
   lightning-convbn inspect my_project.models:build --size 224
-  lightning-convbn inspect my_project.models:mlp --input-shape 8x3
-With --size or --input-shape it also runs a forward pass, which proves pairs that can't be traced."""
+  lightning-convbn inspect my_project.models:two_inputs --input image=2x3x224x224 --input depth=2x1x224x224
+With an input it also runs a forward pass, which proves pairs that can't be traced.
+
+{INPUT_HELP}"""
+
+
+DTYPE, CPU = torch.float32, torch.device("cpu")  # what the forward pass runs in
 
 
 def add_parser(commands: Any) -> None:
@@ -32,33 +39,39 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands, "inspect", "list which BatchNorms are folded, frozen and unfrozen, and why", EXAMPLES
     )
-    add_shape(parser, batch=2, size=None)
+    add_input(parser, batch=2, with_default=False)
     add_json(parser)
-    parser.set_defaults(run=inspect_model, batch_size=None)
+    parser.set_defaults(run=inspect_model)
 
 
 def inspect_model(options: Namespace) -> None:
     """Print a row for each BatchNorm, or JSON."""
-    example = None
-    if options.size is not None or options.input_shape is not None:
-        example = torch.randn(input_shape(options))
+    inputs = read_inputs(options)
     check_output_files(options)
     model = load_model(options.model, options.checkpoint_class, options.trust_checkpoint)
     check_has_batchnorm(model)
-    if example is not None:
-        check_takes(model, example)
-    pairs = find_conv_bn_pairs(model, example_inputs=None if example is None else (example,))
+    inputs = inputs or example_inputs(model)
+    pairs = _find_pairs(model, inputs)
     unfrozen = {bn: reason for bn, reason in pairs.unpaired.items() if bn in pairs.unfrozen}
     if options.json != STDOUT:
+        if inputs is not None:
+            print(f"{options.model}: {input_facts(inputs, DTYPE, CPU)}\n")
         _print_pairs(pairs, unfrozen)
         print_notes(notes_on_model(model))
     write_json(
         options,
+        inputs=None if inputs is None else inputs.as_dict(DTYPE),
         batchnorms=count_batchnorms(pairs),
         folded=[pair._asdict() for pair in pairs],
         frozen=pairs.frozen,
         unfrozen=unfrozen,
     )
+
+
+def _find_pairs(model: nn.Module, inputs: Inputs | None) -> ConvBNPairs:
+    if inputs is None:
+        return find_conv_bn_pairs(model)
+    return find_recorded_pairs(model, *check_takes(model, inputs, DTYPE, CPU))
 
 
 def _print_pairs(pairs: ConvBNPairs, unfrozen: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from lightning_convbn.command.counting_and_timing import ModelMeasurer, count_progress_steps
 from lightning_convbn.command.errors import errors_in_one_line
 from lightning_convbn.command.html_report import render_report
+from lightning_convbn.command.input_options import INPUT_HELP, add_input, default_inputs, read_inputs
 from lightning_convbn.command.model_argument import load_model
 from lightning_convbn.command.notes_below_tables import (
     WHAT_IS_COMPARED,
@@ -21,11 +22,11 @@ from lightning_convbn.command.notes_below_tables import (
     notes_on,
     notes_on_model,
 )
-from lightning_convbn.command.option_values import DTYPES, budget_bytes, chosen_device, input_shape
+from lightning_convbn.command.option_values import DTYPES, budget_bytes, chosen_device
 from lightning_convbn.command.output_files import STDOUT, check_output_files, output_file, write_json
 from lightning_convbn.command.plot import check_plottable, write_plot
 from lightning_convbn.command.results import TITLES, VARIANTS, Measurement, Variant
-from lightning_convbn.command.shared_options import add_command, add_input, add_json, not_negative
+from lightning_convbn.command.shared_options import add_command, add_json, not_negative
 from lightning_convbn.command.terminal import print_notes, print_table, progress_bar
 from lightning_convbn.command.versions import used_versions
 from lightning_convbn.memory.optimizers import OPTIMIZERS
@@ -36,6 +37,7 @@ examples:
   lightning-convbn measure torchvision:resnet50 --batch-size 32
   lightning-convbn measure torchvision:resnet50 --rounds 0 --budget 8GiB      (only counts: no data, no waiting)
   lightning-convbn measure torchvision:resnet50 --rounds 0 --budget 8GiB --optimizer adamw --freeze conv1 layer1
+  lightning-convbn measure my_project.models:two_inputs --input image=8x3x224x224 --input depth=8x1x224x224
   lightning-convbn measure timm:efficientnet_b0 --html report.html --plot report.png
 """
 
@@ -47,7 +49,7 @@ def add_parser(commands: Any) -> None:
         commands,
         "measure",
         "measure memory and time in Eval mode, in Tune mode, and of the Deploy copy",
-        f"{EXAMPLES}\n{notes}",
+        f"{EXAMPLES}\n{INPUT_HELP}\n\n{notes}",
     )
     add_input(parser, batch=8)
     parser.add_argument(
@@ -91,37 +93,41 @@ def add_parser(commands: Any) -> None:
 
 def measure_model(options: Namespace) -> None:
     """Measure memory and time. Print a table or JSON, and write the files that were asked for."""
-    shape = input_shape(options)
+    inputs = read_inputs(options)
     budget = None if options.budget is None else budget_bytes(options.budget)
     device = chosen_device(options.device)
     if options.plot is not None:
         check_plottable(options.plot)
     check_output_files(options)
     model = load_model(options.model, options.checkpoint_class, options.trust_checkpoint)
+    inputs = inputs or default_inputs(options, model)
+    if budget is not None:
+        inputs.check_batch(f"--budget {options.budget}")
     chosen: dict[str, Any] = {"optimizer": options.optimizer, "freeze": options.freeze}
     steps = count_progress_steps(options.variants, rounds=options.rounds, budget=budget)
     with errors_in_one_line(), progress_bar(steps) as progress:
-        measurer = ModelMeasurer(model, shape, DTYPES[options.dtype], device, **chosen)
+        measurer = ModelMeasurer(model, inputs, DTYPES[options.dtype], device, **chosen)
         found = measurer.measure(options.variants, rounds=options.rounds, budget=budget, progress=progress)
     _write(options, found, model, budget)
 
 
 def _write(options: Namespace, found: Measurement, model: nn.Module, budget: int | None) -> None:
     notes = notes_on(found, rounds=options.rounds, has_budget=budget is not None) + notes_on_model(model)
+    facts = input_facts(found.inputs, found.dtype, found.device)
     if options.json != STDOUT:
-        print(f"{options.model}: {input_facts(found)}\n{folded_count(found.pairs)}\n")
+        print(f"{options.model}: {facts}\n{folded_count(found.pairs)}\n")
         _print_results(options, found)
         print()
         print_notes(notes)
     write_json(options, rounds=options.rounds, budget_bytes=budget, **found.as_dict())
     if options.plot is not None:
         with output_file(options.plot) as path:
-            write_plot(path, f"{options.model}, {input_facts(found)}", found)
+            write_plot(path, f"{options.model}, {facts}", found)
     if options.html is not None:
         report = render_report(
             options.model,
             found,
-            facts=f"{input_facts(found)} · {folded_count(found.pairs)}",
+            facts=f"{facts} · {folded_count(found.pairs)}",
             notes=notes,
             command=options.typed,
             versions=", ".join(f"{name} {number}" for name, number in used_versions().items()),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_convbn.command.errors import CommandError
+from lightning_convbn.command.inputs import Call, Inputs
 from lightning_convbn.command.option_values import dtype_name
 from lightning_convbn.layers.table import is_norm
 from lightning_convbn.memory.measure import measure_memory_abstractly
@@ -26,23 +28,44 @@ def check_has_batchnorm(model: nn.Module) -> None:
         raise CommandError(f"{type(model).__name__} is lazy (`{lazy}`): let the factory run one batch through it")
 
 
-def check_takes(model: nn.Module, batch: Tensor) -> None:
-    """Raise a `CommandError` if the forward of a model does not take a batch.
+def check_takes(model: nn.Module, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> Call:
+    """Return the arguments that ``inputs`` describes. Raise a `CommandError` if the model's forward does not take them.
 
-    The model runs on a tensor without data first. If that fails, it runs on the batch.
+    The model runs on tensors without data first. If that fails, it runs on the arguments.
     """
-    with suppress(Exception):  # a user's forward may raise anything; the run below shows if the batch is the reason
-        measure_memory_abstractly(model, (batch,), {}, mode="train", pairs=ConvBNPairs([]), allow_real_run=False)
-        return
+    args, kwargs = call = inputs.make(dtype, device)
+    if runs_abstractly(model, call):
+        return call
+    _check_names_of_arguments(model, inputs)
     try:
         with torch.no_grad(), suppress(torch.OutOfMemoryError):  # the shape is right, even if memory is too small
-            model(batch)
+            model(*args, **kwargs)
     except Exception as error:  # a user's forward may raise anything
-        shape = " × ".join(map(str, batch.shape))
         raise CommandError(
-            f"{type(model).__name__} can't take an input of {shape}, {dtype_name(batch.dtype)}: "
-            f"{type(error).__name__}: {first_line(error)}; --input-shape gives any other, as 8x3 "
+            f"{type(model).__name__} can't take the input {inputs}, {dtype_name(dtype)}: "
+            f"{type(error).__name__}: {first_line(error)}; --input gives any other, as 8x3 or image=8x3x224x224 "
             "(--size N is an image, 3 × N × N)"
+        ) from error
+    return call
+
+
+def runs_abstractly(model: nn.Module, call: Call) -> bool:
+    """Whether the forward of a model runs on these arguments as tensors without data."""
+    with suppress(Exception):  # a user's forward may raise anything
+        measure_memory_abstractly(model, *call, mode="train", pairs=ConvBNPairs([]), allow_real_run=False)
+        return True
+    return False
+
+
+def _check_names_of_arguments(model: nn.Module, inputs: Inputs) -> None:
+    """Raise a `CommandError` if the signature of the forward does not take arguments of these names and this number."""
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*inputs.args, **inputs.kwargs)
+    except TypeError as error:
+        raise CommandError(
+            f"the forward of {type(model).__name__} can't take the input {inputs}: {error}; "
+            f"its arguments are {', '.join(signature.parameters) or 'none'}; --input NAME=SHAPE gives one"
         ) from error
 
 

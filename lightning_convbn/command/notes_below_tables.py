@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lightning_convbn.command.inputs import Inputs
 from lightning_convbn.command.option_values import dtype_name
 from lightning_convbn.command.results import Measurement
 from lightning_convbn.memory.optimizers import Optimizer
@@ -67,11 +68,10 @@ def notes_on_model(model: nn.Module) -> list[str]:
     return [TORCHVISION_DETECTORS] if is_detector else []
 
 
-def input_facts(found: Measurement) -> str:
-    """Return shape, dtype and device of the input in one line."""
-    batch, *sample = found.shape
-    device = torch.cuda.get_device_name(found.device) if found.device.type == "cuda" else str(found.device)
-    return f"batch {batch}, {' × '.join(map(str, sample))}, {dtype_name(found.dtype)}, {device}"
+def input_facts(inputs: Inputs, dtype: torch.dtype, device: torch.device) -> str:
+    """Return the inputs, dtype and device in one line."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return f"input {inputs}, {dtype_name(dtype)}, {name}"
 
 
 def folded_count(pairs: ConvBNPairs) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from lightning_convbn.command.inputs import Inputs
 from lightning_convbn.command.option_values import dtype_name
 from lightning_convbn.layers.swap import Recompute
 from lightning_convbn.memory.optimizers import Optimizer
@@ -78,8 +79,8 @@ class Measurement:
 
     Attributes:
         pairs: The pairs, and why the other BatchNorms are not folded.
-        shape: Shape of the input. The batch is first.
-        dtype: Dtype of the input, the parameters and the buffers.
+        inputs: What the model was called with.
+        dtype: Dtype of the parameters, the buffers, and the inputs whose dtype was not given.
         device: The device that the steps ran on.
         optimizer: The optimizer that is in the peak.
         variants: Variant -> what was measured of it.
@@ -88,7 +89,7 @@ class Measurement:
     """
 
     pairs: ConvBNPairs
-    shape: tuple[int, ...]
+    inputs: Inputs
     dtype: torch.dtype
     device: torch.device
     optimizer: Optimizer = "none"
@@ -122,7 +123,8 @@ class Measurement:
         """Return everything in types that JSON has."""
         return {
             "batchnorms": count_batchnorms(self.pairs),
-            "input": list(self.shape),
+            "inputs": self.inputs.as_dict(self.dtype),
+            "batch": self.inputs.batch,
             "dtype": dtype_name(self.dtype),
             "device": str(self.device),
             "optimizer": self.optimizer,

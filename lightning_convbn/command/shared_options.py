@@ -47,27 +47,6 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_input(parser: argparse.ArgumentParser, *, batch: int) -> None:
-    """Add ``--batch-size``, which is ``batch`` by default, ``--size`` and ``--input-shape``."""
-    parser.add_argument("--batch-size", type=positive, metavar="N", help=f"default: {batch}")
-    add_shape(parser, batch=batch, size="224")
-
-
-def add_shape(parser: argparse.ArgumentParser, *, batch: int, size: str | None) -> None:
-    """Add ``--size`` and ``--input-shape``. Without both, the size is ``size``, and None is no input."""
-    parser.set_defaults(default_batch=batch)
-    shape = parser.add_mutually_exclusive_group()
-    shape.add_argument(
-        "--size",
-        default=size,
-        help="size of one sample: 224 is an image of 3 × 224 × 224, other shapes are written out, as 1x28x28; "
-        f"default: {size or 'no input'}",
-    )
-    shape.add_argument(
-        "--input-shape", metavar="SHAPE", help="shape of the input with its batch: 8x3 is 8 rows of 3 values"
-    )
-
-
 def positive(text: str) -> int:
     """Read a number of 1 or more; argparse reports the ValueError."""
     if int(text) < 1:

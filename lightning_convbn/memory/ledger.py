@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import fields, is_dataclass
 from types import FrameType
 from typing import Any
 
@@ -150,5 +151,13 @@ def _called_by_engine() -> bool:
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """List the tensors of nested containers."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """List the tensors of nested containers. Dataclasses and mappings that PyTorch does not look into are some, too."""
+    tensors: list[Tensor] = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+        elif isinstance(leaf, Mapping):
+            tensors += tensors_in([*leaf.values()])
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            tensors += tensors_in([getattr(leaf, entry.name) for entry in fields(leaf)])
+    return tensors

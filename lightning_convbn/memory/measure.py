@@ -78,6 +78,31 @@ def measure_memory(
         >>> measure_memory(model, images, mode="eval").peak_bytes // 1000  # the kept ones and BatchNorm's output 32768
         77
     """
+    asked: dict[str, Any] = {"pairs": pairs, "recompute": recompute}
+    return measure_memory_of_call(model, inputs, kwargs, mode=mode, optimizer=optimizer, **asked)
+
+
+def measure_memory_of_call(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    mode: Mode,
+    pairs: ConvBNPairs | None = None,
+    recompute: Recompute | Sequence[str] = "none",
+    optimizer: Optimizer = "none",
+) -> MemoryUse:
+    """Count as `measure_memory` does. An argument of the forward may have the name of an option, as ``mode``.
+
+    Args:
+        model: Any module.
+        inputs: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+        mode: As for `measure_memory`.
+        pairs: As for `set_mode`.
+        recompute: As for `set_mode`.
+        optimizer: As for `measure_memory`.
+    """
     check_optimizer(optimizer)
     shadow = _shadow(model)
     inputs, kwargs = shadow.inputs(inputs, kwargs)
@@ -127,7 +152,7 @@ def measure_memory_abstractly(
     except Exception:  # a user's forward may raise anything if a tensor has no data
         if not allow_real_run:
             raise
-        return measure_memory(model, *inputs, mode=mode, optimizer=optimizer, **asked, **kwargs)
+        return measure_memory_of_call(model, tuple(inputs), dict(kwargs), mode=mode, optimizer=optimizer, **asked)
 
 
 def _shadow(model: nn.Module) -> Shadow:

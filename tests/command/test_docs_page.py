@@ -23,7 +23,7 @@ class TestDocs:
     def test_every_command_of_the_page_says_what_the_page_shows(
         self, typed: str, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(counting_and_timing, "step_seconds", lambda model, batch: 1.0)  # times are nobody else's
+        monkeypatch.setattr(counting_and_timing, "step_seconds", lambda *_: 1.0)  # times are nobody else's
         monkeypatch.delitem(sys.modules, "models", raising=False)
         (source,) = re.findall(r"```python\n(.*?)```", self.PAGE, re.DOTALL)
         Path("models.py").write_text(source)

@@ -16,6 +16,7 @@ from lightning_convbn.__main__ import main
 from lightning_convbn.command import measure
 from lightning_convbn.command.counting_and_timing import ModelMeasurer
 from lightning_convbn.command.html_report import render_report
+from lightning_convbn.command.inputs import Inputs, TensorInput
 
 HOSTILE = '</script><script>owned=1</script><img src=x onerror="owned=1">&amp;\''
 
@@ -205,7 +206,7 @@ def test_without_scripts_the_table_is_there(browser: Any, page_file: Path) -> No
 
 
 def test_eval_alone_has_neither_ratio_nor_savings() -> None:
-    measurer = ModelMeasurer(small_net(), (2, 3, 8, 8), torch.float32, torch.device("cpu"))
+    measurer = ModelMeasurer(small_net(), Inputs((TensorInput((2, 3, 8, 8)),)), torch.float32, torch.device("cpu"))
     found = measurer.measure(["eval"], rounds=0, budget=None, progress=lambda step: None)
     page = render_report("net", found, facts="", notes=[], command="", versions="", budget="")
     assert "Saved</button>" not in page

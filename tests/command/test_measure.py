@@ -184,7 +184,7 @@ class TestMeasure:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--size", "1"], "can't take an input of 8 × 3 × 1 × 1, float32: RuntimeError: "),
+        (["--size", "1"], "can't take the input 8x3x1x1, float32: RuntimeError: "),
         (
             ["--input-shape", "8x3", "--batch-size", "2"],
             "--input-shape 8x3 has the batch in it: leave out --batch-size",

@@ -43,15 +43,15 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "bad size": (["helpers.networks:small_net", "--size", "8x"], "--size '8x' is neither a number of pixels"),
     "bad shape": (
         ["helpers.networks:small_net", "--input-shape", "8,3"],
-        "--input-shape '8,3' is no shape with the batch",
+        "--input-shape '8,3' is no shape, as 8x3 or 8x3x224x224",
     ),
     "image for rows": (
         ["factories:mlp", "--size", "3"],
-        "(got 4D input); --input-shape gives any other, as 8x3 (--size N is an image, 3 × N × N)",
+        "(got 4D input); --input gives any other, as 8x3 or image=8x3x224x224 (--size N is an image, 3 × N × N)",
     ),
     "channels that don't fit": (
         ["helpers.networks:small_net", "--size", "1x8x8"],
-        "Sequential can't take an input of 2 × 1 × 8 × 8",
+        "Sequential can't take the input 2x1x8x8, float32: ",
     ),
 }
 
