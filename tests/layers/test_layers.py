@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 from helpers.comparing import assert_close, gradients, relative
 from helpers.networks import images, random_model, randomized, small_net
 from hypothesis import given, settings
