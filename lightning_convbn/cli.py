@@ -1,4 +1,7 @@
-"""``ConvBNCLI``: LightningCLI with the callback as a flag, ``--convbn.mode=tune`` or ``--convbn=false``."""
+"""``ConvBNCLI``: LightningCLI with the callback as a flag, ``--convbn.mode=tune`` or ``--convbn=false``.
+
+An argument of the callback becomes a flag by itself: add it in `callback.py`.
+"""
 
 from __future__ import annotations
 

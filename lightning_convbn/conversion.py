@@ -12,6 +12,7 @@ from torch import nn
 from lightning_convbn.blocks.find import find_blocks, why_not
 from lightning_convbn.blocks.recomputed import recomputed_class
 from lightning_convbn.layers.norms import unknown_norm
+from lightning_convbn.layers.supported_layers import conv_layer, is_norm, norm_layer
 from lightning_convbn.layers.swap import (
     Mode,
     Recompute,
@@ -22,7 +23,6 @@ from lightning_convbn.layers.swap import (
     swap_class,
     swap_of,
 )
-from lightning_convbn.layers.table import conv_layer, is_norm, norm_layer
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.find import mismatch, statistics_missing
 from lightning_convbn.pairs.pair import ConvBNPairs

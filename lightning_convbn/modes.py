@@ -11,8 +11,8 @@ from torch import nn
 from lightning_convbn.blocks.find import recompute_of, why_not
 from lightning_convbn.blocks.recomputed import RecomputedBlock
 from lightning_convbn.conversion import convert, restore_modules, unfit
+from lightning_convbn.layers.supported_layers import is_norm, is_scripted_norm
 from lightning_convbn.layers.swap import Mode, Recompute, swap_of
-from lightning_convbn.layers.table import is_norm, is_scripted_norm
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.find import find_conv_bn_pairs, pairs_in_force
 from lightning_convbn.pairs.pair import ConvBNPairs

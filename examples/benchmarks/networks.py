@@ -17,7 +17,7 @@ from examples.benchmarks.random_statistics import give_statistics
 from lightning_convbn import ConvBNPairs, find_conv_bn_pairs, fuse_for_deploy
 from lightning_convbn.blocks.find import find_blocks
 from lightning_convbn.command.model_argument import load_model
-from lightning_convbn.layers.table import is_norm
+from lightning_convbn.layers.supported_layers import is_norm
 
 DETECTOR = "fasterrcnn_resnet50"
 MODELS = [

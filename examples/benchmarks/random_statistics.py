@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lightning_convbn.layers.table import is_norm
+from lightning_convbn.layers.supported_layers import is_norm
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_convbn.blocks import reasons
 from lightning_convbn.blocks.recomputed import RecomputedBlock, reason_of, recomputed_class
+from lightning_convbn.layers.supported_layers import conv_layer
 from lightning_convbn.layers.swap import Recompute, plain_class
-from lightning_convbn.layers.table import conv_layer
 from lightning_convbn.pairs.find import pairs_in_force
 from lightning_convbn.pairs.pair import ConvBNPair, abbreviated, grouped
 from lightning_convbn.pairs.units import is_compiled_unit, is_fsdp_unit

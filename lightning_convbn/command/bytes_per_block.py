@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_convbn.command.results import Block, Variant
 from lightning_convbn.layers.swap import class_name
-from lightning_convbn.memory.ledger import INPUT
+from lightning_convbn.memory.live_storages import INPUT
 from lightning_convbn.pairs.pair import ConvBNPairs
 
 OWN_FORWARD = "(the model's own forward)"

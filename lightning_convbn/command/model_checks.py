@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from lightning_convbn.command.errors import CommandError
 from lightning_convbn.command.inputs import Call, Inputs
 from lightning_convbn.command.option_values import dtype_name
-from lightning_convbn.layers.table import is_norm
+from lightning_convbn.layers.supported_layers import is_norm
 from lightning_convbn.memory.measure import measure_memory_abstractly
 from lightning_convbn.pairs.pair import ConvBNPairs
 from lightning_convbn.text import first_line

@@ -33,7 +33,7 @@ class Block:
 
     Attributes:
         name: The qualified names of its modules.
-        section: The section of the model that it lies in; see `blocks.py`.
+        section: The section of the model that it lies in; see `bytes_per_block.py`.
         about: The classes of its modules, and whether its BatchNorm is folded, frozen or unfrozen.
         saved_bytes: Variant -> bytes that were allocated in it and are kept for the backward pass.
     """

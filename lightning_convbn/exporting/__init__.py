@@ -9,7 +9,6 @@ The folder is not called ``export``, because `lightning_convbn.export` is a publ
 - `formats.py`: the table of file formats. A new format is a new row.
 - `argument_checks.py`: refuses a path, a model or inputs before any work.
 - `write_and_compare.py`: writes the file, reads it back and compares it with Eval mode.
-- `deviation.py`: how far two outputs differ, and how far rounding may make them differ.
 - `checkpoint_file.py`: reads a checkpoint without running code that it carries.
 - `atomic_file.py`: writes a file completely or not at all.
 """

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_convbn.exporting.dimension_check import dimension_check
 from lightning_convbn.exporting.plain_copy import plain_copy
 from lightning_convbn.layers.norms import affine_of
-from lightning_convbn.layers.table import conv_layer, norm_layer, takes_other_dimensions
+from lightning_convbn.layers.supported_layers import conv_layer, norm_layer, takes_other_dimensions
 from lightning_convbn.modes import set_mode
 from lightning_convbn.ops.fold import fold_conv_bn
 from lightning_convbn.pairs.data_flow import WHOLE_MODEL, is_inside

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_convbn.compat import compiled_by_lightning, watches_input, watches_output
-from lightning_convbn.layers.table import is_scripted_norm
+from lightning_convbn.layers.supported_layers import is_scripted_norm
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.find import find_conv_bn_pairs, pairs_in_force
 from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs

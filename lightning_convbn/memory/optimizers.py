@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_convbn.compat import fake_tensor_mode, tree_map_only, without_modes
-from lightning_convbn.memory.ledger import StorageLedger
+from lightning_convbn.memory.live_storages import StorageLedger
 
 Optimizer = Literal["none", "sgd", "adamw"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)

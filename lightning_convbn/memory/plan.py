@@ -16,7 +16,7 @@ from lightning_convbn.blocks.find import find_blocks
 from lightning_convbn.compat import fake_tensor_mode, tree_map_only
 from lightning_convbn.layers.swap import Mode, Recompute
 from lightning_convbn.memory.largest_batch import largest_batch
-from lightning_convbn.memory.ledger import tensors_in
+from lightning_convbn.memory.live_storages import tensors_in
 from lightning_convbn.memory.measure import measure_memory_abstractly
 from lightning_convbn.memory.optimizers import Optimizer, OptimizerBytes
 from lightning_convbn.memory.use import MemoryUse, as_mib

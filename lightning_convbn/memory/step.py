@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from lightning_convbn.compat import tree_map_only
-from lightning_convbn.memory.ledger import StorageLedger, tensors_in
+from lightning_convbn.memory.live_storages import StorageLedger, tensors_in
 from lightning_convbn.memory.optimizers import Optimizer, OptimizerBytes, optimizer_bytes
 
 

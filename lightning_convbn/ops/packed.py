@@ -82,7 +82,7 @@ def recipe_of_indices(index: Tensor, spatial: Sequence[int], window: Window) -> 
         spatial: Size of the spatial dimensions of the input.
         window: The geometry of the pool.
 
-    Source: prototype `relu_max_pool.py`; the indices come back exactly.
+    The indices come back exactly.
     """
     pooled, spatial, device = index.shape[-len(spatial) :], tuple(spatial), index.device
     position, start = _positions(pooled, spatial, window, device)

@@ -13,8 +13,8 @@ from torch import nn
 
 from lightning_convbn.compat import outside_fake_mode
 from lightning_convbn.layers.marks import Applied
+from lightning_convbn.layers.supported_layers import conv_layer, is_norm
 from lightning_convbn.layers.swap import class_name
-from lightning_convbn.layers.table import conv_layer, is_norm
 from lightning_convbn.pairs import reasons
 
 _CONVOLUTIONS = (

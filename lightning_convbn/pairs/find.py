@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_convbn.layers.norms import affine_of
+from lightning_convbn.layers.supported_layers import FROZEN, NORM_LAYERS, conv_layer, is_norm, norm_layer
 from lightning_convbn.layers.swap import class_name, plain_class, swap_of
-from lightning_convbn.layers.table import FROZEN, NORM_LAYERS, conv_layer, is_norm, norm_layer
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.data_flow import DataFlow, is_inside
 from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs

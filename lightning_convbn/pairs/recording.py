@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from lightning_convbn.compat import TorchDispatchMode
 from lightning_convbn.layers.marks import VIEWS, Applied
+from lightning_convbn.layers.supported_layers import is_norm
 from lightning_convbn.layers.swap import class_name
-from lightning_convbn.layers.table import is_norm
 from lightning_convbn.pairs.data_flow import (
     METADATA,
     PUT_INTO_ARGUMENT,

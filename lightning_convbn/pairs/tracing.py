@@ -13,8 +13,8 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_convbn.layers.marks import VIEWS, Applied
+from lightning_convbn.layers.supported_layers import is_norm
 from lightning_convbn.layers.swap import class_name
-from lightning_convbn.layers.table import is_norm
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.data_flow import (
     METADATA,

@@ -7,8 +7,8 @@ from itertools import permutations
 
 from torch import nn
 
+from lightning_convbn.layers.supported_layers import is_norm
 from lightning_convbn.layers.swap import Recompute
-from lightning_convbn.layers.table import is_norm
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import LightningModule
 

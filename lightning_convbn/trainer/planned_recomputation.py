@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_convbn.compat import compiled_by_lightning
 from lightning_convbn.memory.budget import bytes_on, check_budget_holds, checked_budget, fixed_bytes
-from lightning_convbn.memory.ledger import tensors_in
+from lightning_convbn.memory.live_storages import tensors_in
 from lightning_convbn.memory.optimizers import bytes_of_optimizers
 from lightning_convbn.memory.plan import CantCountError, Choice, MemoryPlan, StepPlanner
 from lightning_convbn.pairs.units import innermost_unit, is_compiled_unit, is_fsdp_unit

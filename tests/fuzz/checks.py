@@ -10,7 +10,7 @@ from fuzz.outcomes import Wrong
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from lightning_convbn.layers.table import is_norm
+from lightning_convbn.layers.supported_layers import is_norm
 
 
 def raises(function: Callable[[], Any]) -> bool:

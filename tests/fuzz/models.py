@@ -9,7 +9,7 @@ from fuzz.interpreter import Interpreter, build
 from fuzz.network import Scenario
 from torch import nn
 
-from lightning_convbn.layers.table import is_norm
+from lightning_convbn.layers.supported_layers import is_norm
 
 
 def trained(policy: str, name: str, module: nn.Module) -> bool:

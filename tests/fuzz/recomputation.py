@@ -15,7 +15,7 @@ from helpers.torch_settings import one_thread
 from torch import Tensor, nn
 
 from lightning_convbn import Recompute, set_mode
-from lightning_convbn.layers.table import is_norm
+from lightning_convbn.layers.supported_layers import is_norm
 from lightning_convbn.memory import count_saved_bytes
 from lightning_convbn.pairs.find import pairs_in_force
 

@@ -20,7 +20,7 @@ from fuzz.recomputation import compare_recomputation
 from torch import nn
 
 from lightning_convbn import ConvBNPairs, find_conv_bn_pairs, fuse_for_deploy, set_mode
-from lightning_convbn.layers.table import is_norm
+from lightning_convbn.layers.supported_layers import is_norm
 from lightning_convbn.pairs.find import statistics_missing
 
 # Errors of the package that may end a scenario -> why they are right. The model must be plain and whole afterwards.

@@ -27,7 +27,7 @@ from helpers.torch_settings import one_thread
 from torch import Tensor, nn
 
 from lightning_convbn import Recompute, find_conv_bn_pairs, set_mode
-from lightning_convbn.layers.table import is_norm
+from lightning_convbn.layers.supported_layers import is_norm
 
 # What the numbers are that a layer multiplies. TF32 has the significand of fp16.
 MULTIPLIED = {

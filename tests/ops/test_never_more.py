@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from lightning_convbn import find_conv_bn_pairs, measure_memory
-from lightning_convbn.layers.table import is_norm
+from lightning_convbn.layers.supported_layers import is_norm
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what other libraries deprecate is no failure of these tests
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from lightning_convbn import Mode, export, find_conv_bn_pairs, fuse_for_deploy, set_mode
-from lightning_convbn.layers.table import is_norm
+from lightning_convbn.layers.supported_layers import is_norm
 
 Reshape = Callable[[Tensor], Tensor]
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # what the compiler hides itself

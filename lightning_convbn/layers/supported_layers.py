@@ -1,6 +1,6 @@
 """The table of supported layers: what a convolution or a BatchNorm becomes in each mode.
 
-To add a layer, write its classes (as in `third_party.py`) and a row here.
+To add a layer, write its classes (as in `third_party_classes.py`) and a row here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from lightning_convbn.layers import norms, third_party, torch_convolutions
+from lightning_convbn.layers import norms, third_party_classes, torch_convolutions
 from lightning_convbn.layers.convolutions import Deploy, Tune
 from lightning_convbn.layers.norms import EvalNorm, FoldedNorm
 from lightning_convbn.layers.swap import plain_class
@@ -54,8 +54,8 @@ class NormLayer:
 
 # Keys are exact classes, or their qualified names where importing a package just to name its class would be too much.
 _CONV3D = ConvLayer(torch_convolutions.TuneConv3d, torch_convolutions.DeployConv3d)
-_SAME = ConvLayer(third_party.TuneConv2dSame, third_party.DeployConv2dSame)
-_STATIC_SAME = ConvLayer(third_party.TuneConv2dStaticSame, third_party.DeployConv2dStaticSame)
+_SAME = ConvLayer(third_party_classes.TuneConv2dSame, third_party_classes.DeployConv2dSame)
+_STATIC_SAME = ConvLayer(third_party_classes.TuneConv2dStaticSame, third_party_classes.DeployConv2dStaticSame)
 CONV_LAYERS: dict[type[nn.Module] | str, ConvLayer] = {
     nn.Conv1d: ConvLayer(torch_convolutions.TuneConv1d, torch_convolutions.DeployConv1d),
     nn.Conv2d: ConvLayer(torch_convolutions.TuneConv2d, torch_convolutions.DeployConv2d),
@@ -77,23 +77,25 @@ CONV_LAYERS: dict[type[nn.Module] | str, ConvLayer] = {
 }
 
 FROZEN = "FrozenBatchNorm2d"  # the row of every class of this name, of whatever package
-_DROP_AND_ACT = third_party.DROP_AND_ACT
-_LIGHTNING = NormLayer(third_party.EvalBatchNormXd, third_party.FoldedBatchNormXd)
+_DROP_AND_ACT = third_party_classes.DROP_AND_ACT
+_LIGHTNING = NormLayer(third_party_classes.EvalBatchNormXd, third_party_classes.FoldedBatchNormXd)
 NORM_LAYERS: dict[type[nn.Module] | str, NormLayer] = {
     nn.BatchNorm1d: NormLayer(norms.EvalBatchNorm1d, norms.FoldedBatchNorm1d),
     nn.BatchNorm2d: NormLayer(norms.EvalBatchNorm2d, norms.FoldedBatchNorm2d),
     nn.BatchNorm3d: NormLayer(norms.EvalBatchNorm3d, norms.FoldedBatchNorm3d),
     nn.SyncBatchNorm: NormLayer(norms.EvalSyncBatchNorm, norms.FoldedSyncBatchNorm),
     "timm.layers.norm_act.BatchNormAct2d": NormLayer(
-        third_party.EvalBatchNormAct2d, third_party.FoldedBatchNormAct2d, _DROP_AND_ACT
+        third_party_classes.EvalBatchNormAct2d, third_party_classes.FoldedBatchNormAct2d, _DROP_AND_ACT
     ),
     "timm.layers.norm_act.SyncBatchNormAct": NormLayer(
-        third_party.EvalSyncBatchNormAct, third_party.FoldedSyncBatchNormAct, _DROP_AND_ACT
+        third_party_classes.EvalSyncBatchNormAct, third_party_classes.FoldedSyncBatchNormAct, _DROP_AND_ACT
     ),
-    "timm.layers.norm_act.FrozenBatchNormAct2d": NormLayer(None, third_party.FoldedFrozenBatchNormAct2d, _DROP_AND_ACT),
+    "timm.layers.norm_act.FrozenBatchNormAct2d": NormLayer(
+        None, third_party_classes.FoldedFrozenBatchNormAct2d, _DROP_AND_ACT
+    ),
     "lightning.pytorch.plugins.layer_sync._BatchNormXd": _LIGHTNING,
     "pytorch_lightning.plugins.layer_sync._BatchNormXd": _LIGHTNING,
-    FROZEN: NormLayer(None, third_party.FoldedFrozenBatchNorm2d),
+    FROZEN: NormLayer(None, third_party_classes.FoldedFrozenBatchNorm2d),
 }
 
 
