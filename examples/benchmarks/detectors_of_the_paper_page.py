@@ -96,9 +96,9 @@ def findings(rows: Sequence[dict[str, Any]], half_batch: dict[str, Any]) -> str:
   RetinaNet its peak is {above_tune:.2f} GiB above Tune's: the head concatenates its outputs, and
   [the concatenation holds its parts](../understand/how-it-works.md#recomputed-activations) until the losses are there.
 - **One row of the paper does not fit.** Its Mask R-CNN with ResNet-101 at batch 16 needs less than its Faster R-CNN
-  with the same backbone and batch, which has a head less. It has {mask["eval"]:.3f} GB in Eval mode, and
-  {less(mask)[0]:.3f} less in Tune mode. We count {in_all(mask, "eval"):.3f} and {less(mask)[1]:.3f} at batch 16, and
-  {in_all(half_batch, "eval"):.3f} and {less(half_batch)[1]:.3f} at batch {half_batch["batch"]}."""
+  with the same backbone and batch, which has a head less. It has {mask["eval"]:.3f} GB in Eval mode,
+  and {less(mask)[0]:.3f} less in Tune mode. We count {in_all(mask, "eval"):.3f} and {less(mask)[1]:.3f} at batch 16,
+  and {in_all(half_batch, "eval"):.3f} and {less(half_batch)[1]:.3f} at batch {half_batch["batch"]}."""
 
 
 def row_of(rows: Sequence[dict[str, Any]], *wanted: str | int, backbone: str | None = None) -> dict[str, Any]:
