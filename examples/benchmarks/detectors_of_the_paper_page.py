@@ -47,8 +47,7 @@ A detector looks at values: at the overlap of boxes, and at scores. So it can't 
 counted has the same layers and losses, but fixed numbers of samples: for each image 256 anchors, 512 proposals and, in
 Mask R-CNN, 128 proposals with a mask, the most that the configurations allow. RetinaNet's focal loss has all anchors,
 and allocates as one kernel, as MMDetection's does. **Not counted** are: making anchors and proposals, matching them
-with boxes, the boxes and masks of the data, workspaces of cuDNN, and what the allocator rounds up. In fp16 one thing is
-counted too often: a weight is cast for each level of the pyramid that uses it. That is 5 MiB here.
+with boxes, the boxes and masks of the data, workspaces of cuDNN, and what the allocator rounds up.
 
 `tests/examples/test_detectors_of_the_paper.py` compares such steps with real training steps of torchvision's
 detectors, at a small size: the kept bytes and the peak are within {tolerance} % of what the CPU's allocator has seen.

@@ -20,11 +20,10 @@ from torch.utils.checkpoint import CheckpointFunction
 def side_effects_undone(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
     """Undo what a forward pass does outside of the model: random states are put back.
 
-    What it does to the model itself is no matter: a `Shadow` of it runs, or a copy. Two things are switched off:
-
-    - the cache of autocast. Else a weight that it casts here, without gradients or without data, would be used again
-      in the next training step.
-    - ``torch.compile``. The hooks and modes that watch a pass can't be compiled, and each would cause a recompilation.
+    What it does to the model itself is no matter: a `Shadow` of it runs, or a copy. The cache of autocast is emptied
+    before and after. Else a weight that is cast here, without gradients or without data, would be used again in the
+    next training step. ``torch.compile`` is switched off: the hooks and modes that watch a pass can't be compiled, and
+    each would cause a recompilation.
 
     Args:
         model: The module that runs.
@@ -40,8 +39,8 @@ def side_effects_undone(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping
             numpy = sys.modules["numpy"]
             stack.callback(numpy.random.set_state, numpy.random.get_state())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
-        torch.set_autocast_cache_enabled(False)
+        stack.callback(torch.clear_autocast_cache)
+        torch.clear_autocast_cache()
         yield
 
 
