@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -174,15 +175,12 @@ def fit_and_test(model: Classifier, sets: Sets, training: Training, callbacks: S
     )
     order = torch.Generator().manual_seed(training.seed)
     train = DataLoader(sets.train, training.batch_size, shuffle=True, drop_last=True, generator=order)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers")
-        warnings.filterwarnings("ignore", message=".*module.* in eval mode")  # a Deploy copy is so on purpose
-        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning's own call
-        try:
+    try:
+        with _expected_warnings():
             trainer.fit(model, train)
-            diverged = not all(parameter.isfinite().all() for parameter in model.parameters())
-        except Diverged:
-            diverged = True
+        diverged = not all(parameter.isfinite().all() for parameter in model.parameters())
+    except Diverged:
+        diverged = True
     chance = 1 / len(sets.class_weights)
     scores = {"accuracy": chance, "plain_accuracy": chance} if diverged else score(trainer, model, sets)
     return Fitted(trainer, recorder, scores, diverged)
@@ -190,7 +188,16 @@ def fit_and_test(model: Classifier, sets: Sets, training: Training, callbacks: S
 
 def score(trainer: Trainer, model: Classifier, sets: Sets) -> dict[str, float]:
     """Return the balanced and the plain accuracy on the test images."""
+    with _expected_warnings():
+        (scores,) = trainer.test(model, DataLoader(sets.test, TEST_BATCH), verbose=False)
+    return {name: round(float(value), 4) for name, value in scores.items()}
+
+
+@contextmanager
+def _expected_warnings() -> Iterator[None]:
+    """Leave out what Lightning says about small data sets, Deploy copies and its own calls."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers")
-        (scores,) = trainer.test(model, DataLoader(sets.test, TEST_BATCH), verbose=False)
-    return {name: round(float(score), 4) for name, score in scores.items()}
+        warnings.filterwarnings("ignore", message=".*module.* in eval mode")  # a Deploy copy is so on purpose
+        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning's own call
+        yield
