@@ -1,7 +1,7 @@
 """Why and when to freeze BatchNorm: Train mode and Tune mode at batch sizes from 2 to 32.
 
-    python examples/experiment/batch_sizes.py --jobs 2    # the whole grid; finished cells are not run again
-    python examples/experiment/batch_sizes_page.py        # its tables and its figure in the docs
+    python examples/experiment/batch_sizes.py --jobs 2  # the whole grid; finished cells are not run again
+    python examples/experiment/batch_sizes_page.py      # its tables and its figure in the docs
 
 Every cell of the grid fine-tunes one pretrained network on one data set with one seed and one batch size, with or
 without gradient accumulation to 32 images per step. All cells see the same images equally often. The learning rates
