@@ -52,7 +52,7 @@ STEP = 32
 """Images per step of the optimizer where gradients are accumulated."""
 RATES_ARE_FOR = 16
 """Images per step for which the learning rates are given: the batch size of `compare_modes.py`."""
-MEASURED_IN = 128
+MEASURED_IN = 64
 """Images per batch when the statistics are measured again."""
 
 
@@ -156,7 +156,7 @@ def parse_args() -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the sets, their order and the head (%(default)s)")
     add("--batch-sizes", nargs="+", type=int, choices=BATCH_SIZES, default=[*BATCH_SIZES], help="(%(default)s)")
     add("--epochs", type=above_zero, default=2, help="passes over the training images (%(default)s)")
-    add("--limit", type=above_zero, default=384, help="training images (%(default)s)")
+    add("--limit", type=above_zero, default=320, help="training images (%(default)s)")
     add("--image-size", type=above_zero, default=72, help="edge of the square images in pixels (%(default)s)")
     add("--lr", type=float, default=0.0003, help=f"the backbone's rate for {RATES_ARE_FOR} per step (%(default)s)")
     add("--jobs", type=above_zero, default=1, help="cells to run at the same time, one thread each (%(default)s)")

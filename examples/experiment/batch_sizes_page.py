@@ -233,7 +233,7 @@ def draw_accuracy(rows: Sequence[Row], path: Path) -> None:
     """Draw accuracy against batch size: means as lines, the range over the seeds as bands."""
     shown = [*panels(rows)]
     lines = (len(shown) + 1) // 2
-    figure = Figure(figsize=(9, 3.2 * lines + 0.6), layout="constrained", dpi=150, facecolor="white")
+    figure = Figure(figsize=(9, 3.2 * lines + 0.6), layout="constrained", dpi=130, facecolor="white")
     grid = figure.subplots(lines, min(2, len(shown)), squeeze=False, sharey="col")
     for axes, (net, data) in zip(grid.flat, shown, strict=False):
         _draw_panel(axes, select(rows, net=net, data=data))
