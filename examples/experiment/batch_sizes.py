@@ -101,7 +101,8 @@ def run(cell: Cell, settings: Settings) -> dict[str, Any]:
     training = Training(settings.epochs, cell.batch_size, cell.seed, cell.accumulate)
     callback = ConvBNModeCallback(cell.mode, verify=False, log_memory=False)
     fitted = fit_and_test(model, sets, training, [callback])
-    losses, seconds = fitted.recorder.losses, fitted.recorder.seconds
+    seconds = fitted.recorder.seconds
+    losses = [loss * cell.accumulate for loss in fitted.recorder.losses]  # Lightning has divided them
     row = {
         **cell._asdict(),
         **fitted.scores,
