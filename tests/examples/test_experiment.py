@@ -66,7 +66,7 @@ def test_a_stopped_grid_goes_on_with_the_next_cell(
     assert [row["mode"] for row in before] == ["eval", "tune"]
 
     ran.clear()
-    monkeypatch.setattr(compare_modes, "run", lambda *args: ran.append(args[0]) or run(*args))
+    monkeypatch.setattr(compare_modes, "run", lambda cell, settings: ran.append(cell) or run(cell, settings))
     rows = main(*grid, out=out)
     assert "2 of 6 cells are in" in capsys.readouterr().out
     assert [(cell.lr, cell.mode) for cell in ran] == [(0.001, "deploy"), *product([1e30], ["eval", "tune", "deploy"])]
