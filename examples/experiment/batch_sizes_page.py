@@ -41,7 +41,7 @@ CLEAR = 0.02
 """One mode is clearly better if its mean accuracy is higher by this much, and every seed's is higher."""
 AGAIN = "measured again"
 """Train mode, tested with statistics that are measured again after training."""
-HOLLOW = {"marker": "o", "markerfacecolor": "white"}
+HOLLOW: dict[str, Any] = {"marker": "o", "markerfacecolor": "white"}
 
 
 class Batch(NamedTuple):
