@@ -6,55 +6,41 @@ python examples/experiment/write_page.py
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from examples.experiment.page_parts import (
+    CHANCE,
+    GREY,
+    INK,
+    MODE_COLOURS,
+    NAMES,
+    TITLES,
+    Row,
+    accuracies,
+    clean,
+    panels,
+    select,
+    spread,
+    table,
+    values,
+    versions,
+)
 from examples.results_file import BENCHMARKS, moved_scripts, with_table
-from lightning_convbn.command.plot import COLOURS
 
 PAGE = BENCHMARKS / "stability-experiment.md"
 RESULTS = BENCHMARKS / "compare_modes.json"
 IN_DOUBLE = BENCHMARKS / "compare_modes_float64.json"
-TITLES = {"train": "Train", "eval": "Eval", "tune": "Tune", "deploy": "Deploy, trained"}
-NAMES = {
-    "mobilenet_v2": "MobileNetV2",
-    "efficientnet_lite0": "EfficientNet-Lite0",
-    "elpv": "ELPV",
-    "fashion-mnist": "Fashion-MNIST",
-}
-CHANCE = {"elpv": 1 / 2, "fashion-mnist": 1 / 10}
 COLLAPSED = 0.05
 """A run whose accuracy is above chance by less than this has learnt nothing, or lost it all."""
-MODE_COLOURS = {"train": "#7c3aed", "eval": COLOURS["eval"], "tune": COLOURS["tune"], "deploy": COLOURS["deploy-copy"]}
 STYLES = {"train": ":", "eval": "-", "tune": "--", "deploy": "-."}
 MARKERS = {"train": "^", "eval": "o", "tune": "s", "deploy": "D"}
-INK = "#1e293b"
-GREY = "#64748b"
-
-Row = dict[str, Any]
-
-
-def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    """Return the rows that have these values."""
-    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-
-
-def values(rows: Iterable[Row], name: str) -> list[Any]:
-    """Return the different values of a column, in their order in the rows."""
-    return list(dict.fromkeys(row[name] for row in rows))
-
-
-def accuracies(rows: Iterable[Row], **wanted: Any) -> list[float]:
-    """Return the accuracies of the rows that have these values; a diverged run's is chance."""
-    return [row["accuracy"] for row in select(rows, **wanted)]
 
 
 def has_collapsed(row: Row) -> bool:
@@ -68,18 +54,6 @@ def modes_of(rows: Iterable[Row]) -> list[str]:
     return [mode for mode in TITLES if mode in found]
 
 
-def panels(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    """Yield each pair of a network and a data set that has rows."""
-    for net, data in itertools.product(NAMES, NAMES):
-        if select(rows, net=net, data=data):
-            yield net, data
-
-
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    """Draw a table. All columns but the first hold numbers."""
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---", *["---:"] * (len(header) - 1)], *lines)]
-
-
 def accuracy_tables(rows: Sequence[Row]) -> list[str]:
     """Draw a table of accuracies for each network and data set."""
     modes = modes_of(rows)
@@ -87,16 +61,12 @@ def accuracy_tables(rows: Sequence[Row]) -> list[str]:
     for net, data in panels(rows):
         chosen = select(rows, net=net, data=data)
         cells = [
-            [f"{lr:g}", *(_spread(accuracies(chosen, lr=lr, mode=mode)) for mode in modes)]
+            [f"{lr:g}", *(spread(accuracies(chosen, lr=lr, mode=mode)) for mode in modes)]
             for lr in sorted(values(chosen, "lr"))
         ]
         header = ["learning rate", *(TITLES[mode] for mode in modes)]
         lines += ["", f"**{NAMES[net]} on {NAMES[data]}**", "", *table(header, cells)]
     return lines[1:]
-
-
-def _spread(found: Sequence[float]) -> str:
-    return f"{fmean(found):.3f} ({min(found):.3f} to {max(found):.3f})" if found else "-"
 
 
 def stability_table(rows: Sequence[Row]) -> list[str]:
@@ -187,10 +157,9 @@ def times(rows: Iterable[Row], net: str, mode: str) -> tuple[float, float, float
 
 def facts(report: dict[str, Any]) -> list[str]:
     """Return the command, the settings, the machine and the versions of the runs."""
-    rows, settings, machine = report["rows"], report["settings"], report["machine"]
+    rows, settings = report["rows"], report["settings"]
     seeds = ", ".join(f"{seed} ({len(select(rows, seed=seed))} runs)" for seed in sorted(values(rows, "seed")))
     rates = ", ".join(f"{lr:g}" for lr in sorted(values(rows, "lr")))
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return [
         f"`{report['command']}`",
         *moved_scripts([report["command"]]),
@@ -198,7 +167,7 @@ def facts(report: dict[str, Any]) -> list[str]:
         f"{len(rows)} runs: seeds {seeds}; learning rates of the backbone {rates};",
         f"{settings['limit']} training images of {settings['image_size']} px,",
         f"batch {settings['batch_size']}, epochs {settings['epochs']}.",
-        f"{machine['cpu']}, one thread to a run; {versions}.",
+        versions(report),
     ]
 
 
@@ -250,7 +219,7 @@ def draw_accuracy(rows: Sequence[Row], path: Path) -> None:
         axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
         axes.minorticks_off()
         axes.set_title(f"{NAMES[net]}, {NAMES[data]}", fontsize=10, color=INK)
-        _clean(axes)
+        clean(axes)
     figure.supxlabel("learning rate of the backbone", fontsize=10, color=INK)
     figure.supylabel("balanced test accuracy", fontsize=10, color=INK)
     handles, labels = grid.flat[0].get_legend_handles_labels()
@@ -281,16 +250,9 @@ def draw_cost(report: dict[str, Any], path: Path) -> None:
     for axes in (memory, time):
         axes.set_xticks(range(len(nets)), [NAMES[net] for net in nets])
         axes.margins(y=0.12)
-        _clean(axes)
+        clean(axes)
     figure.legend(loc="outside upper center", ncols=len(TITLES), frameon=False, fontsize=10)
     figure.savefig(path, metadata={"Software": None})
-
-
-def _clean(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK, labelsize=8)
-    axes.grid(axis="y", color="#e2e8f0")
-    axes.set_axisbelow(True)
 
 
 def main() -> None:

@@ -15,41 +15,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import tiny_experiment
 from helpers.comparing import relative
-from helpers.networks import randomized
+from helpers.tiny_experiment import type_command
 from PIL import Image
 from torch import nn
 
 from examples.data import sources
 from examples.data.data_module import IMAGENET
-from examples.experiment import compare_modes, write_page
+from examples.experiment import compare_modes, networks, training, write_page
 from examples.experiment.compare_modes import Settings
 from lightning_convbn import find_conv_bn_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ["--nets", "tiny", "--data", "elpv", "--seeds", "0", "--limit", "40", "--batch-size", "8", "--image-size", "16"]
+TINY = ["--limit", "40", "--batch-size", "8"]
 TOO_LARGE = "1e30"
 Main = Callable[..., list[dict[str, Any]]]
-
-
-def build_tiny(image_size: int) -> nn.Module:
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, compare_modes.FEATURES, 1)]
-    return randomized(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
 
 
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Main:
     """Type the command, with a network that takes no time; return the rows."""
-    monkeypatch.setitem(compare_modes.NETWORKS, "tiny", build_tiny)
 
     def typed(*args: str, out: Path = tmp_path / "new" / "results.json") -> list[dict[str, Any]]:
-        monkeypatch.setattr(sys, "argv", [compare_modes.__file__, *TINY, "--epochs", "1", "--out", str(out), *args])
-        compare_modes.main()
-        report: dict[str, Any] = json.loads(out.read_text())
-        assert report["command"] == " ".join(["python examples/experiment/compare_modes.py", *sys.argv[1:]])
+        report = type_command(monkeypatch, compare_modes, out, *TINY, *args)
         assert report["settings"]["limit"] == 40
-        return report["rows"]
+        rows: list[dict[str, Any]] = report["rows"]
+        return rows
 
     return typed
 
@@ -74,7 +66,7 @@ def test_a_stopped_grid_goes_on_with_the_next_cell(
     assert [row["mode"] for row in before] == ["eval", "tune"]
 
     ran.clear()
-    monkeypatch.setattr(compare_modes, "run", lambda *args: ran.append(args[0]) or run(*args))
+    monkeypatch.setattr(compare_modes, "run", lambda cell, settings: ran.append(cell) or run(cell, settings))
     rows = main(*grid, out=out)
     assert "2 of 6 cells are in" in capsys.readouterr().out
     assert [(cell.lr, cell.mode) for cell in ran] == [(0.001, "deploy"), *product([1e30], ["eval", "tune", "deploy"])]
@@ -129,7 +121,7 @@ def test_what_is_missing_is_told_before_anything_starts(
     def without_package(image_size: int) -> nn.Module:
         raise ModuleNotFoundError("No module", name="efficientnet_lite_pytorch")
 
-    monkeypatch.setitem(compare_modes.NETWORKS, "tiny", without_package)
+    monkeypatch.setattr(tiny_experiment, "build_tiny", without_package)
     with pytest.raises(SystemExit, match=r"efficientnet_lite_pytorch is not installed; pip install .*\[examples\]"):
         main()
     assert not (tmp_path / "new").exists()
@@ -144,9 +136,8 @@ def test_fashion_mnist_is_drawn_evenly_from_the_files(monkeypatch: pytest.Monkey
         (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pixels.tobytes()))
         (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 200) + labels.tobytes())
     monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path)
-    monkeypatch.setattr(compare_modes, "TEST_IMAGES", 30)
-    settings = Settings(epochs=1, limit=100, batch_size=10, image_size=32, precision="32-true")
-    train, test, weights = compare_modes.load("fashion-mnist", 0, settings)
+    monkeypatch.setattr(training, "TEST_IMAGES", 30)
+    train, test, weights = training.load("fashion-mnist", 0, image_size=32, batch_size=10, limit=100)
     assert weights == [1.0] * 10
     for part, count in ((train, 10), (test, 3)):
         images, found = part.tensors
@@ -162,7 +153,7 @@ def test_efficientnet_lite0_gives_the_features_of_its_classifier() -> None:
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
     whole = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path, image_size=64).eval()
-    backbone = compare_modes.build_efficientnet_lite0(64).eval()
+    backbone = networks.build_efficientnet_lite0(64).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert relative(whole._fc(backbone(images)), whole(images)) < 1e-6
@@ -210,7 +201,7 @@ def test_page_is_in_step_with_the_committed_results() -> None:
     cells = {tuple(row[field] for field in compare_modes.Cell._fields) for row in report["rows"]}
     assert len(report["rows"]) == len(cells)
     nets, rates = ("mobilenet_v2", "efficientnet_lite0"), compare_modes.LEARNING_RATES
-    assert {*product(nets, compare_modes.DATA, compare_modes.MODES, (0,), rates)} <= cells  # at least a whole seed
+    assert {*product(nets, training.DATA, compare_modes.MODES, (0,), rates)} <= cells  # at least a whole seed
 
 
 @pytest.mark.slow

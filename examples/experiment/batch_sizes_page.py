@@ -1,0 +1,289 @@
+"""Draw the figure and tables of `docs/benchmarks/batch-size-experiment.md` from the results of `batch_sizes.py`.
+
+python examples/experiment/batch_sizes_page.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from examples.experiment.batch_sizes import RATES_ARE_FOR
+from examples.experiment.page_parts import (
+    CHANCE,
+    GREY,
+    INK,
+    MODE_COLOURS,
+    NAMES,
+    Row,
+    accuracies,
+    clean,
+    panels,
+    select,
+    spread,
+    table,
+    values,
+    versions,
+)
+from examples.results_file import BENCHMARKS, with_table
+
+PAGE = BENCHMARKS / "batch-size-experiment.md"
+RESULTS = BENCHMARKS / "batch_sizes.json"
+FIGURE = "batch-sizes-accuracy.png"
+CLEAR = 0.02
+"""One mode is clearly better if its mean accuracy is higher by this much, and every seed's is higher."""
+AGAIN = "measured again"
+"""Train mode, tested with statistics that are measured again after training."""
+HOLLOW: dict[str, Any] = {"marker": "o", "markerfacecolor": "white"}
+
+
+class Batch(NamedTuple):
+    """Images per forward pass, and batches per step of the optimizer."""
+
+    batch_size: int
+    accumulate: int
+
+    def __str__(self) -> str:
+        """Return it as the tables show it."""
+        return str(self.batch_size) if self.accumulate == 1 else f"{self.batch_size} × {self.accumulate}"
+
+
+def batches(rows: Iterable[Row]) -> list[Batch]:
+    """Return all batches of the rows, those without accumulation first."""
+    found = {Batch(row["batch_size"], row["accumulate"]) for row in rows}
+    return sorted(found, key=lambda batch: (batch.accumulate > 1, batch.batch_size))
+
+
+def measured_again(rows: Iterable[Row]) -> list[Row]:
+    """Return Train runs with the accuracy that they have after their statistics are measured again."""
+    return [
+        {**row, "mode": AGAIN, "accuracy": row.get("accuracy_measured_again", row["accuracy"])}
+        for row in select(rows, mode="train")
+    ]
+
+
+def gains(rows: Iterable[Row], over: str = "train", **wanted: Any) -> list[float]:
+    """Return by how much Tune is more accurate than another mode, run by run of the same settings."""
+    place = ("net", "data", "seed", "batch_size", "accumulate")
+    chosen = select(rows, **wanted)
+    others = {tuple(row[name] for name in place): row["accuracy"] for row in select(chosen, mode=over)}
+    pairs = [(row, others.get(tuple(row[name] for name in place))) for row in select(chosen, mode="tune")]
+    return [row["accuracy"] - other for row, other in pairs if other is not None]
+
+
+def better(found: Sequence[float]) -> str:
+    """Return which mode is clearly better by these gains of Tune: `Tune`, `Train` or `neither`."""
+    if len(found) > 1 and abs(fmean(found)) >= CLEAR:
+        if min(found) > 0:
+            return "Tune"
+        if max(found) < 0:
+            return "Train"
+    return "neither"
+
+
+def counts(rows: Sequence[Row], shown: Iterable[Batch], over: str = "train") -> dict[str, int]:
+    """Count in how many pairs of a network and a data set which mode is clearly better."""
+    batch_list = [*shown]
+    verdicts = [
+        better(gains(rows, over, net=net, data=data, **batch._asdict()))
+        for net, data in panels(rows)
+        for batch in batch_list
+    ]
+    return {verdict: verdicts.count(verdict) for verdict in ("Tune", "Train", "neither")}
+
+
+def mean_of(rows: Iterable[Row], mode: str, batch: Batch) -> str:
+    """Return the mean accuracy of a mode over networks, data sets and seeds."""
+    return f"{fmean(accuracies(rows, mode=mode, **batch._asdict())):.3f}"
+
+
+def in_short(rows: Sequence[Row]) -> list[str]:
+    """Say in sentences what was found. The numbers decide the words."""
+    every = [*rows, *measured_again(rows)]
+    shown = batches(rows)
+    alone = [batch for batch in shown if batch.accumulate == 1]
+    small, large = alone[0], alone[-1]
+    found, again = counts(every, shown), counts(every, shown, AGAIN)
+    lines = [
+        f"- **Tune mode is clearly better in {found['Tune']} of {sum(found.values())} cases, Train mode in"
+        f" {found['Train']}, neither in {found['neither']}.** A case is a network, a data set and a batch. *Clearly*"
+        f" means: by at least {CLEAR} of balanced accuracy on average, and with every seed.",
+        f"- **By batch size**: from batch {small} to batch {large}, the mean accuracy of Train mode goes from"
+        f" {mean_of(rows, 'train', small)} to {mean_of(rows, 'train', large)}, that of Tune mode from"
+        f" {mean_of(rows, 'tune', small)} to {mean_of(rows, 'tune', large)}.",
+        f"- **The statistics, or the training?** If the statistics are measured again after training, Train mode has"
+        f" {mean_of(every, AGAIN, small)} at batch {small} and {mean_of(every, AGAIN, large)} at batch {large}. Then"
+        f" Tune mode is clearly better in {again['Tune']} cases, Train mode in {again['Train']}.",
+    ]
+    if len(shown) > len(alone):
+        added = shown[len(alone)]
+        lines.append(
+            f"- **Accumulation**: batch {added} has the images per step of batch {large}, but the statistics of batch"
+            f" {small}. Train mode has {mean_of(rows, 'train', added)} there, Tune mode {mean_of(rows, 'tune', added)}."
+        )
+    return lines
+
+
+def batch_table(rows: Sequence[Row]) -> list[str]:
+    """Draw for each batch how often which mode is clearly better, and by how much Tune is."""
+    every, lines = [*rows, *measured_again(rows)], []
+    for batch in batches(rows):
+        found = counts(every, [batch])
+        means = [f"{fmean(gains(every, over, **batch._asdict())):+.3f}" for over in ("train", AGAIN)]
+        lines.append([str(batch), *map(str, found.values()), *means])
+    header = ["batch", "Tune better", "Train better", "neither", "Tune − Train", f"Tune − Train, {AGAIN}"]
+    return table(header, lines)
+
+
+def accuracy_tables(rows: Sequence[Row]) -> list[str]:
+    """Draw a table of accuracies for each network and data set."""
+    every, lines = [*rows, *measured_again(rows)], []
+    for net, data in panels(rows):
+        cells = []
+        for batch in batches(rows):
+            chosen = select(every, net=net, data=data, **batch._asdict())
+            found = gains(chosen)
+            shown = [spread(accuracies(chosen, mode=mode)) for mode in ("train", AGAIN, "tune")]
+            cells.append([str(batch), *shown, f"{fmean(found):+.3f}" if found else "-", better(found)])
+        header = ["batch", "Train", f"Train, {AGAIN}", "Tune", "Tune − Train", "clearly better"]
+        lines += ["", f"**{NAMES[net]} on {NAMES[data]}**", "", *table(header, cells)]
+    return lines[1:]
+
+
+def plain_table(rows: Sequence[Row]) -> list[str]:
+    """Draw the plain accuracy where it is not the balanced one: where classes differ in size."""
+    lines = []
+    for net, data in panels(rows):
+        chosen = select(rows, net=net, data=data)
+        if all(abs(row["plain_accuracy"] - row["accuracy"]) < 1e-3 for row in chosen):
+            continue
+        for batch in batches(chosen):
+            runs = [select(chosen, mode=mode, **batch._asdict()) for mode in ("train", "tune")]
+            found = [spread([row["plain_accuracy"] for row in some]) for some in runs]
+            lines.append([f"{NAMES[net]}, {NAMES[data]}: {batch}", *found])
+    return table(["network, data: batch", "Train", "Tune"], lines)
+
+
+def against_freezing(rows: Sequence[Row]) -> list[str]:
+    """List the cases in which Train mode is clearly better, as it is or with its statistics measured again."""
+    every, lines = [*rows, *measured_again(rows)], []
+    for net, data in panels(rows):
+        for batch in batches(rows):
+            chosen = select(every, net=net, data=data, **batch._asdict())
+            for over, name in (("train", "Train"), (AGAIN, f"Train, {AGAIN}")):
+                if better(found := gains(chosen, over)) == "Train":
+                    case = f"{NAMES[net]}, {NAMES[data]}, batch {batch}: {name}"
+                    means = [f"{fmean(accuracies(chosen, mode=mode)):.3f}" for mode in (over, "tune")]
+                    lines.append([case, *means, f"{-fmean(found):+.3f}"])
+    if not lines:
+        return ["Train mode is clearly better in no case, not even with its statistics measured again."]
+    return table(["case", "Train mode", "Tune", "Train − Tune"], lines)
+
+
+def eval_table(rows: Sequence[Row]) -> list[str]:
+    """Draw how far Tune is from Eval in the cells that ran in both."""
+    lines = []
+    for batch in batches(select(rows, mode="eval")):
+        found = gains(rows, "eval", **batch._asdict())
+        largest = max(map(abs, found))
+        lines.append([str(batch), str(len(found)), f"{fmean(found):+.3f}", f"{largest:.3f}"])
+    return table(["batch", "pairs", "Tune − Eval, mean", "largest"], lines)
+
+
+def facts(report: dict[str, Any]) -> list[str]:
+    """Return the command, the settings, the machine and the versions of the runs."""
+    rows, settings = report["rows"], report["settings"]
+    seeds = ", ".join(f"{seed} ({len(select(rows, seed=seed))} runs)" for seed in sorted(values(rows, "seed")))
+    return [
+        f"`{report['command']}`",
+        "",
+        f"{len(rows)} runs: seeds {seeds}; {settings['limit']} training images of {settings['image_size']} px,",
+        f"epochs {settings['epochs']}; learning rates for {RATES_ARE_FOR} images per step:",
+        f"backbone {settings['lr']:g}, head {settings['head_lr']:g}; runs that diverged:"
+        f" {sum(row['diverged'] for row in rows)}.",
+        versions(report),
+    ]
+
+
+def fill_page(page: str, report: dict[str, Any]) -> str:
+    """Put facts, sentences and tables between their marks in a page."""
+    rows = report["rows"]
+    regions = {
+        "short": in_short(rows),
+        "batches": batch_table(rows),
+        "against": against_freezing(rows),
+        "facts": facts(report),
+        "accuracy": accuracy_tables(rows),
+        "plain": plain_table(rows),
+        "eval": eval_table(rows),
+    }
+    for mark, lines in regions.items():
+        page = with_table(page, mark, lines)
+    return page
+
+
+def draw_accuracy(rows: Sequence[Row], path: Path) -> None:
+    """Draw accuracy against batch size: means as lines, the range over the seeds as bands."""
+    shown = [*panels(rows)]
+    lines = (len(shown) + 1) // 2
+    figure = Figure(figsize=(9, 3.2 * lines + 0.6), layout="constrained", dpi=130, facecolor="white")
+    grid = figure.subplots(lines, min(2, len(shown)), squeeze=False, sharey="col")
+    for axes, (net, data) in zip(grid.flat, shown, strict=False):
+        _draw_panel(axes, select(rows, net=net, data=data))
+        axes.annotate("chance", (2, CHANCE[data]), (0, 3), textcoords="offset points", fontsize=8, color=GREY)
+        axes.axhline(CHANCE[data], color=GREY, linewidth=0.8)
+        axes.set_title(f"{NAMES[net]}, {NAMES[data]}", fontsize=10, color=INK)
+        clean(axes)
+    figure.supxlabel("images per forward pass", fontsize=10, color=INK)
+    figure.supylabel("balanced test accuracy", fontsize=10, color=INK)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _draw_panel(axes: Axes, rows: Sequence[Row]) -> None:
+    train, tune = MODE_COLOURS["train"], MODE_COLOURS["tune"]
+    alone = select([*rows, *measured_again(rows)], accumulate=1)
+    largest = max(values(rows, "batch_size"))  # it fills a step: accumulated and alone are the same
+    added = [row for row in rows if row["accumulate"] > 1 or row["batch_size"] == largest]
+    _draw_curve(axes, select(alone, mode="train"), "Train", train, marker="^", band=True)
+    _draw_curve(axes, select(alone, mode=AGAIN), f"Train, {AGAIN}", train, marker="x", linestyle=":")
+    _draw_curve(axes, select(added, mode="train"), "Train, accumulated", train, linestyle="--", **HOLLOW)
+    _draw_curve(axes, select(alone, mode="tune"), "Tune", tune, marker="s", band=True)
+    _draw_curve(axes, select(added, mode="tune"), "Tune, accumulated", tune, linestyle="--", **HOLLOW)
+    sizes = sorted(values(rows, "batch_size"))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [*map(str, sizes)])
+    axes.minorticks_off()
+
+
+def _draw_curve(axes: Axes, rows: Sequence[Row], label: str, colour: str, *, band: bool = False, **style: Any) -> None:
+    sizes = sorted(values(rows, "batch_size"))
+    runs = [accuracies(rows, batch_size=size) for size in sizes]
+    axes.plot(sizes, [*map(fmean, runs)], color=colour, label=label, **style)
+    if band:
+        axes.fill_between(sizes, [*map(min, runs)], [*map(max, runs)], color=colour, alpha=0.13, linewidth=0)
+
+
+def main() -> None:
+    """Write the page and its figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the runs (%(default)s)")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page whose tables are filled in (%(default)s)")
+    parser.add_argument("--figures", type=Path, default=BENCHMARKS, help="folder of the figure (%(default)s)")
+    args = parser.parse_args()
+    report = json.loads(args.results.read_text())
+    args.page.write_text(fill_page(args.page.read_text(), report))
+    draw_accuracy(report["rows"], args.figures / FIGURE)
+    print(f"wrote {args.page} and its figure in {args.figures}")
+
+
+if __name__ == "__main__":
+    main()
