@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_convbn.memory.live_storages import tensors_in
 from lightning_convbn.memory.use import as_mib
 
 UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -48,17 +50,19 @@ def checked_budget(memory_budget: object) -> Budget:
         except ValueError as error:
             raise ValueError(f"memory_budget={error}, nor 'auto'") from None
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 1:
-        raise ValueError(f"memory_budget={memory_budget!r} is no number of bytes; give one, or a text such as '8GiB'")
+        raise ValueError(
+            f"memory_budget={memory_budget!r} is no whole number of bytes; give one, or a text such as '8GiB'"
+        )
     return memory_budget
 
 
-def bytes_on(device: torch.device, budget: Budget, held: int) -> int:
+def bytes_on(device: torch.device, budget: Budget, held: Iterable[Tensor]) -> int:
     """Return a budget in bytes. ``"auto"`` is what a CUDA device has left for this process, less a tenth.
 
     Args:
         device: The device of the model.
-        budget: As `budget_of` returns it.
-        held: Bytes on the device that a plan counts, and that are allocated already.
+        budget: As `checked_budget` returns it.
+        held: Tensors that a plan counts, and that are allocated already.
 
     Raises:
         ValueError: If it is ``"auto"``, and the device is no CUDA device.
@@ -70,8 +74,14 @@ def bytes_on(device: torch.device, budget: Budget, held: int) -> int:
             f"memory_budget='auto' needs a CUDA device, and the model is on {device.type!r}; give an amount, as '8GiB'"
         )
     free, _ = torch.cuda.mem_get_info(device)
-    others = torch.cuda.memory_allocated(device) - held
+    others = torch.cuda.memory_allocated(device) - sum(tensor.nbytes for tensor in held if tensor.device == device)
     return int((1 - MARGIN) * (free + torch.cuda.memory_reserved(device) - max(others, 0)))
+
+
+def tensors_held(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """List what a step needs and is there before it: parameters, buffers, gradients, inputs."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [*model.parameters(), *model.buffers(), *gradients, *tensors_in(inputs)]
 
 
 def fixed_bytes(model: nn.Module) -> int:
@@ -83,6 +93,6 @@ def check_budget_holds(budget: int, model: nn.Module) -> None:
     """Raise a ValueError if a budget is less than parameters and buffers."""
     if budget <= fixed_bytes(model):
         raise ValueError(
-            f"memory_budget: {as_mib(budget)} can't hold the parameters and buffers of {type(model).__name__}, "
-            f"{as_mib(fixed_bytes(model))}; a step needs more than that"
+            f"memory_budget: {as_mib(budget)} can't hold the parameters and buffers of {type(model).__name__}; give "
+            f"more than {as_mib(fixed_bytes(model))}"
         )

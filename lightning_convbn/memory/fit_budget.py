@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_convbn.layers.swap import Mode
-from lightning_convbn.memory.budget import bytes_on, check_budget_holds, checked_budget, fixed_bytes
+from lightning_convbn.memory.budget import bytes_on, check_budget_holds, checked_budget, fixed_bytes, tensors_held
 from lightning_convbn.memory.optimizers import Optimizer, check_optimizer
 from lightning_convbn.memory.plan import CantCountError, MemoryPlan, StepPlanner
 from lightning_convbn.modes import RECOMPUTING_MODES, check_choice, set_mode
@@ -61,7 +61,7 @@ def fit_memory_budget(
     chosen = set_mode(Shadow(model).model, mode, pairs=pairs)  # refuses bad arguments before the model is touched
     own = fixed_bytes(model)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    room = bytes_on(device, budget, own)
+    room = bytes_on(device, budget, tensors_held(model, (inputs, kwargs)))
     check_budget_holds(room, model)
     try:
         planner = StepPlanner(model, inputs, kwargs, mode=mode, pairs=chosen, optimizer=optimizer, elsewhere=own)

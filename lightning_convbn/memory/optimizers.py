@@ -8,12 +8,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_convbn.compat import fake_tensor_mode, tree_map_only, without_modes
+from lightning_convbn.compat import fake_tensor_mode, tree_leaves, tree_map_only, without_modes
 from lightning_convbn.memory.live_storages import StorageLedger
 
 Optimizer = Literal["none", "sgd", "adamw"]
@@ -52,28 +52,51 @@ def optimizer_bytes(parameters: Sequence[Tensor], optimizer: Optimizer | Optimiz
     return _named(tuple(map(_layout, parameters)), optimizer)
 
 
-def bytes_of_optimizers(optimizers: Iterable[torch.optim.Optimizer]) -> OptimizerBytes:
-    """Return what optimizers need together, in later steps. They step one after the other. They are not changed.
+def bytes_of_optimizers(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[OptimizerBytes, list[str]]:
+    """Return what optimizers need together, in later steps, and the names of the classes that could not be counted.
 
-    An optimizer that can't step without data, or that its class can't make again, counts as an AdamW.
+    They step one after the other. They are not changed. One that can't step without data, or that its class can't make
+    again, counts as an AdamW.
     """
-    needs = [_needs_of(optimizer) for optimizer in optimizers]
-    return OptimizerBytes(sum(need.state for need in needs), max((need.temporary for need in needs), default=0))
+    state = temporary = 0
+    unknown = []
+    for optimizer in optimizers:
+        held = sum(leaf.nbytes for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
+        try:
+            needs = _two_steps(_maker(optimizer))
+        except Exception:  # a user's class may ask for other arguments, or look at values
+            unknown.append(type(optimizer).__name__)
+            trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            needs = optimizer_bytes([parameter for parameter in trained if parameter.requires_grad], "adamw")
+        state, temporary = state + max(needs.state, held), max(temporary, needs.temporary)
+    return OptimizerBytes(state, temporary), unknown
 
 
-def _needs_of(optimizer: torch.optim.Optimizer) -> OptimizerBytes:
+def _maker(optimizer: torch.optim.Optimizer) -> Callable[[], torch.optim.Optimizer]:
+    """Return what makes an optimizer like another one, of parameters without data.
+
+    A learning rate in a tensor becomes a number now, while tensors have data.
+    """
     known = inspect.signature(type(optimizer)).parameters
-    options = {name: value for name, value in optimizer.defaults.items() if name in known}
+    options = {name: _number(value) for name, value in optimizer.defaults.items() if name in known}
+    groups = [
+        {name: _number(value) for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+    ]
 
     def again() -> torch.optim.Optimizer:
-        groups, named = tree_map_only(Tensor, _twin, ([dict(group) for group in optimizer.param_groups], options))
-        return type(optimizer)(groups, **named)
+        twins = [[_twin(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+        described = [{"params": params, **group} for params, group in zip(twins, groups, strict=True)]
+        return type(optimizer)(described, **options)
 
-    try:
-        return _two_steps(again)
-    except Exception:  # a user's class may ask for other arguments, or look at values
-        trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        return optimizer_bytes([parameter for parameter in trained if parameter.requires_grad], "adamw")
+    return again
+
+
+def _number(option: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.item, option)
+
+
+def _twin(parameter: Tensor) -> nn.Parameter:
+    return _without_data(_layout(parameter), parameter.requires_grad)
 
 
 @cache
@@ -108,10 +131,6 @@ def _two_steps(again: Callable[[], torch.optim.Optimizer]) -> OptimizerBytes:
             with second:
                 optimizer.step()
     return OptimizerBytes(state, second.peak)
-
-
-def _twin(tensor: Tensor) -> nn.Parameter:
-    return _without_data(_layout(tensor), tensor.requires_grad)
 
 
 def _layout(tensor: Tensor) -> _Layout:

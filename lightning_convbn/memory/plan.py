@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_convbn.blocks.find import find_blocks
-from lightning_convbn.compat import fake_tensor_mode, tree_map_only
+from lightning_convbn.compat import fake_tensor_mode, tree_leaves, tree_map_only
 from lightning_convbn.layers.swap import Mode, Recompute
 from lightning_convbn.memory.largest_batch import largest_batch
-from lightning_convbn.memory.live_storages import tensors_in
 from lightning_convbn.memory.measure import measure_memory_abstractly
 from lightning_convbn.memory.optimizers import Optimizer, OptimizerBytes
 from lightning_convbn.memory.use import MemoryUse, as_mib
+from lightning_convbn.modes import set_mode
 from lightning_convbn.pairs.pair import ConvBNPairs
 from lightning_convbn.pairs.shadow import Shadow
-from lightning_convbn.pairs.side_effects import side_effects_undone
+from lightning_convbn.pairs.side_effects import leaves_of, side_effects_undone
 from lightning_convbn.text import first_line
 
 Choice = Recompute | tuple[str, ...]
@@ -70,6 +70,16 @@ class MemoryPlan:
             f"no recomputation makes a step fit into memory_budget, {as_mib(self.budget_bytes)}; the smallest peak is "
             f"{as_mib(self.peak_bytes)}. {batch}"
         )
+
+
+def most_of(one: Choice, other: Choice) -> Choice:
+    """Return what recomputes all that either of two choices recomputes. ``"blocks"`` is every block."""
+    if "blocks" in (one, other):
+        return "blocks"
+    names = [name for choice in (one, other) if not isinstance(choice, str) for name in choice]
+    if names:
+        return tuple(dict.fromkeys(names))
+    return "none" if one == other == "none" else "elementwise"
 
 
 class StepPlanner:
@@ -128,9 +138,10 @@ class StepPlanner:
         return MemoryPlan(recompute, self._peak(recompute), budget, len(self._blocks), largest)
 
     def _fewest(self, ranked: tuple[str, ...], budget: int) -> tuple[str, ...]:
-        """Return the fewest of the first blocks whose step fits. None of them does not fit, and all of them fit.
+        """Return the first blocks, so many that the step fits, and with one less it does not.
 
-        The search interpolates by the bytes that the blocks save, and halves in every second turn.
+        With all of them it must fit. The search interpolates by the bytes that the blocks save, and halves in every
+        second turn.
         """
         saved = [0, *accumulate(self._saved_by(block) for block in ranked)]
         low, high, halve = 0, len(ranked), False
@@ -159,7 +170,8 @@ class StepPlanner:
         """Return the floating-point operations of the forward pass of each block: of its convolutions and products."""
         counter = FlopCounterMode(display=False)
         with _without_data(), fake_tensor_mode() as fake:
-            shadow = Shadow(self._model).restore()
+            shadow = Shadow(self._model).model
+            set_mode(shadow, self._options["mode"], pairs=self._options["pairs"])
             args, kwargs = tree_map_only(Tensor, fake.from_tensor, self._arguments)
             with side_effects_undone(shadow, args, kwargs), torch.no_grad(), counter:
                 shadow(*args, **kwargs)
@@ -169,8 +181,10 @@ class StepPlanner:
 
     def _largest_batch(self, recompute: Choice, budget: int) -> int | None:
         """Return the largest batch that fits. The batch is the first dimension that all inputs share."""
-        sizes = {tensor.shape[:1] for tensor in tensors_in(self._arguments)}
-        if len(sizes) != 1 or sizes == {torch.Size([])}:
+        tensors = [leaf for leaf in leaves_of(self._arguments) if isinstance(leaf, Tensor)]
+        sizes = {tensor.shape[:1] for tensor in tensors}
+        in_objects = len(tensors) != sum(isinstance(leaf, Tensor) for leaf in tree_leaves(self._arguments))
+        if in_objects or len(sizes) != 1 or sizes == {torch.Size([])}:
             return None
         try:
             return largest_batch(lambda batch: self._peak_of(self._count(recompute, batch)), budget)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from lightning_convbn.blocks.find import Blocks, recomputed_blocks
+from lightning_convbn.blocks.find import Blocks, recomputed_blocks, why_not
 from lightning_convbn.compat import inside_transform
 from lightning_convbn.conversion import restore_modules
-from lightning_convbn.layers.swap import Mode, Recompute, UncopiedHook, swap_of
+from lightning_convbn.layers.swap import Mode, UncopiedHook, swap_of
 from lightning_convbn.memory.measure import measure_memory_abstractly
+from lightning_convbn.memory.plan import Choice
 from lightning_convbn.memory.use import MemoryUse
 from lightning_convbn.modes import RECOMPUTING_MODES, get_mode, set_mode
 from lightning_convbn.pairs.find import (
@@ -62,7 +63,7 @@ class ConvertedPart:
         module: nn.Module,
         untrained: list[str] | None = None,
         *,
-        recompute: Recompute | Sequence[str] = "none",
+        recompute: Choice = "none",
     ) -> None:
         self.path = path
         self.module = _without_compile(module)
@@ -115,7 +116,7 @@ class ConvertedPart:
         self._training_state = self.module.training
         self._switch(mode, self._pairs_to_train())
 
-    def recompute_from_now_on(self, recompute: Recompute | Sequence[str]) -> None:
+    def recompute_from_now_on(self, recompute: Choice) -> None:
         """Recompute something else, at once and in later switches. The comparison with Eval mode goes on."""
         self.recompute = recompute
         self._switch(self.mode, self.pairs)
@@ -154,6 +155,8 @@ class ConvertedPart:
 
     def _switch(self, mode: Mode, pairs: ConvBNPairs) -> None:
         recompute = self.recompute if mode in RECOMPUTING_MODES else "none"
+        if not isinstance(recompute, str):  # a plan was made with other pairs, maybe
+            recompute = tuple(name for name in recompute if why_not(self.module, name, pairs) is None)
         set_mode(self.module, mode, pairs=pairs, recompute=recompute)
         self._converted.update(module for module in self.module.modules() if swap_of(module) is not None)
         self.pairs = pairs
@@ -212,15 +215,19 @@ class ConvertedPart:
         """
         self.checked = True
         try:
-            if self.pairs.untraced:
-                self._found[self.module.training] = find_recorded_pairs(self.module, inputs, kwargs)
-                self._switch(self.mode, self._pairs_to_train())
-                if self.verification is not None:  # the pairs are others now
-                    self.verify()
+            self.record_pairs(inputs, kwargs)
             if measure:
                 self._measure(self.pairs, inputs, kwargs)
         except Exception as error:  # memory does not suffice, or the shadow of the user's module can't run
             self.notes.append(f"not counted: {type(error).__name__}: {first_line(error)}")
+
+    def record_pairs(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """If something could not be traced, find the pairs anew, by recording the data flow of real inputs."""
+        if self.pairs.untraced:
+            self._found[self.module.training] = find_recorded_pairs(self.module, inputs, kwargs)
+            self._switch(self.mode, self._pairs_to_train())
+            if self.verification is not None and self.verification.running:  # the pairs are others now
+                self.verify()
 
     def _measure(self, pairs: ConvBNPairs, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(is_fsdp_unit(module) for module in self.module.modules()):

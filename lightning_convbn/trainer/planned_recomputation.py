@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from math import inf
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_convbn.compat import compiled_by_lightning
-from lightning_convbn.memory.budget import bytes_on, check_budget_holds, checked_budget, fixed_bytes
-from lightning_convbn.memory.live_storages import tensors_in
+from lightning_convbn.memory.budget import bytes_on, check_budget_holds, checked_budget, fixed_bytes, tensors_held
 from lightning_convbn.memory.optimizers import bytes_of_optimizers
-from lightning_convbn.memory.plan import CantCountError, Choice, MemoryPlan, StepPlanner
+from lightning_convbn.memory.plan import CantCountError, Choice, MemoryPlan, StepPlanner, most_of
+from lightning_convbn.modes import RECOMPUTING_MODES
+from lightning_convbn.pairs.side_effects import leaves_of
 from lightning_convbn.pairs.units import innermost_unit, is_compiled_unit, is_fsdp_unit
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import LightningModule, Trainer, rank_zero_warn
@@ -23,16 +23,23 @@ from lightning_convbn.trainer.processes import gathered
 from lightning_convbn.trainer.report import print_lines
 
 _UNITS = {
-    is_compiled_unit: "is compiled: there the compiler decides what is kept; leave out memory_budget, or torch.compile",
-    is_fsdp_unit: "is sharded by FSDP; leave memory_budget out, and set recompute=...",
+    is_compiled_unit: "is compiled. There the compiler decides what is kept; leave out memory_budget, or torch.compile",
+    is_fsdp_unit: "is sharded by FSDP. Leave memory_budget out, and set recompute=...",
 }
 
 
-class _Size(NamedTuple):
-    """How large a step is: the bytes of the inputs, and of the parameters that want a gradient."""
+class _Situation(NamedTuple):
+    """What a plan depends on, beside the size of the inputs.
 
-    inputs: int
-    trained: int
+    Attributes:
+        trained: Of each parameter of the LightningModule, whether it wants a gradient.
+        accumulated: How many batches the Trainer accumulates.
+        pairs: The pairs in force.
+    """
+
+    trained: tuple[bool, ...]
+    accumulated: int
+    pairs: tuple[Any, ...]
 
 
 class PlannedRecomputation:
@@ -40,6 +47,9 @@ class PlannedRecomputation:
 
     What is planned for is a step of the part, with the gradients of all parameters, the optimizers of the Trainer, and
     the parameters and buffers of the LightningModule. What other modules compute is not in it.
+
+    Within a batch more may be recomputed from one forward to the next, but never less: a backward pass may wait for a
+    block to run again.
 
     Args:
         memory_budget: As for the callback.
@@ -54,8 +64,10 @@ class PlannedRecomputation:
         self._budget = checked_budget(memory_budget)
         self._trainer = trainer
         self._pl_module = pl_module
-        self._plans: dict[_Size, MemoryPlan | None] = {}  # None if none could be made
-        self._planned_for = _Size(-1, -1)  # what the plan in force is for
+        self._parameters = [*pl_module.parameters()]
+        self._plans: dict[_Situation, tuple[int, Choice]] = {}  # the largest inputs so far, and what to recompute
+        self._least: Choice = "none"  # as another process must
+        self._in_batch = False  # whether the part has run in this batch
         self._remove_hook: Callable[[], None] | None = None
         check_budget_holds(self._bytes(()), pl_module)
 
@@ -69,20 +81,21 @@ class PlannedRecomputation:
             names = ", ".join(f"`{part.path}`" for part in parts)
             raise ValueError(
                 f"memory_budget plans for one part, and {len(parts)} are converted: {names}; set target=... to one "
-                "module that holds them"
+                "module, or put them into one"
             )
         (part,) = parts
         if compiled_by_lightning(self._pl_module):
-            raise ValueError(f"memory_budget can't plan for what {_UNITS[is_compiled_unit]}")
+            raise ValueError(f"memory_budget can't plan for the LightningModule: it {_UNITS[is_compiled_unit]}")
         for is_unit, why_not in _UNITS.items():
             around = innermost_unit(self._pl_module, part.path, is_unit)
             if around is not None or any(map(is_unit, part.module.modules())):
-                raise ValueError(f"memory_budget can't plan for what {why_not}")
+                raise ValueError(f"memory_budget can't plan for `{part.path}`: it {why_not}")
 
     def watch(self, parts: Sequence[ConvertedPart]) -> None:
         """Plan before the forwards of the part that trains. It raises what `check` raises."""
         self.check(parts)
         self.unwatch()
+        self._parameters = [*self._pl_module.parameters()]
         self._remove_hook = parts[0].call_before_forwards(partial(self._follow, parts[0]))
 
     def unwatch(self) -> None:
@@ -91,81 +104,93 @@ class PlannedRecomputation:
             self._remove_hook()
             self._remove_hook = None
 
+    def begin_batch(self) -> None:
+        """Note that a batch begins: no backward pass waits any more, so less may be recomputed."""
+        self._in_batch = False
+
     def forget(self) -> None:
         """Plan anew before the next forward: modules were changed, or a batch that was tried is not used."""
         self._plans.clear()
-        self._planned_for = _Size(-1, -1)
+        self._in_batch = False
 
     def merge(self, part: ConvertedPart, processes: int) -> None:
-        """Recompute what the process recomputes that must recompute most. Every process must call this.
+        """Recompute from now on at least what any process recomputes now. Every process must call this.
 
         Args:
             part: The part.
             processes: How many processes the Trainer has.
         """
-        most = max(gathered(part.recompute, processes), key=_amount)
-        if _amount(most) > _amount(part.recompute):
-            part.recompute_from_now_on(most)
+        if processes == 1:
+            return
+        for choice in gathered(part.recompute, processes):
+            self._least = most_of(self._least, choice)
+        if self._least != part.recompute:
+            print_lines(self._trainer, [f"ConvBN: `{part.path}`: recompute more, as another process must"])
+            part.recompute_from_now_on(self._least)
 
     def _follow(self, part: ConvertedPart, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Plan if this forward has larger inputs than those before, or if more is trained. It has not begun yet."""
-        size = _Size(
-            sum(tensor.nbytes for tensor in tensors_in((inputs, kwargs))),
-            sum(parameter.nbytes for parameter in self._pl_module.parameters() if parameter.requires_grad),
-        )
-        smaller = size.inputs <= self._planned_for.inputs and size.trained <= self._planned_for.trained
-        if smaller or not torch.is_grad_enabled():
+        """Plan before a forward, unless there is a plan for inputs as large."""
+        if not torch.is_grad_enabled() or part.mode not in RECOMPUTING_MODES:
             return
-        self._planned_for = size
-        if size not in self._plans:
-            self._plans[size] = self._plan(part, inputs, kwargs)
-        plan = self._plans[size]
-        recompute: Choice = "blocks" if plan is None else plan.recompute
-        if recompute != part.recompute:
-            part.recompute_from_now_on(recompute)
+        part.record_pairs(inputs, kwargs)
+        trained = tuple(parameter.requires_grad for parameter in self._parameters)
+        situation = _Situation(trained, self._trainer.accumulate_grad_batches, tuple(part.pairs))
+        size = sum(leaf.nbytes for leaf in leaves_of((inputs, kwargs)) if isinstance(leaf, Tensor))
+        if situation not in self._plans or size > self._plans[situation][0]:
+            self._plans[situation] = size, self._choice(part, inputs, kwargs)
+        chosen = most_of(self._plans[situation][1], self._least)
+        if self._in_batch:
+            chosen = most_of(part.recompute, chosen)
+        self._in_batch = True
+        if chosen != part.recompute:
+            part.recompute_from_now_on(chosen)
 
-    def _plan(self, part: ConvertedPart, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MemoryPlan | None:
-        """Make a plan, and say it."""
-        planner = partial(StepPlanner, part.module, inputs, kwargs, mode=part.mode, pairs=part.pairs)
-        optimizer = bytes_of_optimizers(self._trainer.optimizers)
+    def _choice(self, part: ConvertedPart, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Choice:
+        """Make a plan, say it, and return what to recompute."""
         try:
-            plan = planner(optimizer=optimizer, elsewhere=self._elsewhere(part)).plan(self._bytes((inputs, kwargs)))
+            plan = self._plan(part, inputs, kwargs)
         except CantCountError as error:
             rank_zero_warn(
                 f"ConvBN: memory_budget: `{part.path}` can't be planned for, because {error}. All of its blocks run "
                 "again in the backward pass"
             )
-            return None
+            return "blocks"
         print_lines(self._trainer, [f"ConvBN: `{part.path}`: {plan}"])
         log_plan(self._trainer, plan.peak_bytes)
         if not plan.fits:
             rank_zero_warn(f"ConvBN: {plan.complaint()}")
-        return plan
+        return plan.recompute
+
+    def _plan(self, part: ConvertedPart, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MemoryPlan:
+        needs, unknown = bytes_of_optimizers(self._trainer.optimizers)
+        if unknown:
+            rank_zero_warn(
+                f"ConvBN: memory_budget: {', '.join(unknown)} can't step without data, and counts as an AdamW. Leave "
+                "room for what it needs more"
+            )
+        options: dict[str, Any] = {"optimizer": needs, "elsewhere": self._elsewhere(part)}
+        planner = StepPlanner(part.module, inputs, kwargs, mode=part.mode, pairs=part.pairs, **options)
+        return planner.plan(self._bytes((inputs, kwargs)))
 
     def _elsewhere(self, part: ConvertedPart) -> int:
         """Return the bytes that a step needs beside the step of the part, and beside the optimizers.
 
-        A gradient is there twice if gradients are accumulated, and if DDP has its buckets.
+        There are two of each gradient if gradients are accumulated, and if DDP has its buckets.
         """
         inside = set(part.module.parameters())
-        trained = [parameter for parameter in self._pl_module.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         others = sum(parameter.nbytes for parameter in trained if parameter not in inside)
-        twice = (self._trainer.accumulate_grad_batches > 1) + (self._trainer.world_size > 1)
-        return fixed_bytes(self._pl_module) + others + twice * sum(parameter.nbytes for parameter in trained)
+        waiting = sum(
+            parameter.grad.nbytes
+            for parameter in self._parameters
+            if parameter.grad is not None and not parameter.requires_grad
+        )
+        if self._trainer.accumulate_grad_batches > 1 or self._trainer.world_size > 1:
+            others += sum(parameter.nbytes for parameter in trained)
+        return fixed_bytes(self._pl_module) + others + waiting
 
     def _bytes(self, inputs: Any) -> int:
-        """Return the budget in bytes. A plan counts what the step holds already on the device."""
-        device = self._pl_module.device
-        held = [*_held_by(self._pl_module, self._trainer.optimizers), *tensors_in(inputs)]
-        return bytes_on(device, self._budget, sum(tensor.nbytes for tensor in held if tensor.device == device))
-
-
-def _held_by(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    states = [tensor for optimizer in optimizers for tensor in tensors_in(dict(optimizer.state))]
-    return [*module.parameters(), *module.buffers(), *gradients, *states]
-
-
-def _amount(recompute: str | Sequence[str]) -> float:
-    """Return how much is recomputed, as a number to compare: all blocks, some, elementwise, nothing."""
-    return {"none": -2, "elementwise": -1, "blocks": inf}[recompute] if isinstance(recompute, str) else len(recompute)
+        """Return the budget in bytes."""
+        states = [leaf for leaf in leaves_of([dict(optimizer.state) for optimizer in self._trainer.optimizers])]
+        held = [*tensors_held(self._pl_module, inputs), *(leaf for leaf in states if isinstance(leaf, Tensor))]
+        return bytes_on(self._pl_module.device, self._budget, held)

@@ -51,6 +51,8 @@ class Run:
 
         Nothing is done if they are in it, unless the user has switched a part between train and eval state.
         """
+        if self.planned is not None:
+            self.planned.begin_batch()
         if self.training_mode == mode and not any(part.state_has_changed() for part in self.parts):
             return
         for part in self.parts:
@@ -64,6 +66,8 @@ class Run:
     def evaluate_in(self, mode: Mode) -> None:
         """Switch all parts to the mode that evaluation runs in."""
         self.training_mode = None
+        if self.planned is not None:
+            self.planned.unwatch()
         for part in self.parts:
             part.evaluate_in(mode)
 
@@ -170,8 +174,8 @@ class Run:
             processes: How many processes the Trainer has.
         """
         for part in self.parts:
+            part.merge_findings(processes)
             if self.planned is not None:
                 self.planned.merge(part, processes)
-            part.merge_findings(processes)
             if self.export is not None:
                 self.export.wrong.update({part.full_name(name): reason for name, reason in part.wrong.items()})
