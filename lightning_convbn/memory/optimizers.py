@@ -61,7 +61,7 @@ def bytes_of_optimizers(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[Op
     state = temporary = 0
     unknown = []
     for optimizer in optimizers:
-        held = sum(leaf.nbytes for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
+        held = sum(leaf.nbytes for leaf in tree_leaves([*optimizer.state.values()]) if isinstance(leaf, Tensor))
         try:
             needs = _two_steps(_maker(optimizer))
         except Exception:  # a user's class may ask for other arguments, or look at values

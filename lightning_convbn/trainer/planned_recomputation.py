@@ -13,7 +13,6 @@ from lightning_convbn.compat import compiled_by_lightning
 from lightning_convbn.memory.budget import bytes_on, check_budget_holds, checked_budget, fixed_bytes, tensors_held
 from lightning_convbn.memory.optimizers import bytes_of_optimizers
 from lightning_convbn.memory.plan import CantCountError, Choice, MemoryPlan, StepPlanner, most_of
-from lightning_convbn.modes import RECOMPUTING_MODES
 from lightning_convbn.pairs.side_effects import leaves_of
 from lightning_convbn.pairs.units import innermost_unit, is_compiled_unit, is_fsdp_unit
 from lightning_convbn.trainer.converted_part import ConvertedPart
@@ -130,7 +129,7 @@ class PlannedRecomputation:
 
     def _follow(self, part: ConvertedPart, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Plan before a forward, unless there is a plan for inputs as large."""
-        if not torch.is_grad_enabled() or part.mode not in RECOMPUTING_MODES:
+        if not torch.is_grad_enabled():
             return
         part.record_pairs(inputs, kwargs)
         trained = tuple(parameter.requires_grad for parameter in self._parameters)
@@ -191,6 +190,6 @@ class PlannedRecomputation:
 
     def _bytes(self, inputs: Any) -> int:
         """Return the budget in bytes."""
-        states = [leaf for leaf in leaves_of([dict(optimizer.state) for optimizer in self._trainer.optimizers])]
+        states = leaves_of([list(optimizer.state.values()) for optimizer in self._trainer.optimizers])
         held = [*tensors_held(self._pl_module, inputs), *(leaf for leaf in states if isinstance(leaf, Tensor))]
         return bytes_on(self._pl_module.device, self._budget, held)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from lightning_convbn import measure_memory
-from lightning_convbn.memory.optimizers import optimizer_bytes
+from lightning_convbn.memory.optimizers import bytes_of_optimizers, optimizer_bytes
 
 FLOAT = 4
 REAL: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -89,6 +89,44 @@ def test_the_peak_of_a_later_step_agrees_with_the_allocator(name: Any, width: in
 
 
 LAYERS: list[tuple[int, ...]] = [(3, 64, 3), (64,), (64, 64, 3)]
+
+
+class TestRealOptimizers:
+    @pytest.mark.parametrize(
+        ("make", "copies"),
+        [
+            (lambda parameters: torch.optim.SGD(parameters, lr=0.1), 0),
+            (lambda parameters: torch.optim.SGD(parameters, lr=torch.tensor(0.1), momentum=0.9), 1),
+            (lambda parameters: torch.optim.RMSprop(parameters), 1),
+            (lambda parameters: torch.optim.Adam([{"params": [parameter]} for parameter in parameters]), 2),
+            (lambda parameters: torch.optim.Adam(parameters, amsgrad=True), 3),
+        ],
+    )
+    def test_each_is_counted_as_it_is(self, make: Any, copies: int) -> None:
+        optimizer = make(parameters())
+        needs, unknown = bytes_of_optimizers([optimizer])
+        assert (unknown, len(optimizer.state)) == ([], 0)
+        assert needs.state == pytest.approx(copies * 1600 * FLOAT, abs=16)  # and counters
+
+    def test_frozen_parameters_need_nothing(self) -> None:
+        trained, frozen = parameters()
+        frozen.requires_grad_(False)
+        assert bytes_of_optimizers([torch.optim.Adam([trained, frozen])])[0].state == pytest.approx(8000, abs=16)
+
+    def test_a_state_that_is_there_counts(self) -> None:
+        """A parameter that wants no gradient at this moment may have one."""
+        trained, frozen = parameters()
+        optimizer = torch.optim.Adam([trained, frozen])
+        for parameter in (trained, frozen):
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        frozen.requires_grad_(False)
+        assert bytes_of_optimizers([optimizer])[0].state == pytest.approx(2 * 1600 * FLOAT, abs=16)
+
+    def test_what_can_not_step_without_data_counts_as_adamw(self) -> None:
+        needs, unknown = bytes_of_optimizers([torch.optim.LBFGS(parameters()), torch.optim.SGD(parameters())])
+        assert unknown == ["LBFGS"]
+        assert needs == optimizer_bytes(parameters(), "adamw")
 
 
 def test_an_unknown_optimizer_is_refused() -> None:

@@ -12,6 +12,7 @@ from helpers.networks import images, random_model
 from helpers.peak_by_allocator import peak_by_allocator
 from helpers.torch_settings import one_thread
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from lightning_convbn import (
     MemoryPlan,
@@ -24,7 +25,8 @@ from lightning_convbn import (
 )
 from lightning_convbn.blocks.find import find_blocks, recompute_of
 from lightning_convbn.memory import OPTIMIZERS, forward_and_backward
-from lightning_convbn.memory.budget import fixed_bytes, size_in_bytes
+from lightning_convbn.memory.budget import bytes_on, fixed_bytes, size_in_bytes
+from lightning_convbn.memory.plan import most_of
 
 NETWORKS = ("mobilenet_v3_large", "efficientnet_b0", "mobilenet_v2")
 
@@ -136,6 +138,49 @@ def test_nothing_runs_while_the_plan_is_made() -> None:
     assert calls == []
 
 
+def test_a_batch_norm_that_sees_one_value_is_no_obstacle() -> None:
+    """In Train mode it could not run; in the mode that is planned for it can."""
+
+    class Pooled(Tower):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))
+
+        def run(self, block: nn.Module, input: Tensor) -> Tensor:
+            return super().run(block, input) + self.pooled(input)
+
+    model = Pooled().train()
+    plan = fit_memory_budget(model, images(1, 3, 32, 32), memory_budget=fixed_bytes(model) + 40_000)
+    assert isinstance(plan.recompute, tuple)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "most"),
+    [
+        ("none", "none", "none"),
+        ("none", "elementwise", "elementwise"),
+        ("elementwise", ("a",), ("a",)),
+        (("a", "b"), ("b", "c"), ("a", "b", "c")),
+        ("blocks", ("a",), "blocks"),
+        ("none", (), "elementwise"),
+    ],
+)
+def test_what_recomputes_most(one: Any, other: Any, most: Any) -> None:
+    assert most_of(one, other) == most
+    assert set(most_of(other, one)) == set(most)
+
+
+def test_auto_is_what_the_device_has_left_for_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of it stays free. What others have allocated is not there; what the plan counts is."""
+    device = torch.device("cuda", 0)
+    with FakeTensorMode():
+        held = [torch.empty(1000, device=device), torch.empty(10, device="cpu")]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100_000, 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4000 + 5000)
+    assert bytes_on(device, "auto", held) == pytest.approx(0.9 * (100_000 + 20_000 - 5000), abs=1)
+
+
 class TakesSeveral(nn.Module):
     """Takes images in a list, and a table of other things by name."""
 
@@ -163,11 +208,14 @@ class TestBadInput:
             ("0GiB", "memory_budget='0GiB' is no amount of memory"),
             ("GiB", "memory_budget='GiB' is no amount of memory"),
             ("-1GiB", "memory_budget='-1GiB' is no amount of memory"),
-            (0, "memory_budget=0 is no number of bytes; give one, or a text such as '8GiB'"),
-            (True, "memory_budget=True is no number of bytes"),
-            (8.5, "memory_budget=8.5 is no number of bytes"),
+            (0, "memory_budget=0 is no whole number of bytes; give one, or a text such as '8GiB'"),
+            (True, "memory_budget=True is no whole number of bytes"),
+            (8.5, "memory_budget=8.5 is no whole number of bytes"),
             ("auto", "memory_budget='auto' needs a CUDA device, and the model is on 'cpu'; give an amount, as '8GiB'"),
-            (100, r"memory_budget: 0.000 MiB can't hold the parameters and buffers of Tower, 0.0\d+ MiB"),
+            (
+                100,
+                r"memory_budget: 0.000 MiB can't hold the parameters and buffers of Tower; give more than 0.0\d+ MiB",
+            ),
         ],
     )
     def test_a_budget_that_is_none_is_refused(self, budget: Any, message: str) -> None:

@@ -18,9 +18,9 @@ from helpers.tiny_training import (
     make_trainer,
     state_of,
 )
-from lightning.pytorch.callbacks import BatchSizeFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_convbn import ConvBNModeCallback, measure_memory
@@ -160,15 +160,50 @@ class TestLargerBatches:
         assert module.recomputed == [("none", 0)] + 5 * [("elementwise", 0)]
         assert lines.text.count("predicted peak of a step") == 2
 
-    def test_parameters_that_are_unfrozen_are_planned_for_anew(self) -> None:
+    @pytest.mark.parametrize("head", [4, 4000])
+    def test_parameters_that_are_unfrozen_are_planned_for_anew(self, head: int) -> None:
+        """Also if fewer bytes are trained than before, because something larger is frozen at the same time."""
+
         class Unfreezes(Module):
             def on_train_epoch_start(self) -> None:
                 self.backbone.requires_grad_(self.current_epoch == 1)
+                self.large.requires_grad_(self.current_epoch == 0)
 
+        module, lines = Unfreezes(), PrintedLines()
+        module.large = nn.Linear(head, head)
+        large = sum(parameter.nbytes for parameter in module.large.parameters())
+        fit(needed("elementwise") + 3 * large, lines, module=module)
+        assert {what for what, _ in module.recomputed[:3]} == {"none"}
+        assert lines.text.count("predicted peak of a step") == 2
+
+    def test_batches_that_are_accumulated_later_are_planned_for_anew(self) -> None:
         lines = PrintedLines()
-        module = fit(needed("elementwise"), lines, module=Unfreezes())
+        module = fit(needed("none"), GradientAccumulationScheduler({0: 1, 1: 2}), lines)
         assert module.recomputed == [("none", 0)] * 3 + [("elementwise", 0)] * 3
         assert lines.text.count("predicted peak of a step") == 2
+
+    def test_within_a_batch_nothing_is_recomputed_less(self) -> None:
+        """The target runs twice in a step, first on a large input: its blocks must be able to run again."""
+
+        class Twice(Module):
+            def step(self, stage: str, batch: list[Tensor]) -> Tensor:
+                if stage == "fit":
+                    self.first = self.backbone(torch.cat([batch[0]] * 4)).sum()
+                return super().step(stage, batch) + 0 * self.first
+
+        module = fit(needed("blocks", 8), module=Twice())
+        assert {what for what, _ in module.recomputed} == {"blocks"}
+
+    def test_a_validation_with_gradients_is_not_planned_for(self) -> None:
+        class LooksAtGradients(Module):
+            def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+                with torch.enable_grad():
+                    self.backbone(torch.randn(20, 3, PIXELS, PIXELS)).sum().backward()
+
+        lines = PrintedLines()
+        module = fit(needed("none"), lines, module=LooksAtGradients(), inference_mode=False, num_sanity_val_steps=1)
+        assert set(module.recomputed) == {("none", 0)}
+        assert lines.text.count("predicted peak of a step") == 1
 
     def test_what_a_finder_tried_is_planned_for_and_forgotten(self, tmp_path: Path) -> None:
         """It tries 1, 2, 4 and 8. That fails, as if memory did not suffice. So it takes 4."""
@@ -194,7 +229,7 @@ class TestBadInput:
         ("arguments", "message"),
         [
             ({"memory_budget": "8 apples"}, "memory_budget='8 apples' is no amount of memory"),
-            ({"memory_budget": 0}, "memory_budget=0 is no number of bytes"),
+            ({"memory_budget": 0}, "memory_budget=0 is no whole number of bytes"),
             (
                 {"memory_budget": "8GiB", "recompute": "blocks"},
                 "memory_budget='8GiB' chooses what to recompute, and so does recompute='blocks'; give one of the two",
@@ -222,6 +257,14 @@ class TestBadInput:
             fit(budget, module=module)
         assert module.recomputed == []
 
+    def test_an_optimizer_that_can_not_be_counted_is_named(self) -> None:
+        class WithLBFGS(Module):
+            def configure_optimizers(self) -> torch.optim.Optimizer:
+                return torch.optim.LBFGS(self.parameters(), max_iter=1)
+
+        with pytest.warns(UserWarning, match="LBFGS can't step without data, and counts as an AdamW"):
+            assert fit(2**30, module=WithLBFGS()).recomputed == [("none", 0)] * 6
+
     def test_several_parts_are_refused(self) -> None:
         module = Module()
         module.other = Backbone()
@@ -232,11 +275,11 @@ class TestBadInput:
     def test_a_compiled_part_is_refused(self, what: str) -> None:
         module = Module()
         module.get_submodule(what).compile()
-        with pytest.raises(ValueError, match="memory_budget can't plan for what is compiled"):
+        with pytest.raises(ValueError, match="memory_budget can't plan for `backbone`: it is compiled"):
             fit("1GiB", module=module)
 
     def test_a_compiled_lightning_module_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="memory_budget can't plan for what is compiled"):
+        with pytest.raises(ValueError, match="memory_budget can't plan for the LightningModule: it is compiled"):
             fit("1GiB", module=torch.compile(Module()))  # type: ignore[arg-type]
 
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's compiler looks at it
