@@ -51,7 +51,7 @@ def main() -> None:
     print(*lines, sep="\n")
     facts = {
         "machine": results_file.machine(torch.device("cpu")),
-        "settings": {"batch_size": arguments.batch_size, "share": SHARE},
+        "settings": {"batch_size": arguments.batch_size, "share": SHARE, "options": arguments.options},
     }
     print(results_file.write_json(arguments.out, rows, ("torch", "torchvision", "lightning"), **facts))
     if arguments.out == RESULTS:
@@ -82,6 +82,7 @@ def fit(mode: Mode, memory_budget: str, options: Sequence[str]) -> dict[str, Any
             f"--trainer.logger.save_dir={folder}",
             "--trainer.logger.version=run",
             "--trainer.logger.name=logs",
+            "--trainer.accelerator=cpu",
         ]
         command = [sys.executable, str(TEMPLATE), "fit", f"--results={folder}/scores.json", *logger, *options]
         command += [f"--convbn.mode={mode}", f"--convbn.memory_budget={memory_budget}", "--convbn.eval_mode=eval"]
@@ -92,12 +93,14 @@ def fit(mode: Mode, memory_budget: str, options: Sequence[str]) -> dict[str, Any
         if process.returncode != 0:
             raise SystemExit(f"the template failed: {' '.join(command)}")
         with (Path(folder) / "logs" / "run" / "metrics.csv").open() as file:
-            logged = next(row for row in csv.DictReader(file) if row.get("convbn/predicted_peak_mib"))
+            planned = [row for row in csv.DictReader(file) if row.get("convbn/predicted_peak_mib")]
+        if not planned:
+            raise SystemExit(f"the template has logged no plan: {' '.join(command)}")
         (scores,) = json.loads((Path(folder) / "scores.json").read_text())["rows"]
     return {
         "mode": mode,
         "memory_budget": None if memory_budget == UNLIMITED else memory_budget,
-        "predicted_peak_mib": round(float(logged["convbn/predicted_peak_mib"]), 1),
+        "predicted_peak_mib": round(float(planned[-1]["convbn/predicted_peak_mib"]), 1),
         "process_peak_mib": round(usage.ru_maxrss * 1024 / MIB, 1),
         **{name: round(float(value), 4) for name, value in scores.items()},
     }
