@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_convbn.command.bytes_per_block import sum_by_block
 from lightning_convbn.command.inputs import Call, Inputs
@@ -18,7 +18,7 @@ from lightning_convbn.command.model_checks import (
     runs_abstractly,
 )
 from lightning_convbn.command.results import RECOMPUTES, TITLES, VARIANTS, Measurement, Variant, VariantResult
-from lightning_convbn.compat import tree_map_only
+from lightning_convbn.compat import tree_map
 from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
 from lightning_convbn.layers.supported_layers import takes_other_dimensions
 from lightning_convbn.layers.swap import Mode, Recompute
@@ -206,7 +206,7 @@ class ModelMeasurer:
 
     def _time(self, found: Measurement, rounds: int, progress: Callable[[str], None]) -> None:
         """Time steps in interleaved rounds. A disturbance of the machine then affects all variants alike."""
-        call = tree_map_only(Tensor, Tensor.contiguous, self.inputs.make(self.dtype, self.device))
+        call = self.inputs.make(self.dtype, self.device, dense=True)
         running = list(found.variants)
         for number in range(rounds + 1 if rounds else 0):
             progress(f"timing round {number} of {rounds}" if number else "warming up")
@@ -214,7 +214,7 @@ class ModelMeasurer:
                 model, mode, pairs, recompute = self._variant(variant)
                 set_mode(model, mode, pairs=pairs, recompute=recompute)
                 try:
-                    seconds = step_seconds(model, call, self.device)
+                    seconds = step_seconds(model, tree_map(lambda leaf: leaf, call), self.device)  # own containers
                 except torch.OutOfMemoryError as error:
                     found.notes.append(f"{TITLES[variant]}: not timed, {first_line(error)}")
                     found.variants[variant].step_seconds.clear()

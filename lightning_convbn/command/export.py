@@ -14,7 +14,7 @@ from lightning_convbn.command.errors import CommandError, errors_in_one_line
 from lightning_convbn.command.input_options import INPUT_HELP, add_input, default_inputs, read_inputs
 from lightning_convbn.command.inputs import Call
 from lightning_convbn.command.model_argument import has_random_weights, load_model
-from lightning_convbn.command.model_checks import check_has_batchnorm, check_takes
+from lightning_convbn.command.model_checks import check_has_batchnorm, check_takes, dtype_of
 from lightning_convbn.command.shared_options import add_command
 from lightning_convbn.command.terminal import print_status
 from lightning_convbn.exporting.argument_checks import check_path
@@ -49,7 +49,14 @@ def export_model(options: Namespace) -> None:
     model = load_model(options.model, options.checkpoint_class, options.trust_checkpoint)
     check_has_batchnorm(model)
     inputs = inputs or default_inputs(options, model)
-    example = _by_position(model, check_takes(model, inputs, torch.float32, torch.device("cpu")))
+    if not options.static_batch and (inputs.batch is None or inputs.has_lists()):
+        raise CommandError(
+            f"the inputs {inputs} have no batch that is the first size of every tensor; add --static-batch, for a file "
+            "that takes inputs of these sizes"
+        )
+    dtype, device = dtype_of(model), torch.device("cpu")
+    check_takes(model, inputs, dtype, device)
+    example = _by_position(model, inputs.make(dtype, device, dense=True))
     if has_random_weights(options.model):
         print_status(f"{options.model} has random weights; for trained weights, give your own factory or a checkpoint")
     with errors_in_one_line():
@@ -63,7 +70,7 @@ def _by_position(model: nn.Module, call: Call) -> tuple[Any, ...]:
     bound = inspect.signature(model.forward).bind_partial(*args, **kwargs)
     if bound.kwargs:
         raise CommandError(
-            f"--input {next(iter(bound.kwargs))}=...: a file has positional arguments, and this one can't be given by "
+            f"the input {next(iter(bound.kwargs))}: a file has positional arguments, and this one can't be given by "
             "position: give all arguments before it, or export a module that calls this one"
         )
     return bound.args

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_convbn.command.errors import CommandError
 from lightning_convbn.command.option_values import dtype_name
 from lightning_convbn.compat import tree_map, tree_map_only
+from lightning_convbn.text import first_line
 
 EXAMPLE = "example_input_array"  # Lightning's name
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the positional and the keyword arguments of a forward
@@ -94,7 +95,7 @@ class Inputs:
 
         def resized(node: Any) -> Any:
             if isinstance(node, list):
-                return [node[index % len(node)] for index in range(batch)]
+                return [node[index % len(node)] for index in range(batch)] if node else node
             if isinstance(node, TensorInput) and node.shape:
                 return TensorInput((batch, *node.shape[1:]), node.dtype, node.values)
             return node
@@ -102,13 +103,34 @@ class Inputs:
         args, kwargs = tree_map(resized, (self.args, self.kwargs), is_leaf=lambda node: isinstance(node, list))
         return Inputs(args, kwargs, self.source)
 
-    def make(self, dtype: torch.dtype, device: torch.device) -> Call:
-        """Make the tensors, the same at each call. ``dtype`` is that of floats whose dtype was not given."""
+    def make(self, dtype: torch.dtype, device: torch.device, *, dense: bool = False) -> Call:
+        """Make the tensors, the same at each call.
+
+        Args:
+            dtype: That of floats whose dtype was not given.
+            device: The device of all.
+            dense: Whether each sample has memory of its own, as a forward may need that views its input or writes it.
+
+        Raises:
+            CommandError: If a tensor can't be made.
+        """
         generator = torch.Generator().manual_seed(0)
-        made: Call = tree_map_only(
-            TensorInput, lambda leaf: leaf.make(dtype, device, generator), (self.args, dict(self.kwargs))
-        )
-        return made
+
+        def made(leaf: TensorInput) -> Tensor:
+            tensor = leaf.make(dtype, device, generator)
+            return tensor.contiguous() if dense else tensor
+
+        try:
+            call: Call = tree_map_only(TensorInput, made, (self.args, dict(self.kwargs)))
+        except (RuntimeError, TypeError, OverflowError) as error:
+            raise CommandError(f"the input {self} can't be made: {first_line(error)}; give a smaller one") from error
+        return call
+
+    def has_lists(self) -> bool:
+        """Whether an argument is a list, or holds one: its entries are the samples of the batch."""
+        found: list[Any] = []
+        tree_map(found.append, (self.args, dict(self.kwargs)), is_leaf=lambda node: isinstance(node, list))
+        return any(isinstance(node, list) for node in found)
 
     def as_dict(self, dtype: torch.dtype) -> dict[str, Any]:
         """Return everything in types that JSON has."""

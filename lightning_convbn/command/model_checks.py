@@ -33,10 +33,10 @@ def check_takes(model: nn.Module, inputs: Inputs, dtype: torch.dtype, device: to
 
     The model runs on tensors without data first. If that fails, it runs on the arguments.
     """
-    args, kwargs = call = inputs.make(dtype, device)
-    if runs_abstractly(model, call):
-        return call
+    if runs_abstractly(model, inputs.make(dtype, device)):
+        return inputs.make(dtype, device)
     _check_names_of_arguments(model, inputs)
+    args, kwargs = inputs.make(dtype, device, dense=True)
     try:
         with torch.no_grad(), suppress(torch.OutOfMemoryError):  # the shape is right, even if memory is too small
             model(*args, **kwargs)
@@ -46,7 +46,13 @@ def check_takes(model: nn.Module, inputs: Inputs, dtype: torch.dtype, device: to
             f"{type(error).__name__}: {first_line(error)}; --input gives any other, as 8x3 or image=8x3x224x224 "
             "(--size N is an image, 3 × N × N)"
         ) from error
-    return call
+    return inputs.make(dtype, device)  # the forward may have changed its containers
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the first parameter of floats; float32 if there is none."""
+    dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return next(dtypes, torch.float32)
 
 
 def runs_abstractly(model: nn.Module, call: Call) -> bool:

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from types import FrameType
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from lightning_convbn.compat import RUNS_ENGINE, TorchDispatchMode, is_of_compiler, tree_leaves
+from lightning_convbn.pairs.side_effects import leaves_of
 
 INPUT = "(input)"
 
@@ -156,8 +157,6 @@ def tensors_in(tree: Any) -> list[Tensor]:
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor):
             tensors.append(leaf)
-        elif isinstance(leaf, Mapping):
-            tensors += tensors_in([*leaf.values()])
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            tensors += tensors_in([getattr(leaf, entry.name) for entry in fields(leaf)])
+        elif isinstance(leaf, Mapping) or is_dataclass(leaf):
+            tensors += (part for part in leaves_of(leaf) if isinstance(part, Tensor))
     return tensors

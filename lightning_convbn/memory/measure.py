@@ -90,7 +90,7 @@ def measure_memory_of_call(
     mode: Mode,
     pairs: ConvBNPairs | None = None,
     recompute: Recompute | Sequence[str] = "none",
-    optimizer: Optimizer = "none",
+    optimizer: Optimizer | OptimizerBytes = "none",
 ) -> MemoryUse:
     """Count as `measure_memory` does. An argument of the forward may have the name of an option, as ``mode``.
 
