@@ -86,8 +86,9 @@ def findings(rows: Sequence[dict[str, Any]], half_batch: dict[str, Any]) -> str:
     above_tune = in_all(retina, "tune_elementwise") - in_all(retina, "tune")
     worse = sum(in_all(row, "tune_elementwise") > in_all(row, "tune") for row in rows)
     plain, blocks = (sum(in_all(row, name) for row in rows) for name in ("eval", "tune_blocks"))
-    return f"""- **In fp32, Tune saves what the paper says**, if its GB are GiB. The saving of *Tune as published* differs
-  from the paper's by {100 * max(apart):.1f} % at most. This package's Tune saves more: it keeps no folded weights.
+    return f"""- **In fp32, Tune saves what the paper says**, if its GB are GiB. The saving of *Tune as published*
+  differs from the paper's by {100 * max(apart):.1f} % at most. This package's Tune saves more: it keeps no folded
+  weights.
 - **The totals of the paper are higher**: in Eval mode at batch 2 by {min(above):.2f} to {max(above):.2f} GiB. So its
   percents are smaller. What is not counted is listed above. Which of it makes the difference we can't say: these
   rows were not run on a GPU with this package.
