@@ -45,14 +45,14 @@ class RCNNStep(nn.Module):
         heads = detector.roi_heads
         self.box_pool, self.box_head, self.box_predictor = heads.box_roi_pool, heads.box_head, heads.box_predictor
         self.mask_pool, self.mask_head, self.mask_predictor = heads.mask_roi_pool, heads.mask_head, heads.mask_predictor
-        self.half = half
+        self.in_half = half
         self.anchors, self.anchors_on_objects = sampled(detector.rpn.fg_bg_sampler)
         self.proposals, self.proposals_on_objects = sampled(heads.fg_bg_sampler)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the losses of a batch of images."""
         count = len(images)
-        with torch.autocast(images.device.type, torch.float16) if self.half else nullcontext():
+        with torch.autocast(images.device.type, torch.float16) if self.in_half else nullcontext():
             features = self.backbone(images)
             scores, deltas = concat_box_prediction_layers(*self.rpn_head([*features.values()]))
             losses = anchor_losses(scores, deltas, count * self.anchors, count * self.anchors_on_objects)
@@ -123,11 +123,11 @@ class RetinaNetStep(nn.Module):
     def __init__(self, detector: retinanet.RetinaNet, half: bool) -> None:
         super().__init__()
         self.backbone, self.head = detector.backbone, detector.head
-        self.half = half
+        self.in_half = half
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the losses of a batch of images."""
-        with torch.autocast(images.device.type, torch.float16) if self.half else nullcontext():
+        with torch.autocast(images.device.type, torch.float16) if self.in_half else nullcontext():
             outputs = self.head([*self.backbone(images).values()])
             return [*map(focal_loss, outputs["cls_logits"]), *map(self._box_loss, outputs["bbox_regression"])]
 

@@ -161,8 +161,9 @@ class HighResolutionPyramid(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.body = timm.create_model(name, features_only=True, feature_location="", out_indices=(1, 2, 3, 4))
-        self.mix = nn.Conv2d(sum(self.body.feature_info.channels()), CHANNELS, 1)
+        body: Any = timm.create_model(name, features_only=True, feature_location="", out_indices=(1, 2, 3, 4))
+        self.body = body
+        self.mix = nn.Conv2d(sum(body.feature_info.channels()), CHANNELS, 1)
         self.convolutions = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1) for _ in self.LEVELS)
         self.out_channels = CHANNELS
 

@@ -161,7 +161,7 @@ def as_markdown(measurements: Mapping[str, Any], stem: str) -> str:
     if machine["allocator"]:
         lines += ["", ALLOCATOR]
     if all(row["device"] == "cpu" for row in rows):
-        lines += ["", "On a GPU: not measured on a GPU yet; `--device cuda` runs the same code."]
+        lines += ["", "On a GPU: see [the page of its measurements](gpu.md); `--device cuda` runs the same code."]
     drawn = pictures(rows, stem)
     for name, chosen in drawn.items():
         lines += ["", *_section(chosen, name)]

@@ -108,7 +108,7 @@ def peak_against_time(rows: Sequence[Row]) -> Figure:
     columns = 4
     lines = -(-len(rows) // columns)
     figure = Figure(figsize=(15, 0.9 + 3 * lines), layout="constrained", dpi=110, facecolor=PANEL)
-    grid = figure.subplots(lines, columns, squeeze=False).flat
+    grid = [*figure.subplots(lines, columns, squeeze=False).flat]
     for axes, row in zip(grid, rows, strict=False):
         _plain(axes, "peak / Eval's peak")
         axes.set_title(row["model"], color=TEXT, fontsize=11)
@@ -121,7 +121,7 @@ def peak_against_time(rows: Sequence[Row]) -> Figure:
             variant = VARIANTS[point.variant]
             style: dict[str, Any] = {"marker": "D" if variant.compiled else "s", "label": variant.title}
             axes.scatter([point.peak], [point.step.median], s=34, color=variant.colour, **style)
-    for axes in [*grid][len(rows) :]:
+    for axes in grid[len(rows) :]:
         axes.set_visible(False)
     drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
     legend = {label: handle for handles, labels in drawn for handle, label in zip(handles, labels, strict=True)}

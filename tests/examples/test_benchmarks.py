@@ -356,7 +356,7 @@ class TestResults:
         assert (tmp_path / "gpu.md").read_text() == gpu_page.as_markdown(None)
         page = (tmp_path / "tiny.md").read_text()
         assert "- resnet18, batch 2, 32 px, cpu: mmengine failed: KeyError: 'input'" in page
-        assert "not measured on a GPU yet" in page
+        assert "On a GPU: see [the page of its measurements](gpu.md)" in page
         for name in ("tiny-batch2-32px-cpu.png", "tiny-batch3-32px-cpu.png"):
             assert f"]({name})" in page
             pixels = imread(tmp_path / name)
