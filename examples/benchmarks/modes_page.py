@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from examples.benchmarks import trade_off
+from examples.benchmarks.networks import DETECTOR
 from examples.benchmarks.summary import (
     Row,
     Spread,
@@ -135,10 +136,10 @@ statistics.
 - *Tune, budget 0.70 of Eval* is `fit_memory_budget`: the least recomputation whose peak is at most that share of
   Eval's, beyond parameters and buffers. It failed where no recomputation fits; the last section says how much would.
 - *checkpoint per block* is the same checkpoint around each block that `recompute="blocks"` finds.
-- Compilers and tracers get only the backbone of the detector. The detector samples its proposals by score. So
-  rounding changes some of them, and with them the gradients.
 - A ratio above its target is **bold**."""
 
+OF_THE_DETECTOR = """Compilers and tracers get only the backbone of the detector. The detector samples its proposals
+by score. So rounding changes some of them, and with them the gradients."""
 ALLOCATOR = """The variables make glibc's allocator keep memory that is freed. Without them it returns large blocks
 to the kernel and gets them back page by page. It does so in some steps more often than in others. The variant that
 keeps most loses most time by it."""
@@ -160,6 +161,8 @@ def as_markdown(measurements: Mapping[str, Any], stem: str) -> str:
         lines += ["", *moved]
     if machine["allocator"]:
         lines += ["", ALLOCATOR]
+    if any(row["model"] == DETECTOR for row in rows):
+        lines += ["", OF_THE_DETECTOR]
     if all(row["device"] == "cpu" for row in rows):
         lines += ["", "On a GPU: see [the page of its measurements](gpu.md); `--device cuda` runs the same code."]
     drawn = pictures(rows, stem)
