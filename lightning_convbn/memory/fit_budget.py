@@ -53,7 +53,7 @@ def fit_memory_budget(
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 1))
         >>> images = torch.zeros(4, 3, 16, 16)
         >>> print(fit_memory_budget(model, images, memory_budget="1MiB"))
-        recompute none, predicted peak of a step 0.136 MiB of 1.0 MiB
+        recompute none, predicted peak of a step 0.107 MiB of 1.0 MiB
     """
     check_choice("mode", mode, RECOMPUTING_MODES)
     check_optimizer(optimizer)
