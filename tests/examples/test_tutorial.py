@@ -59,6 +59,7 @@ def test_the_notebook_runs_and_both_modes_train_alike(
     cache.mkdir(parents=True)
     shutil.copy(weights, cache / Path(MobileNet_V2_Weights.IMAGENET1K_V1.url).name)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads of two processes that wait for each other take minutes
     check_results(text_of(run_tutorial.execute(tmp_path)))
 
 
