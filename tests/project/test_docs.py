@@ -28,7 +28,7 @@ from examples.benchmarks import overhead as overhead_table
 from examples.results_file import with_table
 from lightning_convbn import measure_memory
 from lightning_convbn.blocks import reasons as block_reasons
-from lightning_convbn.layers import table
+from lightning_convbn.layers import supported_layers
 from lightning_convbn.ops import elementwise
 from lightning_convbn.pairs import reasons
 
@@ -49,7 +49,7 @@ pytestmark = LIGHTNING_SAYS
 @pytest.mark.parametrize("block", BLOCKS)
 def test_code_block_runs(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    tables: tuple[dict[Any, Any], ...] = (table.CONV_LAYERS, table.NORM_LAYERS, elementwise.ROWS)
+    tables: tuple[dict[Any, Any], ...] = (supported_layers.CONV_LAYERS, supported_layers.NORM_LAYERS, elementwise.ROWS)
     with mock.patch.dict(tables[0]), mock.patch.dict(tables[1]), mock.patch.dict(tables[2]):
         exec(compile(block, "docs", "exec"), types.ModuleType("docs").__dict__)
 
@@ -107,8 +107,8 @@ def test_links_lead_somewhere() -> None:
 @pytest.mark.parametrize(
     ("row", "rows"),
     [
-        ("convolutions", table.CONV_LAYERS),
-        ("BatchNorms", table.NORM_LAYERS),
+        ("convolutions", supported_layers.CONV_LAYERS),
+        ("BatchNorms", supported_layers.NORM_LAYERS),
         ("activations", elementwise.ACTIVATIONS),
         ("arithmetic", (*elementwise.PRODUCTS, *elementwise.SUMS)),
         ("concatenations", elementwise.CONCATENATIONS),
