@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
@@ -30,10 +28,9 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
-from examples.experiment.grid import read_rows, run_grid, tell_what_is_wrong, to_run
+from examples.experiment.grid import add_grid_options, read_rows, run_grid, run_script, tell_what_is_wrong, to_run
 from examples.experiment.networks import NETWORKS
 from examples.experiment.training import (
-    DATA,
     HEAD_LEARNING_RATE,
     Classifier,
     Sets,
@@ -42,7 +39,7 @@ from examples.experiment.training import (
     load,
     score,
 )
-from examples.finetune import WARM_UP_STEPS, Mode, above_zero
+from examples.finetune import WARM_UP_STEPS, Mode
 from examples.results_file import BENCHMARKS, machine
 from lightning_convbn import ConvBNModeCallback
 
@@ -150,18 +147,11 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_grid_options(parser, limit=320, image_size=72, out=BENCHMARKS / "batch_sizes.json")
     add = parser.add_argument
-    add("--nets", nargs="+", choices=NETWORKS, default=[*NETWORKS], help="pretrained networks (%(default)s)")
-    add("--data", nargs="+", choices=DATA, default=[*DATA], help="data sets (%(default)s)")
     add("--modes", nargs="+", choices=MODES, help="modes of the backbone (train and tune, and a few cells in eval)")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the sets, their order and the head (%(default)s)")
     add("--batch-sizes", nargs="+", type=int, choices=BATCH_SIZES, default=[*BATCH_SIZES], help="(%(default)s)")
-    add("--epochs", type=above_zero, default=2, help="passes over the training images (%(default)s)")
-    add("--limit", type=above_zero, default=320, help="training images (%(default)s)")
-    add("--image-size", type=above_zero, default=72, help="edge of the square images in pixels (%(default)s)")
     add("--lr", type=float, default=0.0003, help=f"the backbone's rate for {RATES_ARE_FOR} per step (%(default)s)")
-    add("--jobs", type=above_zero, default=1, help="cells to run at the same time, one thread each (%(default)s)")
-    add("--out", type=Path, default=BENCHMARKS / "batch_sizes.json", help="the results (%(default)s)")
     return parser.parse_args()
 
 
@@ -184,7 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on with the next cell")
+    run_script(main)

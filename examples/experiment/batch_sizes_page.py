@@ -13,18 +13,14 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from examples.experiment.batch_sizes import RATES_ARE_FOR
 from examples.experiment.page_parts import (
-    CHANCE,
-    GREY,
-    INK,
     MODE_COLOURS,
     NAMES,
     Row,
     accuracies,
-    clean,
+    draw_accuracies,
     panels,
     select,
     spread,
@@ -231,24 +227,11 @@ def fill_page(page: str, report: dict[str, Any]) -> str:
 
 def draw_accuracy(rows: Sequence[Row], path: Path) -> None:
     """Draw accuracy against batch size: means as lines, the range over the seeds as bands."""
-    shown = [*panels(rows)]
-    lines = (len(shown) + 1) // 2
-    figure = Figure(figsize=(9, 3.2 * lines + 0.6), layout="constrained", dpi=130, facecolor="white")
-    grid = figure.subplots(lines, min(2, len(shown)), squeeze=False, sharey="col")
-    for axes, (net, data) in zip(grid.flat, shown, strict=False):
-        _draw_panel(axes, select(rows, net=net, data=data))
-        axes.annotate("chance", (2, CHANCE[data]), (0, 3), textcoords="offset points", fontsize=8, color=GREY)
-        axes.axhline(CHANCE[data], color=GREY, linewidth=0.8)
-        axes.set_title(f"{NAMES[net]}, {NAMES[data]}", fontsize=10, color=INK)
-        clean(axes)
-    figure.supxlabel("images per forward pass", fontsize=10, color=INK)
-    figure.supylabel("balanced test accuracy", fontsize=10, color=INK)
-    handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(path, metadata={"Software": None})
+    legend = {"ncols": 3, "fontsize": 9}
+    draw_accuracies(rows, path, _draw_panel, across="images per forward pass", dpi=130, legend=legend)
 
 
-def _draw_panel(axes: Axes, rows: Sequence[Row]) -> None:
+def _draw_panel(axes: Axes, rows: Sequence[Row]) -> float:
     train, tune = MODE_COLOURS["train"], MODE_COLOURS["tune"]
     alone = select([*rows, *measured_again(rows)], accumulate=1)
     largest = max(values(rows, "batch_size"))  # it fills a step: accumulated and alone are the same
@@ -261,7 +244,7 @@ def _draw_panel(axes: Axes, rows: Sequence[Row]) -> None:
     sizes = sorted(values(rows, "batch_size"))
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [*map(str, sizes)])
-    axes.minorticks_off()
+    return float(sizes[0])
 
 
 def _draw_curve(axes: Axes, rows: Sequence[Row], label: str, colour: str, *, band: bool = False, **style: Any) -> None:

@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import Callback, seed_everything
 
-from examples.experiment.grid import read_rows, run_grid, tell_what_is_wrong, to_run
+from examples.experiment.grid import add_grid_options, read_rows, run_grid, run_script, tell_what_is_wrong, to_run
 from examples.experiment.networks import NETWORKS
-from examples.experiment.training import DATA, Classifier, Precision, Training, fit_and_test, load
+from examples.experiment.training import Classifier, Precision, Training, fit_and_test, load
 from examples.finetune import WARM_UP_STEPS, above_zero
 from examples.results_file import BENCHMARKS, machine
 from lightning_convbn import ConvBNModeCallback, find_conv_bn_pairs, fuse_for_deploy, measure_memory
@@ -122,19 +120,12 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_grid_options(parser, limit=384, image_size=96, out=BENCHMARKS / "compare_modes.json")
     add = parser.add_argument
-    add("--nets", nargs="+", choices=NETWORKS, default=[*NETWORKS], help="pretrained networks (%(default)s)")
-    add("--data", nargs="+", choices=DATA, default=[*DATA], help="data sets (%(default)s)")
     add("--modes", nargs="+", choices=MODES, default=[*MODES], help="modes of the backbone (%(default)s)")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the sets, their order and the head (%(default)s)")
     add("--lrs", nargs="+", type=float, default=[*LEARNING_RATES], help="the backbone's learning rates (%(default)s)")
-    add("--epochs", type=above_zero, default=2, help="passes over the training images (%(default)s)")
-    add("--limit", type=above_zero, default=384, help="training images (%(default)s)")
     add("--batch-size", type=above_zero, default=16, help="images per training step (%(default)s)")
-    add("--image-size", type=above_zero, default=96, help="edge of the square images in pixels (%(default)s)")
     add("--precision", choices=get_args(Precision), default="32-true", help="what to compute in (%(default)s)")
-    add("--jobs", type=above_zero, default=1, help="cells to run at the same time, one thread each (%(default)s)")
-    add("--out", type=Path, default=BENCHMARKS / "compare_modes.json", help="the results (%(default)s)")
     return parser.parse_args()
 
 
@@ -165,7 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on with the next cell")
+    run_script(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,9 @@ from typing import Any, Protocol, TypeVar
 from tqdm import tqdm
 
 from examples.data.pretrained_weights import WeightsError
+from examples.experiment.networks import NETWORKS
+from examples.experiment.training import DATA
+from examples.finetune import above_zero
 from examples.results_file import write_json
 from lightning_convbn.exporting.atomic_file import check_writable
 
@@ -29,6 +33,34 @@ class Named(Protocol):
 
 
 Cell = TypeVar("Cell", bound=Named)
+
+
+def add_grid_options(parser: argparse.ArgumentParser, *, limit: int, image_size: int, out: Path) -> None:
+    """Add the options that every grid has.
+
+    Args:
+        parser: The parser of the script.
+        limit: Training images, by default.
+        image_size: Edge of the images in pixels, by default.
+        out: The file of the results, by default.
+    """
+    add = parser.add_argument
+    add("--nets", nargs="+", choices=NETWORKS, default=[*NETWORKS], help="pretrained networks (%(default)s)")
+    add("--data", nargs="+", choices=DATA, default=[*DATA], help="data sets (%(default)s)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the sets, their order and the head (%(default)s)")
+    add("--epochs", type=above_zero, default=2, help="passes over the training images (%(default)s)")
+    add("--limit", type=above_zero, default=limit, help="training images (%(default)s)")
+    add("--image-size", type=above_zero, default=image_size, help="edge of the square images in pixels (%(default)s)")
+    add("--jobs", type=above_zero, default=1, help="cells to run at the same time, one thread each (%(default)s)")
+    add("--out", type=Path, default=out, help="the results (%(default)s)")
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run the script of a grid, which may be stopped."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on with the next cell")
 
 
 def read_rows(path: Path, settings: Row) -> list[Row]:

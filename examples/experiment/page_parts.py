@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from lightning_convbn.command.plot import COLOURS
 
@@ -63,6 +66,43 @@ def versions(report: dict[str, Any]) -> str:
     """Return the machine and the versions of the runs."""
     packages = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return f"{report['machine']['cpu']}, one thread to a run; {packages}."
+
+
+def draw_accuracies(
+    rows: Sequence[Row],
+    path: Path,
+    draw: Callable[[Axes, list[Row]], float],
+    *,
+    across: str,
+    dpi: int,
+    legend: dict[str, Any],
+) -> None:
+    """Draw a panel of accuracies for each network and data set, with the accuracy of chance.
+
+    Args:
+        rows: The runs.
+        path: The file.
+        draw: Draws the runs of one panel; returns the smallest value of its horizontal axis.
+        across: What that axis shows.
+        dpi: Pixels per inch.
+        legend: Options of the legend.
+    """
+    shown = [*panels(rows)]
+    lines, columns = math.ceil(len(shown) / 2), min(2, len(shown))
+    figure = Figure(figsize=(9, 3.2 * lines + 0.6), layout="constrained", dpi=dpi, facecolor="white")
+    grid = figure.subplots(lines, columns, squeeze=False, sharey="col")
+    for axes, (net, data) in zip(grid.flat, shown, strict=False):
+        least = draw(axes, select(rows, net=net, data=data))
+        axes.axhline(CHANCE[data], color=GREY, linewidth=0.8)
+        axes.annotate("chance", (least, CHANCE[data]), (0, 3), textcoords="offset points", fontsize=8, color=GREY)
+        axes.minorticks_off()
+        axes.set_title(f"{NAMES[net]}, {NAMES[data]}", fontsize=10, color=INK)
+        clean(axes)
+    figure.supxlabel(across, fontsize=10, color=INK)
+    figure.supylabel("balanced test accuracy", fontsize=10, color=INK)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", frameon=False, **{"ncols": len(labels), **legend})
+    figure.savefig(path, metadata={"Software": None})
 
 
 def clean(axes: Axes) -> None:

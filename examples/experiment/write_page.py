@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples.experiment.page_parts import (
     CHANCE,
-    GREY,
     INK,
     MODE_COLOURS,
     NAMES,
@@ -25,6 +24,7 @@ from examples.experiment.page_parts import (
     Row,
     accuracies,
     clean,
+    draw_accuracies,
     panels,
     select,
     spread,
@@ -200,31 +200,21 @@ def fill_page(page: str, report: dict[str, Any], in_double: dict[str, Any]) -> s
 
 def draw_accuracy(rows: Sequence[Row], path: Path) -> None:
     """Draw accuracy against learning rate: means as lines, the range as bands."""
-    shown = list(panels(rows))
-    lines, columns = math.ceil(len(shown) / 2), min(2, len(shown))
-    figure = Figure(figsize=(9, 3.2 * lines + 0.6), layout="constrained", dpi=150, facecolor="white")
-    grid = figure.subplots(lines, columns, squeeze=False, sharey="col")
-    for axes, (net, data) in zip(grid.flat, shown, strict=False):
-        chosen = select(rows, net=net, data=data)
-        for mode in modes_of(chosen):
-            rates = sorted(values(select(chosen, mode=mode), "lr"))
-            runs = [accuracies(chosen, lr=lr, mode=mode) for lr in rates]
-            colour, style = MODE_COLOURS[mode], STYLES[mode]
-            axes.fill_between(rates, [*map(min, runs)], [*map(max, runs)], color=colour, alpha=0.13, linewidth=0)
-            axes.plot(rates, [*map(fmean, runs)], style, color=colour, label=TITLES[mode], marker=MARKERS[mode])
-        axes.axhline(CHANCE[data], color=GREY, linewidth=0.8)
-        rates = sorted(values(chosen, "lr"))
-        axes.annotate("chance", (rates[0], CHANCE[data]), (0, 3), textcoords="offset points", fontsize=8, color=GREY)
-        axes.set_xscale("log")
-        axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
-        axes.minorticks_off()
-        axes.set_title(f"{NAMES[net]}, {NAMES[data]}", fontsize=10, color=INK)
-        clean(axes)
-    figure.supxlabel("learning rate of the backbone", fontsize=10, color=INK)
-    figure.supylabel("balanced test accuracy", fontsize=10, color=INK)
-    handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=10)
-    figure.savefig(path, metadata={"Software": None})
+    across = "learning rate of the backbone"
+    draw_accuracies(rows, path, _draw_panel, across=across, dpi=150, legend={"fontsize": 10})
+
+
+def _draw_panel(axes: Axes, rows: Sequence[Row]) -> float:
+    for mode in modes_of(rows):
+        rates = sorted(values(select(rows, mode=mode), "lr"))
+        runs = [accuracies(rows, lr=lr, mode=mode) for lr in rates]
+        colour, style = MODE_COLOURS[mode], STYLES[mode]
+        axes.fill_between(rates, [*map(min, runs)], [*map(max, runs)], color=colour, alpha=0.13, linewidth=0)
+        axes.plot(rates, [*map(fmean, runs)], style, color=colour, label=TITLES[mode], marker=MARKERS[mode])
+    rates = sorted(values(rows, "lr"))
+    axes.set_xscale("log")
+    axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
+    return float(rates[0])
 
 
 def draw_cost(report: dict[str, Any], path: Path) -> None:
