@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from examples import results_file
 from examples.benchmarks.networks import DETECTOR, MODELS, Workload, build, workload
@@ -35,6 +35,7 @@ from examples.benchmarks.variants import INDUCTOR_PASS, VARIANTS, folded_by_indu
 from lightning_convbn.command.errors import CommandError
 from lightning_convbn.command.results import count_batchnorms
 from lightning_convbn.exporting.atomic_file import check_writable
+from lightning_convbn.memory.budget import fixed_bytes
 from lightning_convbn.text import first_line
 
 SIZES = {"cpu": ["1:224", "8:224", "32:96"], "cuda": ["1:224", "8:224", "32:224"]}
@@ -121,7 +122,7 @@ def _measure_alone(step: Step, name: str, work: Workload, expected: dict[str, Te
     """Measure all but the step time. The first variant, Eval, also sets the expected gradients."""
     first = step.seconds()
     found: dict[str, Any] = {"first_step_s": round(first, 3), **step.memory()}
-    found["resident_bytes"] = _resident_bytes(step.model)
+    found["resident_bytes"] = fixed_bytes(step.model)
     gradients = step.gradients()
     if name == "eval":
         expected.update(gradients)
@@ -162,10 +163,6 @@ def _time(running: dict[str, Step], results: dict[str, dict[str, Any]], rounds: 
 
 def _failure(error: Exception) -> dict[str, Any]:
     return {"failed": f"{type(error).__name__}: {first_line(error)}"}
-
-
-def _resident_bytes(model: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _is_finished(row: dict[str, Any], setting: dict[str, Any], variants: Sequence[str]) -> bool:

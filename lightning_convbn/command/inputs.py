@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_convbn.command.errors import CommandError
 from lightning_convbn.command.option_values import dtype_name
-from lightning_convbn.compat import tree_map, tree_map_only
+from lightning_convbn.compat import tree_leaves, tree_map, tree_map_only
 from lightning_convbn.text import first_line
 
 EXAMPLE = "example_input_array"  # Lightning's name
@@ -128,9 +128,8 @@ class Inputs:
 
     def has_lists(self) -> bool:
         """Whether an argument is a list, or holds one: its entries are the samples of the batch."""
-        found: list[Any] = []
-        tree_map(found.append, (self.args, dict(self.kwargs)), is_leaf=lambda node: isinstance(node, list))
-        return any(isinstance(node, list) for node in found)
+        nodes = tree_leaves((self.args, dict(self.kwargs)), is_leaf=lambda node: isinstance(node, list))
+        return any(isinstance(node, list) for node in nodes)
 
     def as_dict(self, dtype: torch.dtype) -> dict[str, Any]:
         """Return everything in types that JSON has."""

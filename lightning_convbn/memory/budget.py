@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_convbn.memory.live_storages import tensors_in
 from lightning_convbn.memory.use import as_mib
+from lightning_convbn.pairs.side_effects import tensors_of
 
 UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 AUTO = "auto"
@@ -81,7 +81,7 @@ def bytes_on(device: torch.device, budget: Budget, held: Iterable[Tensor]) -> in
 def tensors_held(model: nn.Module, inputs: Any) -> list[Tensor]:
     """List what a step needs and is there before it: parameters, buffers, gradients, inputs."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return [*model.parameters(), *model.buffers(), *gradients, *tensors_in(inputs)]
+    return [*model.parameters(), *model.buffers(), *gradients, *tensors_of(inputs)]
 
 
 def fixed_bytes(model: nn.Module) -> int:

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from lightning_convbn.compat import RUNS_ENGINE, TorchDispatchMode, is_of_compiler, tree_leaves
-from lightning_convbn.pairs.side_effects import leaves_of
+from lightning_convbn.pairs.side_effects import tensors_of
 
 INPUT = "(input)"
 
@@ -158,5 +158,5 @@ def tensors_in(tree: Any) -> list[Tensor]:
         if isinstance(leaf, Tensor):
             tensors.append(leaf)
         elif isinstance(leaf, Mapping) or is_dataclass(leaf):
-            tensors += (part for part in leaves_of(leaf) if isinstance(part, Tensor))
+            tensors += tensors_of(leaf)
     return tensors

@@ -13,8 +13,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_convbn.compat import fake_tensor_mode, tree_leaves, tree_map_only, without_modes
+from lightning_convbn.compat import fake_tensor_mode, tree_map_only, without_modes
 from lightning_convbn.memory.live_storages import StorageLedger
+from lightning_convbn.pairs.side_effects import tensors_of
 
 Optimizer = Literal["none", "sgd", "adamw"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
@@ -61,7 +62,7 @@ def bytes_of_optimizers(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[Op
     state = temporary = 0
     unknown = []
     for optimizer in optimizers:
-        held = sum(leaf.nbytes for leaf in tree_leaves([*optimizer.state.values()]) if isinstance(leaf, Tensor))
+        held = sum(tensor.nbytes for tensor in tensors_of([*optimizer.state.values()]))
         try:
             needs = _two_steps(_maker(optimizer))
         except Exception:  # a user's class may ask for other arguments, or look at values

@@ -22,7 +22,7 @@ from lightning_convbn.memory.use import MemoryUse, as_mib
 from lightning_convbn.modes import set_mode
 from lightning_convbn.pairs.pair import ConvBNPairs
 from lightning_convbn.pairs.shadow import Shadow
-from lightning_convbn.pairs.side_effects import leaves_of, side_effects_undone
+from lightning_convbn.pairs.side_effects import side_effects_undone, tensors_of
 from lightning_convbn.text import first_line
 
 Choice = Recompute | tuple[str, ...]
@@ -181,7 +181,7 @@ class StepPlanner:
 
     def _largest_batch(self, recompute: Choice, budget: int) -> int | None:
         """Return the largest batch that fits. The batch is the first dimension that all inputs share."""
-        tensors = [leaf for leaf in leaves_of(self._arguments) if isinstance(leaf, Tensor)]
+        tensors = tensors_of(self._arguments)
         sizes = {tensor.shape[:1] for tensor in tensors}
         in_objects = len(tensors) != sum(isinstance(leaf, Tensor) for leaf in tree_leaves(self._arguments))
         if in_objects or len(sizes) != 1 or sizes == {torch.Size([])}:

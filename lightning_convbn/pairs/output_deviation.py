@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_convbn.pairs.side_effects import leaves_of
+from lightning_convbn.pairs.side_effects import tensors_of
 
 # The relative deviation that rounding may cause. On torchvision's classifiers we measured less than 1e-5 in float32 and
 # less than 4e-2 in bfloat16. A pair that is folded wrongly changes the output by 0.3 and more.
@@ -19,7 +19,7 @@ PARTS = 32
 
 def float_tensors(output: Any) -> list[Tensor]:
     """List the floating-point tensors of an output: only these can be compared within a tolerance."""
-    return [leaf for leaf in leaves_of(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
 
 
 def tolerance_of(model: nn.Module, outputs: Sequence[Tensor]) -> float:

@@ -36,6 +36,7 @@ from lightning_convbn.pairs.side_effects import (
     leaves_of,
     reentrant_checkpoints_reported,
     side_effects_undone,
+    tensors_of,
 )
 
 READS_NO_VALUES = {
@@ -117,7 +118,7 @@ class _Recorder(TorchFunctionMode):
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._depth == 0:
             self._data_flow.calls[module] += 1
-            given = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
+            given = tensors_of((args, kwargs))
             if is_norm(module):
                 self._record_norm(module, given)
             else:

@@ -30,8 +30,9 @@ def side_effects_undone(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping
         inputs: Positional arguments of its forward. They tell which devices draw random numbers.
         kwargs: Keyword arguments of its forward.
     """
-    tensors = [leaf for leaf in leaves_of((inputs, kwargs)) if isinstance(leaf, Tensor)]
-    devices = {tensor.device for tensor in (*tensors, *model.parameters()) if tensor.device.type == "cuda"}
+    devices = {
+        tensor.device for tensor in (*tensors_of((inputs, kwargs)), *model.parameters()) if tensor.device.type == "cuda"
+    }
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[device.index or 0 for device in devices]))
         stack.callback(random.setstate, random.getstate())
@@ -65,6 +66,11 @@ def random_states() -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
     drawn = () if numpy is None else numpy.random.get_state()[1:3]
     return random.getstate(), torch.get_rng_state().tolist(), *((drawn[0].tolist(), drawn[1]) if drawn else ())
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """List the tensors among the leaves of a value: also those in objects that PyTorch's pytrees don't look into."""
+    return [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)]
 
 
 def leaves_of(value: Any) -> Iterator[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_convbn.blocks.find import Blocks, recomputed_blocks, why_not
 from lightning_convbn.compat import inside_transform
@@ -24,7 +24,7 @@ from lightning_convbn.pairs.find import (
 )
 from lightning_convbn.pairs.pair import ConvBNPairs
 from lightning_convbn.pairs.reasons import UNTRAINED
-from lightning_convbn.pairs.side_effects import leaves_of
+from lightning_convbn.pairs.side_effects import tensors_of
 from lightning_convbn.pairs.units import is_fsdp_unit, is_wrapped_by_compile
 from lightning_convbn.text import first_line
 from lightning_convbn.trainer.processes import merged_over_processes
@@ -237,8 +237,7 @@ class ConvertedPart:
         self.kept_bytes = {mode: use.saved_bytes for mode, use in uses.items()}
         peaks = {mode: use.peak_bytes for mode, use in uses.items() if use.peak_bytes is not None}
         self.peak_bytes = peaks if len(peaks) == len(uses) else None
-        tensors = (leaf for leaf in leaves_of((inputs, kwargs)) if isinstance(leaf, Tensor))
-        shape = next((tensor.shape for tensor in tensors), ())
+        shape = next((tensor.shape for tensor in tensors_of((inputs, kwargs))), ())
         self.notes.append(f"counted on an input of {' × '.join(map(str, shape))}")
 
     def _count(self, mode: Mode, pairs: ConvBNPairs, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> MemoryUse:

@@ -25,7 +25,7 @@ from lightning_convbn.exporting.plain_copy import plain_copy
 from lightning_convbn.exporting.write_and_compare import write_and_compare
 from lightning_convbn.layers.swap import UncopiedHook
 from lightning_convbn.pairs.find import find_conv_bn_pairs
-from lightning_convbn.pairs.side_effects import leaves_of
+from lightning_convbn.pairs.side_effects import tensors_of
 from lightning_convbn.trainer.converted_part import runs_its_forward
 from lightning_convbn.trainer.lightning_api import LightningModule, Trainer, rank_zero_info, rank_zero_warn
 
@@ -170,7 +170,7 @@ class FitExport:
 
 def _is_batched(inputs: tuple[Any, ...]) -> bool:
     """Whether all tensors are arguments of one batch size. Tensors in a list, a detector's images say, are no batch."""
-    tensors = [leaf for leaf in leaves_of(inputs) if isinstance(leaf, Tensor)]
+    tensors = tensors_of(inputs)
     return len(batch_sizes(inputs)) == 1 and len(tensors) == sum(isinstance(value, Tensor) for value in inputs)
 
 

@@ -7,13 +7,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from lightning_convbn.compat import compiled_by_lightning
 from lightning_convbn.memory.budget import bytes_on, check_budget_holds, checked_budget, fixed_bytes, tensors_held
 from lightning_convbn.memory.optimizers import bytes_of_optimizers
 from lightning_convbn.memory.plan import CantCountError, Choice, MemoryPlan, StepPlanner, most_of
-from lightning_convbn.pairs.side_effects import leaves_of
+from lightning_convbn.pairs.side_effects import tensors_of
 from lightning_convbn.pairs.units import innermost_unit, is_compiled_unit, is_fsdp_unit
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import LightningModule, Trainer, rank_zero_warn
@@ -134,7 +133,7 @@ class PlannedRecomputation:
         part.record_pairs(inputs, kwargs)
         trained = tuple(parameter.requires_grad for parameter in self._parameters)
         situation = _Situation(trained, self._trainer.accumulate_grad_batches, tuple(part.pairs))
-        size = sum(leaf.nbytes for leaf in leaves_of((inputs, kwargs)) if isinstance(leaf, Tensor))
+        size = sum(tensor.nbytes for tensor in tensors_of((inputs, kwargs)))
         if situation not in self._plans or size > self._plans[situation][0]:
             self._plans[situation] = size, self._choice(part, inputs, kwargs)
         chosen = most_of(self._plans[situation][1], self._least)
@@ -190,6 +189,5 @@ class PlannedRecomputation:
 
     def _bytes(self, inputs: Any) -> int:
         """Return the budget in bytes."""
-        states = leaves_of([list(optimizer.state.values()) for optimizer in self._trainer.optimizers])
-        held = [*tensors_held(self._pl_module, inputs), *(leaf for leaf in states if isinstance(leaf, Tensor))]
-        return bytes_on(self._pl_module.device, self._budget, held)
+        states = tensors_of([list(optimizer.state.values()) for optimizer in self._trainer.optimizers])
+        return bytes_on(self._pl_module.device, self._budget, [*tensors_held(self._pl_module, inputs), *states])
