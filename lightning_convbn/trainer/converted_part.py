@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -27,6 +27,7 @@ from lightning_convbn.pairs.reasons import UNTRAINED
 from lightning_convbn.pairs.side_effects import tensors_of
 from lightning_convbn.pairs.units import is_fsdp_unit, is_wrapped_by_compile
 from lightning_convbn.text import first_line
+from lightning_convbn.trainer.own_forward import runs_its_forward
 from lightning_convbn.trainer.processes import merged_over_processes
 from lightning_convbn.trainer.verification import Verification
 
@@ -78,6 +79,7 @@ class ConvertedPart:
         self.kept_bytes: dict[Mode, int] | None = None
         self.peak_bytes: dict[Mode, int] | None = None
         self._called = module
+        self._recorded: dict[bool, bool] = {}  # whether in train state -> whether recording the data flow has worked
         self._found: dict[bool, ConvBNPairs] = {}  # whether in train state -> the pairs found in that state
         self._training_state = self.module.training
         self._tree = [*self.module.named_modules()]
@@ -214,20 +216,36 @@ class ConvertedPart:
             measure: Whether to count the kept bytes and the peaks.
         """
         self.checked = True
-        try:
-            self.record_pairs(inputs, kwargs)
-            if measure:
+        if self.record_pairs(inputs, kwargs) and measure:
+            with self._noted_if_it_fails():
                 self._measure(self.pairs, inputs, kwargs)
-        except Exception as error:  # memory does not suffice, or the shadow of the user's module can't run
-            self.notes.append(f"not counted: {type(error).__name__}: {first_line(error)}")
 
-    def record_pairs(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """If something could not be traced, find the pairs anew, by recording the data flow of real inputs."""
-        if self.pairs.untraced:
-            self._found[self.module.training] = find_recorded_pairs(self.module, inputs, kwargs)
-            self._switch(self.mode, self._pairs_to_train())
-            if self.verification is not None and self.verification.running:  # the pairs are others now
-                self.verify()
+    def record_pairs(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """If something could not be traced, find the pairs anew, by recording the data flow of real inputs.
+
+        It is tried once in each state, train and eval. If it fails, that is noted for the table.
+
+        Returns:
+            Whether it has not failed.
+        """
+        state = self.module.training
+        if self.pairs.untraced and state not in self._recorded:
+            self._recorded[state] = False
+            with self._noted_if_it_fails():
+                self._found[state] = find_recorded_pairs(self.module, inputs, kwargs)
+                self._switch(self.mode, self._pairs_to_train())
+                if self.verification is not None and self.verification.running:  # the pairs are others now
+                    self.verify()
+                self._recorded[state] = True
+        return self._recorded.get(state, True)
+
+    @contextmanager
+    def _noted_if_it_fails(self) -> Iterator[None]:
+        """Note an error for the table: memory does not suffice, or the shadow of the user's module can't run."""
+        try:
+            yield
+        except Exception as error:
+            self.notes.append(f"not counted: {type(error).__name__}: {first_line(error)}")
 
     def _measure(self, pairs: ConvBNPairs, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(is_fsdp_unit(module) for module in self.module.modules()):
@@ -264,22 +282,6 @@ class ConvertedPart:
         """Whether pairs are folded, and not one of them was compared with Eval mode."""
         compared = self.verification is not None and self.verification.compared
         return not compared and len(self.pairs) > 0
-
-
-def runs_its_forward(module: nn.Module) -> bool:
-    """Whether a call of a module runs its own forward.
-
-    For a training step DDP and other strategies call the LightningModule, too. Then its ``forward`` is replaced, for
-    that one call, by a function that runs ``training_step``.
-    """
-    return not hasattr(module, "training_step") or _function(module.forward) is _function(type(module).forward)
-
-
-def _function(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the plain function behind a method, without what ``torch.compile`` or a decorator has put around it."""
-    unwrapped = inspect.unwrap(method)
-    function: Callable[..., Any] = getattr(unwrapped, "__func__", unwrapped)
-    return function
 
 
 def _without_compile(module: nn.Module) -> nn.Module:

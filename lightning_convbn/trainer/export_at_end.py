@@ -26,8 +26,8 @@ from lightning_convbn.exporting.write_and_compare import write_and_compare
 from lightning_convbn.layers.swap import UncopiedHook
 from lightning_convbn.pairs.find import find_conv_bn_pairs
 from lightning_convbn.pairs.side_effects import tensors_of
-from lightning_convbn.trainer.converted_part import runs_its_forward
 from lightning_convbn.trainer.lightning_api import LightningModule, Trainer, rank_zero_info, rank_zero_warn
+from lightning_convbn.trainer.own_forward import runs_its_forward
 
 _SHARDING = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}  # class names: importing them takes long
 

@@ -29,6 +29,7 @@ from lightning_convbn.blocks.recomputed import RecomputedBlock
 from lightning_convbn.memory import MIB
 from lightning_convbn.memory.budget import fixed_bytes
 from lightning_convbn.memory.optimizers import optimizer_bytes
+from lightning_convbn.trainer import converted_part
 
 pytestmark = LIGHTNING_SAYS
 PIXELS = 48
@@ -193,6 +194,26 @@ class TestLargerBatches:
 
         module = fit(needed("blocks", 8), module=Twice())
         assert {what for what, _ in module.recomputed} == {"blocks"}
+
+    def test_a_recording_that_fails_is_tried_once_and_ends_no_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        tried = []
+
+        def fails(*arguments: Any) -> Any:
+            tried.append(arguments)
+            raise RuntimeError("boom")
+
+        class Branches(ResidualBackbone):
+            def forward(self, images: Tensor) -> Tensor:
+                return super().forward(images) if len(images.shape) and bool(images.sum() < 1e9) else images
+
+        monkeypatch.setattr(converted_part, "find_recorded_pairs", fails)
+        module, lines = Module(), PrintedLines()
+        module.backbone = Branches()
+        with pytest.warns(UserWarning, match="can't run on tensors without data"):
+            fit(2**30, lines, module=module)
+        assert len(module.losses["fit"]) == 6
+        assert len(tried) == 1
+        assert lines.text.count("not counted: RuntimeError: boom") == 1
 
     def test_a_validation_with_gradients_is_not_planned_for(self) -> None:
         class LooksAtGradients(Module):
