@@ -28,7 +28,7 @@ import torch
 
 from examples import results_file
 from examples.benchmarks import all_modes, gpu_page
-from examples.benchmarks.networks import Workload, build
+from examples.benchmarks.networks import DETECTOR, Workload, build
 from examples.benchmarks.summary import SETTING, cell_table, title
 from examples.benchmarks.training_step import Step, deviation
 from examples.benchmarks.variants import INDUCTOR_PASS, VARIANTS
@@ -42,6 +42,8 @@ BLOCKS = ("tune_blocks", "checkpoint", "checkpoint_blocks")
 COMPILED = (INDUCTOR_PASS, "compiled", "tune_compiled")
 QUICK_NETWORKS = ("mobilenet_v2", "resnet18")
 NETWORKS = ("efficientnet_b0", "densenet121", "mobilenet_v2", "resnet50")
+DETECTOR_IMAGES = (4, 800)  # images, and pixels of an edge
+DETECTOR_MODES = ("eval", "tune", "tune_recompute", "tune_blocks", "deploy")
 ROUNDS, QUICK_ROUNDS = 7, 1
 # Both modes round as often as a sum has terms and a network has layers, by 2**-53 at most: some thousand of them for an
 # output, and more for a gradient. A wrong fold is off by 1e-8 or more.
@@ -137,6 +139,8 @@ def all_cells(device: str) -> Iterator[Cell]:
         setting = dict(zip(SETTING, (name, batch, 224, device, precision, channels_last), strict=True))
         plain = batch > 1 and precision == "fp32" and not channels_last
         yield setting, [*MODES, *(BLOCKS if plain else ())]
+    for precision in ("fp32", "bf16"):
+        yield dict(zip(SETTING, (DETECTOR, *DETECTOR_IMAGES, device, precision, False), strict=True)), DETECTOR_MODES
 
 
 def quick_cells(device: str) -> Iterator[Cell]:

@@ -62,8 +62,9 @@ For users who train on a GPU. The script `examples/benchmarks/gpu.py` needs at m
 3. It measures ResNet-50, EfficientNet-B0, DenseNet-121 and MobileNetV2 at 224 px, with batches of 64 and 1, in float32
    and under bf16 autocast, in both memory formats: Train, Eval and Tune mode and the trainable Deploy copy. In float32
    with a batch of 64 it also measures blocks that run again, and Eval mode with activation checkpointing.
-4. It captures each step as a CUDA graph, too, and times its replay: what the GPU needs, without what the host needs to
-   launch it."""
+4. It measures Faster R-CNN with ResNet-50 on 4 images of 800 px, in float32 and under bf16 autocast.
+5. It captures each step as a CUDA graph, too, and times its replay: what the GPU needs, without what the host needs to
+   launch it. A detector looks at values, so it can't be captured."""
 NOT_MEASURED = f"""**Not measured on a GPU yet.** Wherever there is a GPU, this command measures and draws this page:
 
 ```bash

@@ -59,6 +59,8 @@ def checked_budget(memory_budget: object) -> Budget:
 def bytes_on(device: torch.device, budget: Budget, held: Iterable[Tensor]) -> int:
     """Return a budget in bytes. ``"auto"`` is what a CUDA device has left for this process, less a tenth.
 
+    If ``torch.cuda.set_per_process_memory_fraction`` limits the process, the limit counts.
+
     Args:
         device: The device of the model.
         budget: As `checked_budget` returns it.
@@ -73,9 +75,10 @@ def bytes_on(device: torch.device, budget: Budget, held: Iterable[Tensor]) -> in
         raise ValueError(
             f"memory_budget='auto' needs a CUDA device, and the model is on {device.type!r}; give an amount, as '8GiB'"
         )
-    free, _ = torch.cuda.mem_get_info(device)
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
     others = torch.cuda.memory_allocated(device) - sum(tensor.nbytes for tensor in held if tensor.device == device)
-    return int((1 - MARGIN) * (free + torch.cuda.memory_reserved(device) - max(others, 0)))
+    return int((1 - MARGIN) * (min(free + torch.cuda.memory_reserved(device), allowed) - max(others, 0)))
 
 
 def tensors_held(model: nn.Module, inputs: Any) -> list[Tensor]:

@@ -245,6 +245,7 @@ class TestGpuScript:
                 for precision in ("fp32", "bf16"):
                     for channels_last in (False, True):
                         assert (name, batch, 224, "cuda", precision, channels_last) in variants
+        assert {row[4] for row in variants if row[0] == gpu.DETECTOR} == {"fp32", "bf16"}
 
     def test_published_figures_stand_beside_what_was_measured(self, measured_quickly: Path) -> None:
         measurements = json.loads(measured_quickly.read_text())

@@ -6,12 +6,10 @@ A card of any size is had by a limit for the process. Where there is none, on a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers.allocator import allocated_by
+from helpers.allocator import allocated_by, limited_to
 from helpers.networks import images, random_model
 from torch import nn
 
@@ -60,15 +58,3 @@ def step_fits(model: nn.Module, batch: int, device: torch.device, room: int) -> 
     except torch.OutOfMemoryError:
         return False
     return True
-
-
-@contextmanager
-def limited_to(room: int, device: torch.device) -> Iterator[None]:
-    """Let the process allocate so many bytes more."""
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + room) / total)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)

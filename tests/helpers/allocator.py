@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -54,3 +55,15 @@ def allocated_by(function: Callable[[], Any], device: torch.device) -> Allocated
 def kept_by_allocator(model: nn.Module, batch: Tensor) -> int:
     """Ask for the bytes that one forward pass has allocated and not freed when only its graph is left."""
     return allocated_by(lambda: model(batch.clone()).grad_fn, batch.device).kept
+
+
+@contextmanager
+def limited_to(room: int, device: torch.device) -> Iterator[None]:
+    """Let the process allocate so many bytes more on the current CUDA device."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + room) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -170,15 +170,22 @@ def test_what_recomputes_most(one: Any, other: Any, most: Any) -> None:
     assert set(most_of(other, one)) == set(most)
 
 
-def test_auto_is_what_the_device_has_left_for_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth of it stays free. What others have allocated is not there; what the plan counts is."""
+@pytest.mark.parametrize(("fraction", "left"), [(1.0, 100_000 + 20_000), (1e-4, 100_000)])
+def test_auto_is_what_the_device_has_left_for_this_process(
+    monkeypatch: pytest.MonkeyPatch, fraction: float, left: int
+) -> None:
+    """A tenth of it stays free. What others have allocated is not there; what the plan counts is.
+
+    A process may be limited to a fraction of the device.
+    """
     device = torch.device("cuda", 0)
     with FakeTensorMode():
         held = [torch.empty(1000, device=device), torch.empty(10, device="cpu")]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100_000, 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20_000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4000 + 5000)
-    assert bytes_on(device, "auto", held) == pytest.approx(0.9 * (100_000 + 20_000 - 5000), abs=1)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+    assert bytes_on(device, "auto", held) == pytest.approx(0.9 * (left - 5000), abs=1)
 
 
 class TakesSeveral(nn.Module):
