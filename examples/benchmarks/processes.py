@@ -23,8 +23,8 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from examples.benchmarks.allocator import allocations
 from examples.benchmarks.networks import build
-from examples.benchmarks.training_step import allocations
 from examples.results_file import BENCHMARKS, write_json
 from lightning_convbn import Mode, set_mode
 

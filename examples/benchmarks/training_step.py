@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map_only
 
+from examples.benchmarks.allocator import allocations
 from examples.benchmarks.networks import Workload, loss_of
 
 
@@ -126,17 +126,6 @@ class Step:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def allocations(function: Callable[[], Any]) -> list[int]:
-    """Run a function; return the sizes that the CPU allocator gave (above 0) and took back (below 0), in order."""
-    gc.collect()  # so that nothing is freed during the function that was allocated before it
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-        gc.collect()
-    assert profiler.profiler is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def deviation(gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

@@ -148,3 +148,15 @@ def test_cells_of_the_whole_grid_are_as_many_as_the_page_says(monkeypatch: pytes
     assert len(cells) == len(set(cells)) == 216 + 8
     assert Cell("mobilenet_v2", "elpv", "eval", 0, 32, 1) in cells
     assert {cell.seed for cell in cells[:72]} == {0}
+
+
+def test_page_is_in_step_with_the_committed_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    report = json.loads(batch_sizes_page.RESULTS.read_text())
+    page = batch_sizes_page.PAGE.read_text()
+    assert batch_sizes_page.fill_page(page, report) == page
+    monkeypatch.setattr(sys, "argv", ["batch_sizes.py"])
+    cells = batch_sizes.all_cells(batch_sizes.parse_args())
+    assert sorted(cells) == sorted(Cell(*(row[field] for field in Cell._fields)) for row in report["rows"])
+    assert f"{len(cells)} runs" in page
+    assert "WRITE-BY-HAND" not in page
+    assert (batch_sizes_page.BENCHMARKS / batch_sizes_page.FIGURE).stat().st_size < 250_000

@@ -18,8 +18,9 @@ from matplotlib.image import imread
 from examples import results_file
 from examples.benchmarks import adversarial, gpu, gpu_page, modes_page, scale_page, segmentation, trade_off, write_pages
 from examples.benchmarks import all_modes as script
+from examples.benchmarks.allocator import allocations
 from examples.benchmarks.networks import Workload, workload
-from examples.benchmarks.training_step import Step, allocations, deviation
+from examples.benchmarks.training_step import Step, deviation
 from examples.benchmarks.variants import BUDGETS, VARIANTS, budget_name
 from examples.data.digit_scenes import write_digit_masks
 from lightning_convbn import measure_memory

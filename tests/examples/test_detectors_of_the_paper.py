@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from helpers.allocator import allocated_by
-from helpers.peak_by_allocator import peak_by_allocator
 from torch import Tensor, nn
 from torchvision.models.detection import faster_rcnn, retinanet
 from torchvision.models.detection.image_list import ImageList
@@ -17,6 +16,7 @@ from torchvision.models.detection.image_list import ImageList
 from examples import results_file
 from examples.benchmarks import detectors_of_the_paper as script
 from examples.benchmarks import detectors_of_the_paper_page as page
+from examples.benchmarks.allocator import peak_by_allocator
 from examples.benchmarks.detector_steps import OneKernel, training_step
 from examples.benchmarks.memory import folding_by_autograd
 from lightning_convbn import Mode, Recompute, find_conv_bn_pairs, measure_memory, set_mode

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from examples.benchmarks.training_step import allocations
+from examples.benchmarks.allocator import allocations
 
 
 class Allocated(NamedTuple):

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.networks import images, small_net
-from helpers.peak_by_allocator import peak_by_allocator
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from examples.benchmarks.allocator import peak_by_allocator
 from lightning_convbn import measure_memory
 from lightning_convbn.memory.optimizers import bytes_of_optimizers, optimizer_bytes
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torchvision
 from helpers.networks import images, small_net, torchvision_model
-from helpers.peak_by_allocator import peak_by_allocator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from examples.benchmarks.allocator import peak_by_allocator
 from lightning_convbn import Mode, Recompute, measure_memory, recomputed_blocks, set_mode
 from lightning_convbn.memory import count_saved_bytes, measure_memory_abstractly
 from lightning_convbn.memory.step import count_step

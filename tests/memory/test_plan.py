@@ -9,11 +9,11 @@ import pytest
 import torch
 from helpers.blocks import Tower, batch
 from helpers.networks import images, random_model
-from helpers.peak_by_allocator import peak_by_allocator
 from helpers.torch_settings import one_thread
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from examples.benchmarks.allocator import peak_by_allocator
 from lightning_convbn import (
     MemoryPlan,
     Recompute,

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from helpers.networks import images
-from helpers.peak_by_allocator import peak_by_allocator
 
+from examples.benchmarks.allocator import peak_by_allocator
 from lightning_convbn.pairs.output_deviation import deviation_of
 
 

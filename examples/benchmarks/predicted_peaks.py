@@ -1,0 +1,122 @@
+"""Predict the peaks of training steps without running them, and set them beside what the allocator counts.
+
+    python examples/benchmarks/predicted_peaks.py
+
+runs a step of each network on the CPU, in float32 with 8 images of 224 px, and asks the allocator for its peak: with
+and without the workspaces of kernels, which no prediction knows. For a GPU it takes the float32 steps of a batch that
+`gpu.json` holds. A detector looks at values, so it can't be predicted without running it. The results go to
+`docs/benchmarks/predicted_peaks.json`, and as a table to `docs/use/memory-budget.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples import results_file
+from examples.benchmarks.allocator import peak_by_allocator
+from examples.benchmarks.networks import DETECTOR, MODELS, Workload, workload
+from examples.benchmarks.summary import Row, measured
+from examples.benchmarks.training_step import Step
+from examples.benchmarks.variants import VARIANTS
+from lightning_convbn import Mode, Recompute
+from lightning_convbn.memory import measure_memory_abstractly
+
+RESULTS = results_file.BENCHMARKS / "predicted_peaks.json"
+ON_GPU = results_file.BENCHMARKS / "gpu.json"
+PAGE = results_file.ROOT / "docs" / "use" / "memory-budget.md"
+MARK = "predicted-peaks"
+PREDICTED: dict[str, tuple[Mode, Recompute]] = {
+    "eval": ("eval", "none"),
+    "tune": ("tune", "none"),
+    "tune_recompute": ("tune", "elementwise"),
+    "tune_blocks": ("tune", "blocks"),
+}
+SETTING = ("device", "model", "batch", "pixels")
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    """Predict, measure, print, and write the JSON and the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=[name for name in MODELS if name != DETECTOR])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--pixels", type=int, default=224)
+    parser.add_argument("--gpu", type=Path, default=ON_GPU, help="what gpu.py has measured, if it exists")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    rows = []
+    for name in arguments.models:
+        rows += on_cpu(name, arguments.batch, arguments.pixels)
+    for row in json.loads(arguments.gpu.read_text())["rows"] if arguments.gpu.exists() else ():
+        rows += on_gpu(row)
+    print(*(lines := table(rows)), sep="\n")
+    print(results_file.write_json(arguments.out, rows, ("torch", "torchvision"), machine=results_file.machine(CPU)))
+    if arguments.out == RESULTS:
+        PAGE.write_text(results_file.with_table(PAGE.read_text(), MARK, lines))
+
+
+def on_cpu(name: str, batch: int, pixels: int) -> Iterator[dict[str, Any]]:
+    """Predict and measure the steps of a network on the CPU, by variant."""
+    work = workload(name, batch, pixels, CPU, channels_last=False)
+    setting = dict(zip(SETTING, ("cpu", name, batch, pixels), strict=True))
+    for variant in PREDICTED:
+        step = Step(work, VARIANTS[variant].build(work), CPU, "fp32")
+        step()  # autograd and oneDNN allocate once what stays
+        fresh = partial(step, fresh_inputs=True)
+        peaks = {
+            "predicted": predicted_peak(work, variant),
+            "measured": peak_by_allocator(fresh),
+            "beyond_workspaces": peak_by_allocator(fresh, own_of_kernels=False),
+        }
+        yield {**setting, "variant": variant, **peaks}
+
+
+def on_gpu(row: Row) -> Iterator[dict[str, Any]]:
+    """Predict the steps that were measured in a cell on a GPU, by variant: those in float32 of a batch."""
+    if row["precision"] != "fp32" or row["channels_last"] or row["batch"] == 1 or row["model"] == DETECTOR:
+        return
+    work = workload(row["model"], row["batch"], row["pixels"], CPU, channels_last=False)
+    setting = {key: row[key] for key in SETTING}
+    for variant in PREDICTED:
+        if (found := measured(row, variant)) is not None:
+            peaks = {"predicted": predicted_peak(work, variant), "measured": found["peak_bytes"]}
+            yield {**setting, "variant": variant, **peaks}
+
+
+def predicted_peak(work: Workload, variant: str) -> int:
+    """Predict the peak of a step of a variant, in bytes beyond parameters and buffers. Nothing is computed."""
+    mode, recompute = PREDICTED[variant]
+    asked: dict[str, Any] = {"mode": mode, "recompute": recompute, "pairs": work.pairs}
+    peak = measure_memory_abstractly(work.model, work.inputs, {}, allow_real_run=False, **asked).peak_bytes
+    assert peak is not None
+    return peak
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Draw a table: a row for each cell, and in each column by how many percent the prediction was off."""
+    lines = ["| network | step | " + " | ".join(VARIANTS[name].title for name in PREDICTED) + " |"]
+    lines.append("|---|---|" + "---:|" * len(PREDICTED))
+    for setting in dict.fromkeys(tuple(row[key] for key in SETTING) for row in rows):
+        own = {row["variant"]: row for row in rows if tuple(row[key] for key in SETTING) == setting}
+        device, model, batch, pixels = setting
+        cells = [_cell(own[name]) if name in own else "-" for name in PREDICTED]
+        lines.append(f"| {model} | {batch} × {pixels} px, {device.upper()} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(row: dict[str, Any]) -> str:
+    off = f"{100 * (row['predicted'] / row['measured'] - 1):+.1f}"
+    if "beyond_workspaces" not in row:
+        return f"{off} %"
+    return f"{off} ({100 * (row['predicted'] / row['beyond_workspaces'] - 1):+.1f}) %"
+
+
+if __name__ == "__main__":
+    main()
