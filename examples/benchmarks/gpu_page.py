@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from examples.benchmarks.summary import (
@@ -122,7 +123,7 @@ def as_markdown(measurements: Mapping[str, Any] | None) -> str:
     lines += ["", "The command:", "", f"    {measurements['command']}"]
     lines += ["", "## Tune against Eval, in float64", "", *_parity(measurements["parity"])]
     if short := list(_in_short(rows)):
-        lines += ["", "## In short", "", SHORT, "", *short]
+        lines += ["", "## In short", "", SHORT, "", *_ranges(rows), "", *short]
     if any(_row_of(rows, published) for published in PUBLISHED):
         lines += ["", "## Beside published figures", "", *_beside_published(rows)]
     lines += ["", "## All cells", "", LEGEND, "", *_cells(rows)]
@@ -150,6 +151,21 @@ def _in_short(rows: Sequence[Row]) -> Iterator[str]:
             times = [time_ratio(row, name, "eval", what) for what in ("step_ms", "replay_ms")]
             cells += ["-" if peak is None else f"{peak:.2f}", *(ratio_text(time, 2) or "-" for time in times)]
         yield f"| {' | '.join(cells)} |"
+
+
+def _ranges(rows: Sequence[Row]) -> Iterator[str]:
+    """Say how long steps of the largest batch take, over all its cells."""
+    batch = max(row["batch"] for row in rows if measured(row, "tune"))
+    largest = [row for row in rows if row["batch"] == batch]
+    for what, variant, reference in (("Tune / Eval", "tune", "eval"), ("elementwise / Tune", "tune_recompute", "tune")):
+        said = []
+        for times, name in (("step_ms", "step"), ("replay_ms", "replay")):
+            found = [time_ratio(row, variant, reference, times) for row in largest]
+            ratios = sorted(ratio.median for ratio in found if ratio is not None)
+            if ratios:
+                said.append(f"{name} {ratios[0]:.2f} to {ratios[-1]:.2f} (median {median(ratios):.2f})")
+        if said:
+            yield f"- {what}, batch {batch}: {', '.join(said)}."
 
 
 def _beside_published(rows: Sequence[Row]) -> Iterator[str]:

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--gpu", type=Path, default=ON_GPU, help="what gpu.py has measured, if it exists")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in arguments.models:
         rows += on_cpu(name, arguments.batch, arguments.pixels)
     for row in json.loads(arguments.gpu.read_text())["rows"] if arguments.gpu.exists() else ():
