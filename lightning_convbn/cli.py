@@ -65,12 +65,12 @@ class ConvBNCLI(LightningCLI):
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make the parser. If jsonargparse is missing, name the extra of this package that installs it."""
+        """Make the parser. If jsonargparse is missing, say how to install it."""
         try:
             return super().init_parser(**kwargs)
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f"ConvBNCLI needs jsonargparse: pip install lightning-convbn[cli]. Lightning says: {error}"
+                f"ConvBNCLI needs jsonargparse: pip install 'jsonargparse[signatures]'. Lightning says: {error}"
             ) from error
 
     @override

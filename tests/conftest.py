@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import gc
+import logging
 import os
 import shutil
 import tomllib
@@ -24,11 +25,15 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 @pytest.fixture(autouse=True)
 def _same_environment() -> Iterator[None]:
-    """Put back what a Trainer with a distributed strategy changes: the environment, and the number of threads."""
+    """Put back what a Trainer with a distributed strategy changes, and what examples do to be quiet."""
     threads = torch.get_num_threads()
+    loggers = [logging.getLogger(f"lightning.pytorch{name}") for name in ("", ".utilities.rank_zero")]
+    levels = [logger.level for logger in loggers]
     with mock.patch.dict(os.environ):
         yield
     torch.set_num_threads(threads)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture

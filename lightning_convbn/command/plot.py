@@ -30,7 +30,7 @@ TRADE_OFF_HEIGHT = 3.5  # inches
 def check_plottable(path: Path) -> None:
     """Raise a `CommandError` if matplotlib is missing, or if it can't write files with this suffix."""
     if find_spec("matplotlib") is None:
-        raise CommandError("--plot needs matplotlib; pip install lightning-convbn[cli]")
+        raise CommandError("--plot needs matplotlib; pip install matplotlib")
     from matplotlib.backend_bases import FigureCanvasBase
 
     formats = FigureCanvasBase.get_supported_filetypes()

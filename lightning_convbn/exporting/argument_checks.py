@@ -35,9 +35,7 @@ def check_path(argument: str, path: Path) -> None:
     form, where = check_suffix(argument, path), f"{argument}={str(path)!r}"
     missing = [package for package in form.packages if find_spec(package) is None]
     if missing:
-        raise ImportError(
-            f"{where}: {path.suffix} files need {' and '.join(missing)}: pip install lightning-convbn[{form.extra}]"
-        )
+        raise ImportError(f"{where}: {path.suffix} files need {' and '.join(missing)}: pip install {' '.join(missing)}")
     check_writable(where, path)
 
 

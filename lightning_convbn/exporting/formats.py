@@ -31,7 +31,6 @@ class Format:
         read: Returns a callable that computes what the file says. It gets the file and the Deploy copy, because a file
             that only has weights needs modules to load them into.
         captures: Whether the file holds the computation, not only the weights.
-        extra: The extra of this package that installs ``packages``.
         packages: The packages that must be installed.
         dtypes: Dtypes of parameters for which the file can be checked. Empty for all.
         most_bytes: The largest size of a file.
@@ -40,7 +39,6 @@ class Format:
     write: Callable[[nn.Module, Inputs, bool], bytes]
     read: Callable[[Path, nn.Module], Callable[..., Any]]
     captures: bool = False
-    extra: str = ""
     packages: tuple[str, ...] = ()
     dtypes: frozenset[torch.dtype] = frozenset()
     most_bytes: float = float("inf")
@@ -141,12 +139,11 @@ FORMATS = {
         to_onnx,
         _read_onnx,
         captures=True,
-        extra="onnx",
         packages=("onnx", "onnxscript", "onnxruntime"),
         dtypes=frozenset({torch.float32, torch.float16}),
         most_bytes=2**31,  # the limit of one protocol buffer
     ),
     ".pt2": Format(_to_pt2, _read_pt2, captures=True),
     ".pt": Format(_to_pt, _read_pt),
-    ".safetensors": Format(_to_safetensors, _read_safetensors, extra="safetensors", packages=("safetensors",)),
+    ".safetensors": Format(_to_safetensors, _read_safetensors, packages=("safetensors",)),
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from itertools import permutations
+from typing import cast
 
 from torch import nn
 
@@ -65,16 +67,26 @@ def _part(pl_module: LightningModule, path: str) -> nn.Module:
     try:
         module: nn.Module = pl_module.get_submodule(path)
     except AttributeError:
-        children = ", ".join(repr(name) for name, _ in pl_module.named_children())
-        raise ValueError(
-            f"target={path!r}: {type(pl_module).__name__} has no such module; its attributes are {children}"
-        ) from None
+        raise ValueError(f"target={path!r}: {_what_is_missing(pl_module, path)}") from None
     if not any(is_norm(child) for child in module.modules()):
         raise ValueError(
             f"target={path or None!r}: {type(module).__name__} has no BatchNorm; name the part that has, or leave "
             "ConvBNModeCallback out"
         )
     return module
+
+
+def _what_is_missing(pl_module: LightningModule, path: str) -> str:
+    """Say up to where a path that leads to no module can be followed, and what is there."""
+    names, depth, module = path.split("."), 0, cast(nn.Module, pl_module)
+    while isinstance(child := getattr(module, names[depth], None), nn.Module):
+        module, depth = child, depth + 1
+    children = [name for name, _ in module.named_children()]
+    place = f"{'.'.join(names[:depth])!r} ({type(module).__name__})" if depth else type(module).__name__
+    close = difflib.get_close_matches(names[depth], children, n=1)
+    hint = f"did you mean {'.'.join([*names[:depth], *close])!r}? " if close else ""
+    there = f"its modules are {', '.join(map(repr, children))}" if children else "it has no modules"
+    return f"{place} has no module {names[depth]!r}; {hint}{there}"
 
 
 def _default_paths(pl_module: LightningModule) -> list[str]:

@@ -43,8 +43,8 @@ def describe(part: ConvertedPart, mode: Mode, eval_mode: Mode) -> list[str]:
     """
     name = f"`{part.path}`" if part.path else "the whole module"
     heading = f"ConvBN: {name} trains in {mode.title()} mode and is evaluated in {eval_mode.title()} mode"
-    recomputes_blocks = part.recompute not in ("none", "elementwise")
-    body = [*part.pairs.summary(), *(part.blocks.summary() if recomputes_blocks else ()), *_memory_lines(part, mode)]
+    blocks = () if part.recompute in ("none", "elementwise") else part.blocks.summary()
+    body = [*_folding_lines(part, mode, eval_mode), *blocks, *_memory_lines(part, mode)]
     verified = part.verification
     if verified is not None and verified.deviation is not None:
         word = "differs from" if verified.wrong else "equals"
@@ -53,6 +53,16 @@ def describe(part: ConvertedPart, mode: Mode, eval_mode: Mode) -> list[str]:
         also = "" if verified is not None and verified.compared else "neither verified nor "
         body.append(f"{also or 'not '}counted: the first batch did not pass through its forward")
     return [heading, *(f"  {line}" for line in (*body, *part.notes))]
+
+
+def _folding_lines(part: ConvertedPart, mode: Mode, eval_mode: Mode) -> list[str]:
+    """Say what is folded: in training, in evaluation alone, or in neither."""
+    folded, *others = part.pairs.summary()
+    if mode == "tune":
+        return [folded, *others]
+    if eval_mode in ("tune", "deploy"):
+        return [f"{folded}, in evaluation alone", *others]
+    return [f"{folded.replace('folded  ', 'foldable', 1)}; Tune mode would fold them", *others]
 
 
 def _memory_lines(part: ConvertedPart, mode: Mode) -> list[str]:

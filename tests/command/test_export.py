@@ -44,7 +44,7 @@ class TestExport:
             ("no/net.pt", "PATH='no/net.pt': there is no folder "),
             (
                 "net.onnx",
-                "net.onnx': .onnx files need onnx and onnxscript and onnxruntime: pip install lightning-convbn[onnx]",
+                "net.onnx': .onnx files need onnx and onnxscript and onnxruntime: pip install onnx onnxscript onnxr",
             ),
         ],
     )

@@ -13,7 +13,10 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
         "torchvision has no 'resnet51'; did you mean torchvision:resnet5",
     ),
     "unknown timm model": (["timm:efficientnet_bo"], "timm has no 'efficientnet_bo'; did you mean timm:efficientnet_b"),
-    "no form of a model": (["resnet50"], "unknown model 'resnet50'; MODEL is torchvision:NAME, timm:NAME"),
+    "no form of a model": (
+        ["resnet50"],
+        "unknown model 'resnet50'; did you mean torchvision:resnet50 or timm:resnet50? MODEL is torchvision:NAME",
+    ),
     "unknown module": (["no_such.module:net"], "no module 'no_such', neither installed nor in "),
     "unknown attribute": (
         ["helpers.networks:smal_net"],
@@ -83,7 +86,7 @@ def test_inspect_refuses_in_one_line(
         (
             "matplotlib",
             ["measure", *SMALL, "--plot", "a.png"],
-            "--plot needs matplotlib; pip install lightning-convbn[cli]",
+            "--plot needs matplotlib; pip install matplotlib",
         ),
     ],
 )

@@ -184,8 +184,8 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("suffix", "missing", "fix"),
     [
-        (".onnx", "onnxruntime", r"\.onnx files need onnxruntime: pip install lightning-convbn\[onnx\]"),
-        (".safetensors", "safetensors", r"files need safetensors: pip install lightning-convbn\[safetensors\]"),
+        (".onnx", "onnxruntime", r"\.onnx files need onnxruntime: pip install onnxruntime"),
+        (".safetensors", "safetensors", r"files need safetensors: pip install safetensors"),
     ],
 )
 def test_a_missing_extra_is_named_before_any_work(

@@ -369,7 +369,13 @@ def test_a_target_that_training_does_not_use_is_reported_so() -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("network.nek", r"target='network.nek': Parts has no such module; its attributes are 'network', 'head'"),
+        (
+            "network.nek",
+            r"'network' \(\w+\) has no module 'nek'; did you mean 'network.neck'\? its modules are .*'neck'",
+        ),
+        ("net", r"target='net': Parts has no module 'net'; did you mean 'network'\? its modules are 'network', 'head'"),
+        ("trunk", r"target='trunk': Parts has no module 'trunk'; its modules are 'network', 'head'"),
+        ("head.fc", r"target='head.fc': 'head' \(Linear\) has no module 'fc'; it has no modules"),
         ("head", r"target='head': Linear has no BatchNorm; name the part that has, or leave ConvBNModeCallback out"),
         (["network", "network.neck"], r"target=\['network', 'network.neck'\]: 'network.neck' lies within 'network'"),
         (["network.neck", "network"], r"'network.neck' lies within 'network'; name one of them"),
@@ -702,6 +708,19 @@ def test_the_table_counts_and_groups_the_reasons() -> None:
     assert re.fullmatch(r"  peak of a step: Eval 0\.\d{3} MiB, Tune 0\.\d{3} MiB, \d+\.\d % (less|more)", peak)
     assert verified.startswith("  verified: Tune equals Eval, relative deviation ")
     assert counted == "  counted on an input of 2 × 3 × 8 × 8"
+
+
+@pytest.mark.parametrize(
+    ("mode", "eval_mode", "line"),
+    [
+        ("eval", "eval", "  foldable       3 of 4 BatchNorms; Tune mode would fold them"),
+        ("train", "eval", "  foldable       3 of 4 BatchNorms; Tune mode would fold them"),
+        ("eval", "deploy", "  folded         3 of 4 BatchNorms, in evaluation alone"),
+        ("tune", "eval", "  folded         3 of 4 BatchNorms"),
+    ],
+)
+def test_the_table_does_not_call_folded_what_is_not(mode: Any, eval_mode: Any, line: str) -> None:
+    assert lines_of_table(mode=mode, eval_mode=eval_mode)[1] == line
 
 
 def test_the_table_leaves_out_what_was_not_asked_for() -> None:

@@ -177,11 +177,11 @@ def test_what_the_callback_refuses_is_refused(typed: Callable[..., Any]) -> None
         typed("--convbn.start_epoch=-1")
 
 
-def test_missing_jsonargparse_is_told_with_our_extra(
+def test_missing_jsonargparse_is_told_with_its_installation(
     typed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lightning.pytorch.cli._JSONARGPARSE_SIGNATURES_AVAILABLE", "")
-    with pytest.raises(ModuleNotFoundError, match=r"needs jsonargparse: pip install lightning-convbn\[cli\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"needs jsonargparse: pip install 'jsonargparse\[signatures\]'"):
         typed()
 
 
