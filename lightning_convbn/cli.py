@@ -70,7 +70,7 @@ class ConvBNCLI(LightningCLI):
             return super().init_parser(**kwargs)
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f"ConvBNCLI needs jsonargparse: pip install 'jsonargparse[signatures]'. Lightning says: {error}"
+                f"ConvBNCLI needs jsonargparse: pip install 'jsonargparse[signatures]>=4.43'. Lightning says: {error}"
             ) from error
 
     @override

@@ -133,8 +133,8 @@ def _measure_alone(step: Step, name: str, work: Workload, expected: dict[str, Te
     found["gradient_deviation"] = None if off is None else float(f"{off:.3g}")
     if name == INDUCTOR_PASS:
         found["note"] = f"folded {folded_by_inductor()} of {len(work.pairs)} blocks"
-    reads_values = bool(work.part)  # a detector; a captured graph can't branch
-    if step.device.type == "cuda" and not VARIANTS[name].compiled and not reads_values:
+    detects = work.training  # a captured graph can't branch by values
+    if step.device.type == "cuda" and not VARIANTS[name].compiled and not detects:
         try:
             found["replay_ms"] = [round(1000 * seconds, 3) for seconds in step.replay_seconds(REPLAYS)]
         except RuntimeError as error:

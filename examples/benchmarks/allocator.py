@@ -24,13 +24,13 @@ def allocations(function: Callable[[], Any]) -> list[int]:
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
-def peak_by_allocator(step: Callable[[], object], *, own_of_kernels: bool = True) -> int:
+def peak_by_allocator(step: Callable[[], object], *, count_workspaces: bool = True) -> int:
     """Ask the allocator for the most bytes that were alive at once, of those that the step has allocated itself.
 
     Args:
         step: It returns what it leaves behind.
-        own_of_kernels: Whether to count what the kernel of a convolution or a BatchNorm has both allocated and freed:
-            its workspaces. oneDNN copies images into a layout of its own.
+        count_workspaces: Whether to count what the kernel of a convolution or a BatchNorm has both allocated and freed.
+            On a CPU oneDNN copies images into a layout of its own.
     """
     gc.collect()
     result = None  # nothing may be freed within that was allocated before
@@ -49,7 +49,7 @@ def peak_by_allocator(step: Callable[[], object], *, own_of_kernels: bool = True
             continue
         else:
             index, by = born.pop(address)
-            if by == kernel and kernel and not own_of_kernels:
+            if by == kernel and kernel and not count_workspaces:
                 changes[index] = size = 0
         changes.append(size)
     return max(itertools.accumulate(changes))

@@ -80,9 +80,9 @@ python -m pytest tests/gpu
 ```
 
 Neither needs a network."""
-SHORT = """All ratios are to Eval mode in the same setting, for batches above one. *Step*: Python launches each
-kernel; *replay*: the same step is replayed as a CUDA graph. Where the ratio of the step is above that of the replay,
-the GPU waits for Python: for each pair, Tune mode launches about ten small kernels more than Eval mode.
+SHORT = """The ratios of the table are to Eval mode in the same setting, for batches above one. *Step*: Python launches
+each kernel; *replay*: the same step is replayed as a CUDA graph. Where the ratio of the step is above that of the
+replay, the GPU waits for Python: for each pair, Tune mode launches about ten small kernels more than Eval mode.
 `torch.compile` and [CUDA graphs](../use/without-a-trainer.md#cuda-graphs) take that time away. On a slower GPU, or on
 larger images, the GPU's own work hides it."""
 SHOWN = {

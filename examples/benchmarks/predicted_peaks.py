@@ -54,10 +54,14 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
         rows += on_cpu(name, arguments.batch, arguments.pixels)
-    for row in json.loads(arguments.gpu.read_text())["rows"] if arguments.gpu.exists() else ():
-        rows += on_gpu(row)
+    facts: dict[str, Any] = {"machine": results_file.machine(CPU)}
+    if arguments.gpu.exists():
+        on_card = json.loads(arguments.gpu.read_text())
+        facts["gpu"] = {what: on_card[what] for what in ("machine", "versions")}
+        for row in on_card["rows"]:
+            rows += on_gpu(row) if row["model"] in arguments.models else ()
     print(*(lines := table(rows)), sep="\n")
-    print(results_file.write_json(arguments.out, rows, ("torch", "torchvision"), machine=results_file.machine(CPU)))
+    print(results_file.write_json(arguments.out, rows, ("torch", "torchvision"), **facts))
     if arguments.out == RESULTS:
         PAGE.write_text(results_file.with_table(PAGE.read_text(), MARK, lines))
 
@@ -73,7 +77,7 @@ def on_cpu(name: str, batch: int, pixels: int) -> Iterator[dict[str, Any]]:
         peaks = {
             "predicted": predicted_peak(work, variant),
             "measured": peak_by_allocator(fresh),
-            "beyond_workspaces": peak_by_allocator(fresh, own_of_kernels=False),
+            "without_workspaces": peak_by_allocator(fresh, count_workspaces=False),
         }
         yield {**setting, "variant": variant, **peaks}
 
@@ -112,10 +116,13 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    off = f"{100 * (row['predicted'] / row['measured'] - 1):+.1f}"
-    if "beyond_workspaces" not in row:
-        return f"{off} %"
-    return f"{off} ({100 * (row['predicted'] / row['beyond_workspaces'] - 1):+.1f}) %"
+    offs = [_off(row["predicted"], row[what]) for what in ("measured", "without_workspaces") if what in row]
+    return " ".join([offs[0], *(f"({off})" for off in offs[1:]), "%"])
+
+
+def _off(predicted: int, counted: int) -> str:
+    percent = round(100 * (predicted / counted - 1), 1)
+    return f"{percent:+.1f}" if percent else "0.0"
 
 
 if __name__ == "__main__":

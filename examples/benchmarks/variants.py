@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
+from torch._inductor.compile_fx import compile_fx
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from examples.benchmarks.networks import Workload, loss_of
+from examples.benchmarks.networks import Workload
 from lightning_convbn import Mode, Recompute, fit_memory_budget, set_mode
 from lightning_convbn.memory import measure_memory_abstractly
 from lightning_convbn.memory.budget import fixed_bytes
@@ -96,11 +97,17 @@ def _mmengine(workload: Workload) -> nn.Module:
 
 
 def _compiled_within(workload: Workload, share: float) -> nn.Module:
-    """The partitioner recomputes until a share of the activations is kept. The model is compiled here for that."""
-    model = _compiled(workload, _eval)
-    with functorch_config.patch(activation_memory_budget=share):
-        loss_of(model(*workload.inputs)).backward()
-    model.zero_grad(set_to_none=True)
+    """The partitioner recomputes until a share of the activations is kept.
+
+    A backend of its own: with that of `_compiled`, Dynamo would run the code that it has compiled without a budget.
+    """
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        with functorch_config.patch(activation_memory_budget=share):
+            return compile_fx(graph, inputs, config_patches={"fx_graph_cache": False})
+
+    model = _eval(workload)
+    model.get_submodule(workload.part).compile(dynamic=False, backend=backend)
     return model
 
 

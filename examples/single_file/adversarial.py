@@ -1,6 +1,6 @@
 """Make adversarial examples by PGD in Eval, Tune and Deploy mode: one file, plain Lightning, no command line.
 
-    pip install torchvision scikit-learn  # beside lightning_convbn
+    pip install torchvision scikit-learn  # in addition to lightning_convbn
     python adversarial.py
 
 attacks MobileNetV2 on parts of the two photographs that come with scikit-learn. Only the images need gradients. So Tune

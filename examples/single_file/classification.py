@@ -1,6 +1,6 @@
 """Classify photographs with a network in Tune mode: one file, plain Lightning, no command line.
 
-    pip install torchvision torchmetrics elpv-dataset  # beside lightning_convbn
+    pip install torchvision torchmetrics elpv-dataset  # in addition to lightning_convbn
     python classification.py
 
 fine-tunes MobileNetV2 on photographs of solar cells, functional or defective. For images of your own,
@@ -108,7 +108,7 @@ def find_images(folder: str | None) -> list[tuple[str, int]]:
 def main(folder: str | None = None, epochs: int = 3, image_size: int = 128, batch_size: int = 32) -> None:
     """Fine-tune on 80 % of the images, test on the rest, and compare what Eval and Tune mode keep.
 
-    A batch holds a tenth of the training images at most, so that few images make steps enough.
+    A batch holds at most a tenth of the training images, but two at least: so few images make enough steps, too.
     """
     seed_everything(0)
     samples = find_images(folder)
@@ -116,6 +116,7 @@ def main(folder: str | None = None, epochs: int = 3, image_size: int = 128, batc
     train, test = ([samples[i] for i in part] for part in (order[len(order) // 5 :], order[: len(order) // 5]))
     counts = torch.tensor([label for _, label in train]).bincount()
     batch_size = min(batch_size, max(2, len(train) // 10))
+    print(f"{len(train)} training images in batches of {batch_size}, {len(test)} to test")
     model = Classifier(len(train) / (len(counts) * counts))
     trainer = Trainer(max_epochs=epochs, gradient_clip_val=1.0, callbacks=[ConvBNModeCallback("tune")])
     trainer.fit(model, DataLoader(Photographs(train, image_size, flip=True), batch_size, shuffle=True))

@@ -1,6 +1,6 @@
 """Detect objects with a Faster R-CNN, its backbone in Tune mode: one file, plain Lightning, no command line.
 
-    pip install torchvision torchmetrics pycocotools scikit-learn  # beside lightning_convbn
+    pip install torchvision torchmetrics pycocotools scikit-learn  # in addition to lightning_convbn
     python detection.py
 
 finds handwritten digits on photographs; both come with scikit-learn. The pretrained detectors of torchvision have

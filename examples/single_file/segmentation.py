@@ -1,6 +1,6 @@
 """Segment images with a backbone and a new head in Tune mode: one file, plain Lightning, no command line.
 
-    pip install torchvision torchmetrics scikit-learn  # beside lightning_convbn
+    pip install torchvision torchmetrics scikit-learn  # in addition to lightning_convbn
     python segmentation.py
 
 finds handwritten digits on photographs; both come with scikit-learn. The BatchNorms of the new head are untrained. So

@@ -101,7 +101,7 @@ def one_cycle(module: LightningModule, optimizer: torch.optim.Optimizer, peaks: 
     """Let the learning rate of each group of parameters rise to its peak and fall again."""
     steps = int(module.trainer.estimated_stepping_batches)
     if steps < FEW_STEPS:
-        module.print(f"only {steps} steps: with few images try --data.batch_size=8 --trainer.max_epochs=10")
+        module.print(f"only {steps} steps: take a smaller --data.batch_size, or a larger --trainer.max_epochs")
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, cycle_momentum=False)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -55,8 +55,7 @@ def load_model(spec: str, checkpoint_class: str | None = None, trust_checkpoint:
     if is_checkpoint:
         model = _from_checkpoint(spec, checkpoint_class, trust=trust_checkpoint)
     elif not source or not name:
-        hint = f"did you mean torchvision:{spec} or timm:{spec}? " if spec.isidentifier() else ""
-        raise CommandError(f"unknown model {spec!r}; {hint}MODEL is {FORMS}")
+        raise CommandError(f"unknown model {spec!r}: say where it is from; MODEL is {FORMS}")
     elif source == "torchvision":
         model = _from_torchvision(name)
     elif source == "timm":

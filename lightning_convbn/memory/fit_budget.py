@@ -34,7 +34,8 @@ def fit_memory_budget(
     Args:
         model: Any module.
         *inputs: Positional arguments of its forward. A larger batch needs a new plan.
-        memory_budget: Bytes, or a text such as ``"8GiB"``. ``"auto"`` is what a CUDA device has left, less a tenth.
+        memory_budget: Bytes, or a text such as ``"8GiB"``. ``"auto"`` is what a CUDA device has left for
+            this process, less a tenth.
         mode: ``"tune"`` or ``"eval"``.
         pairs: As for `set_mode`.
         optimizer: As for `measure_memory`.

@@ -51,10 +51,11 @@ class Clip(NamedTuple):
         return plain or not bool(output.detach().sum().isnan())
 
     def rebuild(self, between: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a tensor that has values between the bounds at the same places as the output."""
-        if self.high is None:
-            return between.to(dtype).mul_(2).add_(self.low - 1)
-        return between.to(dtype).mul_((self.high - self.low) / 2).add_(self.low)
+        """Return a tensor with values between the bounds where the output has such, and elsewhere the lower bound."""
+        rebuilt = between.to(dtype)
+        if self.high is not None:
+            rebuilt.mul_((self.high - self.low) / 2)
+        return rebuilt.add_(self.low) if self.low else rebuilt  # each is a pass over the data
 
 
 ClipOf = Callable[..., Clip | None]

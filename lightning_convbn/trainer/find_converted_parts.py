@@ -84,7 +84,7 @@ def _what_is_missing(pl_module: LightningModule, path: str) -> str:
     children = [name for name, _ in module.named_children()]
     place = f"{'.'.join(names[:depth])!r} ({type(module).__name__})" if depth else type(module).__name__
     close = difflib.get_close_matches(names[depth], children, n=1)
-    hint = f"did you mean {'.'.join([*names[:depth], *close])!r}? " if close else ""
+    hint = f"did you mean {'.'.join([*names[:depth], *close, *names[depth + 1 :]])!r}? " if close else ""
     there = f"its modules are {', '.join(map(repr, children))}" if children else "it has no modules"
     return f"{place} has no module {names[depth]!r}; {hint}{there}"
 

@@ -58,7 +58,7 @@ def describe(part: ConvertedPart, mode: Mode, eval_mode: Mode) -> list[str]:
 def _folding_lines(part: ConvertedPart, mode: Mode, eval_mode: Mode) -> list[str]:
     """Say what is folded: in training, in evaluation alone, or in neither."""
     folded, *others = part.pairs.summary()
-    if mode == "tune":
+    if mode == "tune" or not part.pairs:
         return [folded, *others]
     if eval_mode in ("tune", "deploy"):
         return [f"{folded}, in evaluation alone", *others]

@@ -13,10 +13,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
         "torchvision has no 'resnet51'; did you mean torchvision:resnet5",
     ),
     "unknown timm model": (["timm:efficientnet_bo"], "timm has no 'efficientnet_bo'; did you mean timm:efficientnet_b"),
-    "no form of a model": (
-        ["resnet50"],
-        "unknown model 'resnet50'; did you mean torchvision:resnet50 or timm:resnet50? MODEL is torchvision:NAME",
-    ),
+    "no form of a model": (["resnet50"], "unknown model 'resnet50': say where it is from; MODEL is torchvision:NAME, "),
     "unknown module": (["no_such.module:net"], "no module 'no_such', neither installed nor in "),
     "unknown attribute": (
         ["helpers.networks:smal_net"],

@@ -6,6 +6,7 @@ import json
 import sys
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -158,5 +159,41 @@ def test_page_is_in_step_with_the_committed_results(monkeypatch: pytest.MonkeyPa
     cells = batch_sizes.all_cells(batch_sizes.parse_args())
     assert sorted(cells) == sorted(Cell(*(row[field] for field in Cell._fields)) for row in report["rows"])
     assert f"{len(cells)} runs" in page
-    assert "WRITE-BY-HAND" not in page
     assert (batch_sizes_page.BENCHMARKS / batch_sizes_page.FIGURE).stat().st_size < 250_000
+
+
+def test_what_the_page_concludes_is_in_the_committed_results() -> None:
+    """Its sentences are written by hand."""
+    rows = json.loads(batch_sizes_page.RESULTS.read_text())["rows"]
+
+    def mean(what: str = "accuracy", **wanted: Any) -> float:
+        return fmean(row[what] for row in rows if all(row[key] == value for key, value in wanted.items()))
+
+    again = "accuracy_measured_again"
+    gaps = []
+    for net, data in product(("mobilenet_v2", "efficientnet_lite0"), ("elpv", "fashion-mnist")):
+        case = {"net": net, "data": data, "accumulate": 1}
+        for size in (2, 4, 8):
+            gaps.append(mean(mode="tune", batch_size=size, **case) - mean(mode="train", batch_size=size, **case))
+        for size in (16, 32):
+            ahead = mean(mode="tune", batch_size=size, **case) - mean(again, mode="train", batch_size=size, **case)
+            assert ahead > 0.02 if data == "fashion-mnist" else ahead < 0.01
+    assert len(gaps) == 12
+    assert min(gaps) == pytest.approx(0.04, abs=0.005)
+    assert max(gaps) == pytest.approx(0.40, abs=0.005)
+    large = {"batch_size": 32, "accumulate": 1}
+    for data, least, most in (("fashion-mnist", 0.4, 0.7), ("elpv", 1, 9)):
+        train = mean(mode="train", data=data, **large)
+        gap = mean(mode="tune", data=data, **large) - train
+        assert least < (mean(again, mode="train", data=data, **large) - train) / gap < most
+    cases = {(row["net"], row["data"], row["batch_size"], row["accumulate"]) for row in rows}
+    worse = 0
+    for net, data, size, accumulate in cases:
+        case = {"mode": "train", "net": net, "data": data, "batch_size": size, "accumulate": accumulate}
+        worse += mean(again, **case) < mean(**case)
+    assert (worse, len(cases)) == (4, 36)
+    for size in (2, 4, 8, 16):
+        case = {"mode": "train", "batch_size": size}
+        assert mean(accumulate=32 // size, **case) < mean(accumulate=1, **case)
+    assert mean(mode="train", batch_size=2, accumulate=16) < mean(mode="train", **large)
+    assert mean(mode="tune", batch_size=8, accumulate=1) > mean(mode="tune", **large)

@@ -14,6 +14,7 @@ from helpers.networks import images as random_images
 from helpers.networks import small_net
 from helpers.tiny_training import LIGHTNING_SAYS
 from matplotlib.image import imread
+from torch import nn
 
 from examples import results_file
 from examples.benchmarks import adversarial, gpu, gpu_page, modes_page, scale_page, segmentation, trade_off, write_pages
@@ -275,6 +276,17 @@ class TestMeasuring:
         step = Step(work, VARIANTS[mode].build(work), CPU, "fp32")
         counted = measure_memory(work.model, *work.inputs, mode=mode).saved_bytes
         assert step.memory()["kept_bytes"] == pytest.approx(counted, rel=0.01, abs=64)
+
+    def test_a_compilers_memory_budget_is_in_force_behind_the_same_network_without_one(self) -> None:
+        """Dynamo would run the code of the first one again, if both were compiled in the same way."""
+        layers = [layer for _ in range(3) for layer in (nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.SiLU())]
+        work = Workload(nn.Sequential(*layers), (random_images(2, 8, 16, 16),))
+        kept = []
+        for name in ("compiled", "compiled_half", "compiled_0"):
+            step = Step(work, VARIANTS[name].build(work), CPU, "fp32")
+            step()
+            kept.append(step.memory()["kept_bytes"])
+        assert kept[0] > kept[1] > kept[2], kept
 
     def test_allocations_are_told_in_order(self) -> None:
         deltas = allocations(lambda: torch.ones(1000).add(1))

@@ -80,7 +80,7 @@ def test_the_counted_step_needs_what_a_real_training_step_needs(name: str, monke
         set_mode(step, mode, pairs=pairs, recompute=recompute)
         gradients()  # oneDNN allocates more the first time
         kept = allocated_by(lambda: [loss.grad_fn for loss in losses(images.clone())], CPU).kept
-        peak = peak_by_allocator(gradients, own_of_kernels=False)
+        peak = peak_by_allocator(gradients, count_workspaces=False)
         set_mode(step, "train")
         assert use.peak_bytes is not None
         print(f"{name} {mode} {recompute}: {use.saved_bytes / kept - 1:+.5f}, {use.peak_bytes / peak - 1:+.5f}")

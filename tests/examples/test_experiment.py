@@ -123,7 +123,7 @@ def test_what_is_missing_is_told_before_anything_starts(
 
     monkeypatch.setattr(tiny_experiment, "build_tiny", without_package)
     with pytest.raises(
-        SystemExit, match=r"efficientnet_lite_pytorch is not installed; pip install efficientnet_lite_pytorch"
+        SystemExit, match=r"efficientnet_lite_pytorch is not installed; pip install --editable '.\[examples\]'"
     ):
         main()
     assert not (tmp_path / "new").exists()

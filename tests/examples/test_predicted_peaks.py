@@ -21,15 +21,16 @@ def test_the_table_is_that_of_the_results() -> None:
 
 
 def test_all_that_was_measured_is_within_the_bounds() -> None:
-    """On a CPU 3 % beyond the workspaces of kernels; on a GPU 5 % with them."""
+    """On a CPU without the workspaces of kernels, on a GPU with them. A prediction is never too high."""
     on_cpu = [row for row in ROWS if row["device"] == "cpu"]
     assert {(row["model"], row["variant"]) for row in on_cpu} == {
         (model, variant) for model in MODELS if model != DETECTOR for variant in predicted_peaks.PREDICTED
     }
     for row in on_cpu:
-        assert row["predicted"] == pytest.approx(row["beyond_workspaces"], rel=0.03), row
+        assert row["predicted"] == pytest.approx(row["without_workspaces"], rel=0.005), row
     on_gpu = [row for row in ROWS if row["device"] == "cuda"]
     assert {row["variant"] for row in on_gpu} == {*predicted_peaks.PREDICTED}
+    assert all(row["predicted"] <= row["measured"] for row in ROWS)
     for row in on_gpu:
         assert row["predicted"] == pytest.approx(row["measured"], rel=0.05), row
 
@@ -44,7 +45,7 @@ def test_a_small_run_predicts_what_the_allocator_counts(
     rows = json.loads((tmp_path / "peaks.json").read_text())["rows"]
     assert [row["variant"] for row in rows] == [*predicted_peaks.PREDICTED]
     for row in rows:
-        assert row["beyond_workspaces"] <= row["measured"]
-        assert row["predicted"] == pytest.approx(row["beyond_workspaces"], rel=0.01), row
+        assert row["without_workspaces"] <= row["measured"]
+        assert row["predicted"] == pytest.approx(row["without_workspaces"], rel=0.01), row
     assert predicted_peaks.PAGE.read_text().count("| mobilenet_v2 | 2 × 64 px") == 0
     assert "| mobilenet_v2 | 2 × 64 px, CPU | " in capsys.readouterr().out

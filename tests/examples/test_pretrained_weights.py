@@ -71,9 +71,11 @@ def test_pip_installs_the_package_and_uv_where_there_is_no_pip(
     """The installer puts it into a folder that is gone afterwards: the environment stays as it was."""
     source = package(tmp_path)
     installer = tmp_path / "installer"
+    begins = ["-m", "pip", "install"] if has_pip else ["pip", "install"]
     installer.write_text(
         f"#!{sys.executable}\n"
         "import shutil, sys\n"
+        f"assert sys.argv[1:{len(begins) + 1}] == {begins}\n"
         "target = sys.argv[sys.argv.index('--target') + 1]\n"
         f"assert '--no-deps' in sys.argv and sys.argv[-1] == {PYPI_PACKAGE!r}\n"
         f"shutil.copytree({str(source)!r}, target + '/{PYPI_MODULE}')\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,12 @@ def test_segmentation_trains_first_and_then_folds_the_head(
     tiny = [f"--data.folder={digits}", f"--model.weights={weights}", "--data.image_size=32", "--data.batch_size=4"]
     tiny += ["--trainer.max_epochs=2", "--convbn.start_epoch=1"]
     typed(segmentation.main, monkeypatch, "fit", *tiny, *QUIET, "--results=scores.json")
+    said = capsys.readouterr().out
+    train = re.search(r"(\d+) training images in batches of 4, \d+ to validate", said)
+    steps = re.search(r"only (\d+) steps", said)
+    assert train is not None
+    assert steps is not None
+    assert int(steps[1]) == 2 * (int(train[1]) // 4)
     (score,) = json.loads(Path("scores.json").read_text())["rows"]
     assert 0 <= score["test_miou"] <= 1
     with Image.open("runs/segmentation.png") as image:

@@ -60,7 +60,7 @@ def test_the_plan_for_what_is_left_fits_where_eval_does_not(device: torch.device
     assert fits
     assert plan.fits
     assert plan.recompute == fitting or (fitting == "blocks" and isinstance(plan.recompute, tuple))
-    assert peak(model, batch, "eval", "none") > amount
+    assert peak(model, batch, "eval", "none") > amount / (1 - MARGIN)
 
 
 def test_auto_is_for_cuda_alone(device: torch.device) -> None:
@@ -69,6 +69,7 @@ def test_auto_is_for_cuda_alone(device: torch.device) -> None:
         with pytest.raises(ValueError, match="memory_budget='auto' needs a CUDA device, and the model is on 'cpu'"):
             fit_memory_budget(model, batch, memory_budget="auto")
         return
+    torch.cuda.empty_cache()  # what is cached is free for this process, too
     free, _ = torch.cuda.mem_get_info(device)
     plan = fit_memory_budget(model, batch, memory_budget="auto")
     assert (plan.recompute, plan.fits) == ("none", True)

@@ -82,7 +82,7 @@ def test_the_peak_of_a_later_step_agrees_with_the_allocator(name: Any, width: in
     gc.collect()
     later_step()
     own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    seen = peak_by_allocator(later_step, own_of_kernels=False) - own
+    seen = peak_by_allocator(later_step, count_workspaces=False) - own
     counted = measure_memory(model, batch, mode="eval", optimizer=name).peak_bytes
     assert counted == pytest.approx(seen, rel=0.03)
     assert counted > measure_memory(model, batch, mode="eval").peak_bytes  # type: ignore[operator]

@@ -224,7 +224,7 @@ def test_the_peak_agrees_with_the_allocator(name: str) -> None:
         set_mode(model, mode, recompute=recompute)
         gradients_of(model, batch)  # oneDNN allocates more the first time
         seen, without_copies = (
-            peak_by_allocator(lambda: gradients_of(model, batch), own_of_kernels=own) for own in (True, False)
+            peak_by_allocator(lambda: gradients_of(model, batch), count_workspaces=own) for own in (True, False)
         )
         # A checkpoint holds a random state for each block. The CPU's allocator sees those, which are no activations.
         states = len(recomputed_blocks(model).names) * torch.get_rng_state().nbytes

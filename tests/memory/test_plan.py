@@ -82,7 +82,7 @@ class TestLevels:
         assert needed(model, plan.recompute[:-1] or "elementwise") > budget
         set_mode(model, "tune", recompute=plan.recompute)
         given = inputs()
-        seen = peak_by_allocator(lambda: forward_and_backward(model, (given.clone(),), {}), own_of_kernels=False)
+        seen = peak_by_allocator(lambda: forward_and_backward(model, (given.clone(),), {}), count_workspaces=False)
         assert seen == pytest.approx(plan.peak_bytes - fixed_bytes(model), rel=0.03)
 
     def test_if_nothing_fits_the_plan_says_what_would(self, name: str) -> None:

@@ -54,6 +54,20 @@ def test_code_block_runs(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
         exec(compile(block, "docs", "exec"), types.ModuleType("docs").__dict__)
 
 
+def test_the_quickstart_prints_the_table_that_it_shows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All of it but what rounding decides."""
+    page = (ROOT / "docs" / "index.md").read_text()
+    fences = re.findall(r"^```(python|text)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (_, block), (_, table) = fences
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "docs", "exec"), types.ModuleType("docs").__dict__)
+    printed = capfd.readouterr()
+    for line in table.splitlines():
+        assert line.partition("relative deviation")[0] in printed.out + printed.err
+
+
 def test_blocks_run_elsewhere_are_read_there() -> None:
     marked = {
         (page.name, test)

@@ -374,6 +374,7 @@ def test_a_target_that_training_does_not_use_is_reported_so() -> None:
             r"'network' \(\w+\) has no module 'nek'; did you mean 'network.neck'\? its modules are .*'neck'",
         ),
         ("net", r"target='net': Parts has no module 'net'; did you mean 'network'\? its modules are 'network', 'head'"),
+        ("netwrk.neck", r"Parts has no module 'netwrk'; did you mean 'network.neck'\?"),
         ("trunk", r"target='trunk': Parts has no module 'trunk'; its modules are 'network', 'head'"),
         ("head.fc", r"target='head.fc': 'head' \(Linear\) has no module 'fc'; it has no modules"),
         ("head", r"target='head': Linear has no BatchNorm; name the part that has, or leave ConvBNModeCallback out"),

@@ -181,7 +181,9 @@ def test_missing_jsonargparse_is_told_with_its_installation(
     typed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lightning.pytorch.cli._JSONARGPARSE_SIGNATURES_AVAILABLE", "")
-    with pytest.raises(ModuleNotFoundError, match=r"needs jsonargparse: pip install 'jsonargparse\[signatures\]'"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"needs jsonargparse: pip install 'jsonargparse\[signatures\]>=4.43'"
+    ):
         typed()
 
 
