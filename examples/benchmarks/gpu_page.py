@@ -53,6 +53,7 @@ PUBLISHED = (
         "train",
     ),
 )
+PEERS = "gpu_peers.json"
 COMMAND = "python examples/benchmarks/gpu.py"
 INTRODUCTION = """# On a GPU
 
@@ -100,13 +101,17 @@ LEGEND = """- *Kept* is what the allocator has counted after one forward pass. *
 
 
 def write(path: Path) -> Path:
-    """Draw the page beside a JSON file of `gpu.py`, which need not exist; return its path."""
+    """Draw the page beside a JSON file of `gpu.py`, which need not exist; return its path.
+
+    Steps beside those of compilers come from `gpu_peers.json`, if it is there, too.
+    """
     page = path.with_suffix(".md")
-    page.write_text(as_markdown(json.loads(path.read_text()) if path.exists() else None))
+    found = [json.loads(file.read_text()) if file.exists() else None for file in (path, path.with_name(PEERS))]
+    page.write_text(as_markdown(*found))
     return page
 
 
-def as_markdown(measurements: Mapping[str, Any] | None) -> str:
+def as_markdown(measurements: Mapping[str, Any] | None, peers: Mapping[str, Any] | None = None) -> str:
     """Draw the page; without measurements it says so."""
     if measurements is None:
         return f"{INTRODUCTION}\n\n{NOT_MEASURED}\n"
@@ -126,6 +131,8 @@ def as_markdown(measurements: Mapping[str, Any] | None) -> str:
         lines += ["", "## In short", "", SHORT, "", *_ranges(rows), "", *short]
     if any(_row_of(rows, published) for published in PUBLISHED):
         lines += ["", "## Beside published figures", "", *_beside_published(rows)]
+    if peers is not None:
+        lines += ["", "## With a compiler", "", *_with_compiler(peers)]
     lines += ["", "## All cells", "", LEGEND, "", *_cells(rows)]
     if failed := list(_failures(rows)):
         lines += ["", "## What failed, and what was folded", "", *failed]
@@ -194,6 +201,29 @@ def _beside_published(rows: Sequence[Row]) -> Iterator[str]:
                 _time(row, name),
             ]
             yield f"| {' | '.join(cells)} |"
+
+
+def _with_compiler(peers: Mapping[str, Any]) -> Iterator[str]:
+    yield "Can the whole model be compiled? Then a compiler and Tune mode work together. *Memory budget* is"
+    yield "`torch._functorch.config.activation_memory_budget`: the compiler recomputes until that share of the"
+    yield f"activations is kept. Measured on: {peers['machine']['gpu']}, by"
+    yield ""
+    yield from (f"    {command}" for command in peers["commands"])
+    yield ""
+    yield "| network | setting | variant | peak, MiB | / Eval | step, ms | / Eval |"
+    yield "|---|---|---|---:|---:|---:|---|"
+    for row in peers["rows"]:
+        for name in row["variants"]:
+            found, cells = measured(row, name), [row["model"], title(row), VARIANTS[name].title]
+            if found is None:
+                cells += ["failed", *["-"] * 3]
+            else:
+                peak = bytes_ratio(row, name, "eval", "peak_bytes")
+                cells += [f"{found['peak_bytes'] / MIB:.1f}", "-" if peak is None else f"{peak:.2f}"]
+                cells += [f"{Spread.of(found['step_ms']).median:.1f}", _time(row, name)]
+            yield f"| {' | '.join(cells)} |"
+    yield ""
+    yield from (f"- {row['model']}, {title(row)}: {note}" for row in peers["rows"] for note in notes(row))
 
 
 def _row_of(rows: Sequence[Row], published: Published) -> Row | None:

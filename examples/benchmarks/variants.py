@@ -22,6 +22,7 @@ from lightning_convbn.memory.budget import fixed_bytes
 INDUCTOR_PASS = "inductor_pass"
 BUDGETS = (0.9, 0.7, 0.5, 0.35)  # of Eval's peak, beyond parameters and buffers
 COMPILED_BUDGETS = {"compiled_75": 0.75, "compiled_half": 0.5, "compiled_25": 0.25, "compiled_0": 0.0}
+TUNE_COMPILED_BUDGETS = {"tune_compiled_half": 0.5, "tune_compiled_25": 0.25}
 
 
 def budget_name(share: float) -> str:
@@ -96,7 +97,7 @@ def _mmengine(workload: Workload) -> nn.Module:
     return model
 
 
-def _compiled_within(workload: Workload, share: float) -> nn.Module:
+def _compiled_within(workload: Workload, share: float, build: Callable[[Workload], nn.Module] = _eval) -> nn.Module:
     """The partitioner recomputes until a share of the activations is kept.
 
     A backend of its own: with that of `_compiled`, Dynamo would run the code that it has compiled without a budget.
@@ -106,7 +107,7 @@ def _compiled_within(workload: Workload, share: float) -> nn.Module:
         with functorch_config.patch(activation_memory_budget=share):
             return compile_fx(graph, inputs, config_patches={"fx_graph_cache": False})
 
-    model = _eval(workload)
+    model = build(workload)
     model.get_submodule(workload.part).compile(dynamic=False, backend=backend)
     return model
 
@@ -150,6 +151,15 @@ VARIANTS: dict[str, Variant] = {
     "tune_compiled": Variant(
         "Tune, compiled", partial(_compiled, build=partial(_mode, mode="tune")), "#2f7fd0", compiled=True
     ),
+    **{
+        name: Variant(
+            f"Tune, compiled, memory budget {share}",
+            partial(_compiled_within, share=share, build=partial(_mode, mode="tune")),
+            "#1f5a99",
+            compiled=True,
+        )
+        for name, share in TUNE_COMPILED_BUDGETS.items()
+    },
     "deploy": Variant("Deploy copy", _deploy, "#a3adbb", folded_weights=True),
     "deploy_compiled": Variant(
         "Deploy copy, compiled", partial(_compiled, build=_deploy), "#8d9bd6", compiled=True, folded_weights=True
@@ -174,8 +184,12 @@ VARIANTS: dict[str, Variant] = {
 
 
 def forget_compiled() -> None:
-    """Drop compiled code and counters, so that a cell of the benchmark does not depend on the one before."""
+    """Drop compiled code and counters, so that a cell of the benchmark does not depend on the one before.
+
+    To Dynamo, each variant that is compiled is the same code with another backend. Above a limit it compiles no more.
+    """
     torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 2 * len(VARIANTS)
     counters.clear()
 
 

@@ -265,7 +265,8 @@ class TestGpuScript:
     def test_the_page_comes_from_the_committed_measurements_or_says_that_there_are_none(self) -> None:
         page = gpu.RESULTS.with_suffix(".md").read_text()
         found = json.loads(gpu.RESULTS.read_text()) if gpu.RESULTS.exists() else None
-        assert gpu_page.as_markdown(found) == page
+        peers = gpu.RESULTS.with_name(gpu_page.PEERS)
+        assert gpu_page.as_markdown(found, json.loads(peers.read_text())) == page
         assert found is None or (found["device"] == "cuda" and not found["quick"])
 
 

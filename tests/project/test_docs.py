@@ -18,9 +18,10 @@ import torchvision
 from helpers.lightning_matrix import read_rows
 from helpers.tiny_training import LIGHTNING_SAYS
 from torch import nn
+from torch._functorch import config as functorch_config
 from torchvision.ops import FrozenBatchNorm2d
 
-from examples.benchmarks import against_revision, figures, memory_budget
+from examples.benchmarks import against_revision, figures, memory_budget, recomputed_work
 from examples.benchmarks import coverage_of_models as coverage_table
 from examples.benchmarks import deploy as deploy_table
 from examples.benchmarks import memory as memory_table
@@ -50,7 +51,8 @@ pytestmark = LIGHTNING_SAYS
 def test_code_block_runs(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     tables: tuple[dict[Any, Any], ...] = (supported_layers.CONV_LAYERS, supported_layers.NORM_LAYERS, elementwise.ROWS)
-    with mock.patch.dict(tables[0]), mock.patch.dict(tables[1]), mock.patch.dict(tables[2]):
+    budget = functorch_config.patch(activation_memory_budget=1.0)  # a block sets another one
+    with mock.patch.dict(tables[0]), mock.patch.dict(tables[1]), mock.patch.dict(tables[2]), budget:
         exec(compile(block, "docs", "exec"), types.ModuleType("docs").__dict__)
 
 
@@ -157,6 +159,19 @@ def test_memory_tables_come_from_the_committed_counts() -> None:
 def test_the_comparison_with_the_earlier_core_comes_from_its_results() -> None:
     page, rows = against_revision.PAGE.read_text(), json.loads(against_revision.RESULTS.read_text())["rows"]
     assert with_table(page, against_revision.MARK, against_revision.table(rows)) == page
+
+
+def test_the_table_of_recomputed_work_comes_from_its_results() -> None:
+    page = recomputed_work.PAGE.read_text()
+    rows = json.loads(recomputed_work.RESULTS.read_text())["rows"]
+    assert with_table(page, recomputed_work.MARK, recomputed_work.table(rows)) == page
+
+
+def test_calls_that_are_made_again_are_timed() -> None:
+    """A SiLU between two pairs is computed again; a step without recomputation calls nothing again."""
+    row = recomputed_work.measure("efficientnet_b0", batch=1, pixels=32, rounds=2)
+    assert row["calls"] > 20
+    assert all(0 < again < step for again, step in zip(row["again"], row["elementwise"], strict=True))
 
 
 def test_the_table_of_runs_under_a_budget_comes_from_its_results() -> None:
