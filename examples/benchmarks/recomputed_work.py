@@ -2,10 +2,11 @@
 
     python examples/benchmarks/recomputed_work.py
 
-Steps of Tune mode without and with recomputation take turns. In the latter, the functions that the backward pass calls
-again are timed, and nothing else: no bookkeeping, no search for what to keep. If those calls alone take 8 % of a step
-without recomputation, then no way to arrange them makes the step less than 8 % longer, unless it calls less often. The
-results go to `docs/benchmarks/recomputed_work.json`, and as a table to `docs/understand/how-it-works.md`.
+Steps of Tune mode without and with recomputation take turns. In the latter, two things are timed: functions that the
+backward pass calls again, and what packs bits and indices and unpacks them. Nothing else is: no bookkeeping, no search
+for what to keep. If those calls alone take 8 % of a step without recomputation, then no way to arrange them makes the
+step less than 8 % longer, unless it calls less often. The results go to
+`docs/benchmarks/recomputed_work.json`, and as a table to `docs/understand/how-it-works.md`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +27,9 @@ from examples.benchmarks.networks import MODELS, workload
 from examples.benchmarks.summary import Spread, spread_text
 from examples.benchmarks.training_step import Step
 from examples.benchmarks.variants import VARIANTS
+from lightning_convbn.ops import calls as calls_of_functions
+from lightning_convbn.ops.elementwise import Clip
+from lightning_convbn.ops.packed import PackedBits
 from lightning_convbn.ops.repetition import Repetition
 
 RESULTS = results_file.BENCHMARKS / "recomputed_work.json"
@@ -70,29 +74,37 @@ def measure(name: str, batch: int, pixels: int, rounds: int) -> dict[str, Any]:
 
 @contextmanager
 def calls_timed(calls: list[float]) -> Iterator[None]:
-    """Have each function that is called again add the seconds it took to a list."""
-    begin = Repetition.__init__
+    """Have each call that computes again, packs or unpacks add the seconds it took to a list."""
 
-    def timed(compute: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
             try:
-                return compute(*args, **kwargs)
+                return function(*args, **kwargs)
             finally:
                 calls.append(time.perf_counter() - started)
 
         return run
 
+    begin, packed_indices = Repetition.__init__, calls_of_functions.recipe_of_indices
+
     def init(self: Repetition, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         begin(self, timed(compute), *args, **kwargs)
 
-    with mock.patch.object(Repetition, "__init__", init):
+    def pack_indices(*args: Any) -> Callable[[], Any]:
+        return timed(timed(packed_indices)(*args))
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Repetition, "__init__", init))
+        stack.enter_context(mock.patch.object(calls_of_functions, "recipe_of_indices", pack_indices))
+        for owner, name in ((PackedBits, "__init__"), (PackedBits, "unpack"), (Clip, "between"), (Clip, "rebuild")):
+            stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name))))
         yield
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Draw a table: medians of the ratios to the step without recomputation in the same round, and their quartiles."""
-    lines = ['| network | step, in relation to `"none"` | the calls made again take |', "|---|---|---:|"]
+    lines = ['| network | step, in relation to `"none"` | calls made again, and packing, take |', "|---|---|---:|"]
     for row in rows:
         steps, again = (Spread.of(_ratios(row[what], row["none"])) for what in ("elementwise", "again"))
         lines.append(f"| {row['model']} | {spread_text(steps, 2)} | {100 * again.median:.1f} % of it |")
