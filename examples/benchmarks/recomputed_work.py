@@ -29,7 +29,7 @@ from examples.benchmarks.training_step import Step
 from examples.benchmarks.variants import VARIANTS
 from lightning_convbn.ops import calls as calls_of_functions
 from lightning_convbn.ops.elementwise import Clip
-from lightning_convbn.ops.packed import PackedBits
+from lightning_convbn.ops.packed import PackedBits, recipe_of_indices
 from lightning_convbn.ops.repetition import Repetition
 
 RESULTS = results_file.BENCHMARKS / "recomputed_work.json"
@@ -86,17 +86,17 @@ def calls_timed(calls: list[float]) -> Iterator[None]:
 
         return run
 
-    begin, packed_indices = Repetition.__init__, calls_of_functions.recipe_of_indices
+    begin = Repetition.__init__
 
     def init(self: Repetition, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         begin(self, timed(compute), *args, **kwargs)
 
-    def pack_indices(*args: Any) -> Callable[[], Any]:
-        return timed(timed(packed_indices)(*args))
+    def indices(*args: Any) -> Callable[[], Any]:
+        return timed(timed(recipe_of_indices)(*args))
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Repetition, "__init__", init))
-        stack.enter_context(mock.patch.object(calls_of_functions, "recipe_of_indices", pack_indices))
+        stack.enter_context(mock.patch.object(calls_of_functions, "recipe_of_indices", indices))
         for owner, name in ((PackedBits, "__init__"), (PackedBits, "unpack"), (Clip, "between"), (Clip, "rebuild")):
             stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name))))
         yield
