@@ -214,16 +214,10 @@ def _with_compiler(peers: Mapping[str, Any]) -> Iterator[str]:
     yield "|---|---|---|---:|---:|---:|---|"
     for row in peers["rows"]:
         for name in row["variants"]:
-            found, cells = measured(row, name), [row["model"], title(row), VARIANTS[name].title]
-            if found is None:
-                cells += ["failed", *["-"] * 3]
-            else:
-                peak = bytes_ratio(row, name, "eval", "peak_bytes")
-                cells += [f"{found['peak_bytes'] / MIB:.1f}", "-" if peak is None else f"{peak:.2f}"]
-                cells += [f"{Spread.of(found['step_ms']).median:.1f}", _time(row, name)]
+            cells = [row["model"], title(row), VARIANTS[name].title, *_bytes_and_step(row, name, "peak_bytes")]
             yield f"| {' | '.join(cells)} |"
     yield ""
-    yield from (f"- {row['model']}, {title(row)}: {note}" for row in peers["rows"] for note in notes(row))
+    yield from _failures(peers["rows"])
 
 
 def _row_of(rows: Sequence[Row], published: Published) -> Row | None:
@@ -247,18 +241,24 @@ def _cells(rows: Sequence[Row]) -> Iterator[str]:
     yield "|---|---|---|---:|---:|---:|---:|---:|---|---:|---:|"
     for row in rows:
         for name in row["variants"]:
-            found = measured(row, name)
             cells = [row["model"], title(row), VARIANTS[name].title]
-            if found is None:
-                cells += ["failed", *["-"] * 7]
-            else:
-                for what in ("kept_bytes", "peak_bytes"):
-                    ratio = bytes_ratio(row, name, "eval", what)
-                    cells += [f"{found[what] / MIB:.1f}", "-" if ratio is None else f"{ratio:.2f}"]
-                cells += [f"{Spread.of(found['step_ms']).median:.1f}", _time(row, name)]
-                replayed = f"{Spread.of(found['replay_ms']).median:.1f}" if "replay_ms" in found else "-"
-                cells += [replayed, ratio_text(time_ratio(row, name, "eval", "replay_ms"), 2) or "-"]
+            cells += _bytes_and_step(row, name, "kept_bytes", "peak_bytes")
+            found = measured(row, name)
+            replayed = f"{Spread.of(found['replay_ms']).median:.1f}" if found and "replay_ms" in found else "-"
+            cells += [replayed, ratio_text(time_ratio(row, name, "eval", "replay_ms"), 2) or "-"]
             yield f"| {' | '.join(cells)} |"
+
+
+def _bytes_and_step(row: Row, variant: str, *sizes: str) -> list[str]:
+    """The cells of one variant: each of these sizes in MiB, and its step in ms, all with their ratios to Eval's."""
+    found = measured(row, variant)
+    if found is None:
+        return ["failed", *["-"] * (2 * len(sizes) + 1)]
+    cells = []
+    for what in sizes:
+        ratio = bytes_ratio(row, variant, "eval", what)
+        cells += [f"{found[what] / MIB:.1f}", "-" if ratio is None else f"{ratio:.2f}"]
+    return [*cells, f"{Spread.of(found['step_ms']).median:.1f}", _time(row, variant)]
 
 
 def _time(row: Row, variant: str) -> str:

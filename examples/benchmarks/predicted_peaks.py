@@ -22,7 +22,7 @@ import torch
 from examples import results_file
 from examples.benchmarks.allocator import peak_by_allocator
 from examples.benchmarks.networks import DETECTOR, MODELS, Workload, workload
-from examples.benchmarks.summary import Row, measured
+from examples.benchmarks.summary import SETTING, Row, measured
 from examples.benchmarks.training_step import Step
 from examples.benchmarks.variants import VARIANTS
 from lightning_convbn import Mode, Recompute
@@ -38,7 +38,7 @@ PREDICTED: dict[str, tuple[Mode, Recompute]] = {
     "tune_recompute": ("tune", "elementwise"),
     "tune_blocks": ("tune", "blocks"),
 }
-SETTING = ("device", "model", "batch", "pixels")
+CELL = SETTING[:4]  # all are in float32, and contiguous
 CPU = torch.device("cpu")
 
 
@@ -69,7 +69,7 @@ def main() -> None:
 def on_cpu(name: str, batch: int, pixels: int) -> Iterator[dict[str, Any]]:
     """Predict and measure the steps of a network on the CPU, by variant."""
     work = workload(name, batch, pixels, CPU, channels_last=False)
-    setting = dict(zip(SETTING, ("cpu", name, batch, pixels), strict=True))
+    setting = dict(zip(CELL, (name, batch, pixels, CPU.type), strict=True))
     for variant in PREDICTED:
         step = Step(work, VARIANTS[variant].build(work), CPU, "fp32")
         step()  # autograd and oneDNN allocate once what stays
@@ -87,7 +87,7 @@ def on_gpu(row: Row) -> Iterator[dict[str, Any]]:
     if row["precision"] != "fp32" or row["channels_last"] or row["batch"] == 1 or row["model"] == DETECTOR:
         return
     work = workload(row["model"], row["batch"], row["pixels"], CPU, channels_last=False)
-    setting = {key: row[key] for key in SETTING}
+    setting = {key: row[key] for key in CELL}
     for variant in PREDICTED:
         if (found := measured(row, variant)) is not None:
             peaks = {"predicted": predicted_peak(work, variant), "measured": found["peak_bytes"]}
@@ -107,9 +107,9 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Draw a table: a row for each cell, and in each column by how many percent the prediction was off."""
     lines = ["| network | step | " + " | ".join(VARIANTS[name].title for name in PREDICTED) + " |"]
     lines.append("|---|---|" + "---:|" * len(PREDICTED))
-    for setting in dict.fromkeys(tuple(row[key] for key in SETTING) for row in rows):
-        own = {row["variant"]: row for row in rows if tuple(row[key] for key in SETTING) == setting}
-        device, model, batch, pixels = setting
+    for setting in dict.fromkeys(tuple(row[key] for key in CELL) for row in rows):
+        own = {row["variant"]: row for row in rows if tuple(row[key] for key in CELL) == setting}
+        model, batch, pixels, device = setting
         cells = [_cell(own[name]) if name in own else "-" for name in PREDICTED]
         lines.append(f"| {model} | {batch} × {pixels} px, {device.upper()} | {' | '.join(cells)} |")
     return lines

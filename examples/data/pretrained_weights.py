@@ -95,16 +95,14 @@ def _fill_cache_from_pypi() -> None:
 
 def _install_into(folder: str) -> None:
     """Install the package into a folder, by pip, or by uv, whose environments have no pip."""
-    installer, options = [sys.executable, "-m", "pip"], list[str]()
+    installer = [sys.executable, "-m", "pip", "install"]
     if find_spec("pip") is None:
         uv = shutil.which("uv")
         if uv is None:
             raise RuntimeError(f"neither pip nor uv is here to install it; run {sys.executable} -m ensurepip")
-        installer = [uv, "pip"]
-        options = ["--python", sys.executable]
-    options += ["--quiet", "--no-deps", "--only-binary", ":all:", "--target", folder]
-    command = [*installer, "install", *options, PYPI_PACKAGE]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+        installer = [uv, "pip", "install", "--python", sys.executable]
+    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--target", folder]
+    process = subprocess.run([*installer, *options, PYPI_PACKAGE], capture_output=True, text=True, check=False)
     if process.returncode:
         raise RuntimeError(process.stderr.strip().rpartition("\n")[2] or f"exit status {process.returncode}")
 

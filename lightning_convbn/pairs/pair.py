@@ -111,11 +111,15 @@ class ConvBNPairs(Sequence[ConvBNPair]):
         """Count the BatchNorms in no pair by reason. Reasons that differ only in a qualified name count as one."""
         return {reason: len(names) for reason, names in grouped(self.unpaired).items()}
 
-    def summary(self) -> list[str]:
-        """Describe in a few lines what happens to the BatchNorms; those with the same reason share a line."""
+    def summary(self, word: str = "folded") -> list[str]:
+        """Describe in a few lines what happens to the BatchNorms; those with the same reason share a line.
+
+        Args:
+            word: What the first line calls those of the pairs: in Eval mode none of them is folded.
+        """
         total = len(self) + len(self.unpaired)
         unfrozen = {bn: reason for bn, reason in self.unpaired.items() if bn in self.unfrozen}
-        lines = [f"folded      {len(self):>4} of {total} BatchNorms"]
+        lines = [f"{word:<11} {len(self):>4} of {total} BatchNorms"]
         for state, bns in (("frozen", self.frozen), ("unfrozen", unfrozen)):
             lines.append(f"{state:<11} {len(bns):>4}")
             lines += [f"  {len(names):>4} × {reason}: {abbreviated(names)}" for reason, names in grouped(bns).items()]

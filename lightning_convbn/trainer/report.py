@@ -57,12 +57,11 @@ def describe(part: ConvertedPart, mode: Mode, eval_mode: Mode) -> list[str]:
 
 def _folding_lines(part: ConvertedPart, mode: Mode, eval_mode: Mode) -> list[str]:
     """Say what is folded: in training, in evaluation alone, or in neither."""
-    folded, *others = part.pairs.summary()
     if mode == "tune" or not part.pairs:
-        return [folded, *others]
-    if eval_mode in ("tune", "deploy"):
-        return [f"{folded}, in evaluation alone", *others]
-    return [f"{folded.replace('folded  ', 'foldable', 1)}; Tune mode would fold them", *others]
+        return part.pairs.summary()
+    in_evaluation = eval_mode in ("tune", "deploy")
+    first, *others = part.pairs.summary("folded" if in_evaluation else "foldable")
+    return [first + (", in evaluation alone" if in_evaluation else "; Tune mode would fold them"), *others]
 
 
 def _memory_lines(part: ConvertedPart, mode: Mode) -> list[str]:

@@ -17,7 +17,17 @@ from matplotlib.image import imread
 from torch import nn
 
 from examples import results_file
-from examples.benchmarks import adversarial, gpu, gpu_page, modes_page, scale_page, segmentation, trade_off, write_pages
+from examples.benchmarks import (
+    adversarial,
+    gpu,
+    gpu_page,
+    modes_page,
+    recomputed_work,
+    scale_page,
+    segmentation,
+    trade_off,
+    write_pages,
+)
 from examples.benchmarks import all_modes as script
 from examples.benchmarks.allocator import allocations
 from examples.benchmarks.networks import Workload, workload
@@ -288,6 +298,12 @@ class TestMeasuring:
             step()
             kept.append(step.memory()["kept_bytes"])
         assert kept[0] > kept[1] > kept[2], kept
+
+    def test_calls_that_are_made_again_are_timed(self) -> None:
+        """A SiLU between two pairs is computed again; a step without recomputation calls nothing again."""
+        row = recomputed_work.measure("efficientnet_b0", batch=1, pixels=32, rounds=2)
+        assert row["calls"] > 20
+        assert all(0 < again < step for again, step in zip(row["again"], row["elementwise"], strict=True))
 
     def test_allocations_are_told_in_order(self) -> None:
         deltas = allocations(lambda: torch.ones(1000).add(1))
