@@ -18,7 +18,7 @@ from torchvision.models import detection
 from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_convbn import Mode, find_conv_bn_pairs, measure_memory, set_mode
-from lightning_convbn.layers.swap import class_name
+from lightning_convbn.layers.state import class_name
 
 SIZE = 128
 DETECTORS: dict[str, Callable[..., nn.Module]] = {

@@ -18,7 +18,7 @@ from mmcv.cnn import ConvModule, DepthwiseSeparableConvModule
 from torch import Tensor, nn
 
 from lightning_convbn import ConvBNPair, find_conv_bn_pairs
-from lightning_convbn.layers.swap import class_name
+from lightning_convbn.layers.state import class_name
 
 # What other libraries deprecate from release to release is no failure of these tests.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -32,7 +32,7 @@ from torch.ao import quantization
 from torch.utils.data import DataLoader
 
 from lightning_convbn import ConvBNModeCallback, find_conv_bn_pairs, get_mode, set_mode
-from lightning_convbn.layers.swap import Converted
+from lightning_convbn.layers.state import Converted
 from lightning_convbn.pairs import reasons
 from lightning_convbn.trainer import report
 from lightning_convbn.trainer.converted_part import ConvertedPart
