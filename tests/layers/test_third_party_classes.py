@@ -26,12 +26,7 @@ from timm.layers.norm_act import SyncBatchNormAct
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-<<<<<<< HEAD
-from lightning_convbn import ConvBNPair, Mode, find_conv_bn_pairs, fuse_for_deploy, set_mode
-from lightning_convbn.layers.state import swap_of
-=======
 from lightning_convbn import ConvBNPair, Mode, find_conv_bn_pairs, fuse_for_deploy, get_mode, set_mode
->>>>>>> wt-tests
 from lightning_convbn.memory import measure_memory_abstractly
 
 # Libraries whose EfficientNets pad as TensorFlow does.

@@ -18,10 +18,6 @@ from torchvision.models import detection
 from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_convbn import Mode, find_conv_bn_pairs, measure_memory, set_mode
-<<<<<<< HEAD
-from lightning_convbn.layers.state import class_name
-=======
->>>>>>> wt-tests
 
 SIZE = 128
 DETECTORS: dict[str, Callable[..., nn.Module]] = {
