@@ -6,7 +6,9 @@ breaks without it, and since which version it is there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ __all__ = [
     "changes_input",
     "compiled_by_lightning",
     "fake_tensor_mode",
+    "forward_hooks_of",
     "has_gradient_hooks",
     "has_statistics",
     "has_tangent",
@@ -43,6 +46,7 @@ __all__ = [
     "inside_transform",
     "is_any_autocast_on",
     "is_compiled",
+    "is_in_backward",
     "is_jit_traced",
     "is_of_compiler",
     "is_watched",
@@ -62,6 +66,8 @@ __all__ = [
     "versions_of",
     "watches_input",
     "watches_output",
+    "with_forward_hooks",
+    "without_global_hooks",
     "without_modes",
     "without_torch_function",
 ]
@@ -163,6 +169,11 @@ def is_any_autocast_on() -> bool:
     return torch._C._is_any_autocast_enabled()
 
 
+def is_in_backward() -> bool:
+    """Whether autograd's engine is running a backward pass now, in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def is_jit_traced() -> bool:
     """Whether ``torch.jit.trace`` is running."""
     return torch._C._get_tracing_state() is not None
@@ -208,7 +219,9 @@ def tensors_of_pair(conv: nn.Module, bn: nn.Module) -> tuple[Any, Any, Any, Any,
 
 
 def has_statistics(module: nn.Module) -> bool:
-    """Whether a module has the buffers ``running_mean`` and ``running_var`` (``_buffers``)."""
+    """Whether a module of Python has the buffers ``running_mean`` and ``running_var`` (``_buffers``)."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     buffers = module._buffers
     return buffers.get("running_mean") is not None and buffers.get("running_var") is not None
 
@@ -247,11 +260,51 @@ def is_watched(conv: nn.Module, bn: nn.Module) -> bool:
         or bn._backward_pre_hooks
         or conv._compiled_call_impl
         or bn._compiled_call_impl
-        or of_all_modules._global_forward_hooks
-        or of_all_modules._global_forward_pre_hooks
+        or (of_all_modules._global_forward_hooks and _see(of_all_modules._global_forward_hooks))
+        or (of_all_modules._global_forward_pre_hooks and _see(of_all_modules._global_forward_pre_hooks))
         or of_all_modules._global_backward_hooks
         or of_all_modules._global_backward_pre_hooks
     )
+
+
+def _see(hooks: dict[int, Any]) -> bool:
+    """Whether hooks look at what modules put out. Those of a count of bytes note which module runs, and are marked."""
+    return not all(hasattr(hook, "sees_no_tensors") for hook in hooks.values())
+
+
+@contextmanager
+def without_global_hooks() -> Iterator[None]:
+    """Call no hooks of all modules (``register_module_forward_hook`` and the like) in a ``with`` block."""
+    places = [value for name, value in vars(of_all_modules).items() if name.startswith("_global") and "hooks" in name]
+    with with_forward_hooks([(place, {}) for place in places]):
+        yield
+
+
+ForwardHooks = list[tuple["OrderedDict[int, Any]", dict[int, Any]]]
+
+
+def forward_hooks_of(modules: Iterable[nn.Module]) -> ForwardHooks:
+    """Return where modules have the hooks that run before and after their forward, and which are there now."""
+    places = (place for module in modules for place in (module._forward_pre_hooks, module._forward_hooks))
+    return [(place, dict(place)) for place in places]
+
+
+@contextmanager
+def with_forward_hooks(hooks: ForwardHooks) -> Iterator[None]:
+    """Have the hooks that `forward_hooks_of` has returned, and no others, in a ``with`` block."""
+    now = [dict(place) for place, _ in hooks]
+    _put(hooks)
+    try:
+        yield
+    finally:
+        _put([(place, before) for (place, _), before in zip(hooks, now, strict=True)])
+
+
+def _put(hooks: Iterable[tuple[OrderedDict[int, Any], dict[int, Any]]]) -> None:
+    for place, wanted in hooks:
+        if place != wanted:
+            place.clear()
+            place.update(wanted)
 
 
 def changes_input(module: nn.Module) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -14,12 +15,14 @@ from lightning_convbn.blocks import reasons
 from lightning_convbn.blocks.look import Look, look_at
 from lightning_convbn.compat import (
     changes_input,
+    forward_hooks_of,
     in_graph,
     inside_transform,
     other_saved_tensor_hooks,
     tree_flatten,
     tree_unflatten,
     versions_of,
+    with_forward_hooks,
 )
 from lightning_convbn.layers.marks import Mark
 from lightning_convbn.layers.state import Mode, Recompute, State, state_of
@@ -50,24 +53,54 @@ class Block(State):
         self.look = Look()
 
 
-class Written(NamedTuple):
-    """What a block computes from beside its inputs, to see whether it was written or replaced."""
+class FirstRun(NamedTuple):
+    """What a block was in its first run. The second run must see the same."""
 
-    tensors: tuple[Tensor, ...]
+    modules: tuple[nn.Module, ...]
+    modes: tuple[Any, ...]  # of each module: what `set_mode` has made of it
+    flags: tuple[bool, ...]  # of each module: its training flag
+    hooks: Any  # those that run before and after the forward of a module
+    tensors: tuple[Tensor, ...]  # parameters and buffers
     versions: tuple[int, ...] | None
 
     @classmethod
-    def of(cls, block: nn.Module) -> Written:
+    def of(cls, block: nn.Module) -> FirstRun:
         """Describe a block now. DDP writes buffers into themselves before each forward pass, so they don't count."""
         buffers = () if HAS_DISTRIBUTED and torch.distributed.is_initialized() else block.buffers()
-        tensors = (*block.parameters(), *buffers)
-        return cls(tensors, versions_of(tensors))
+        modules, tensors = tuple(block.modules()), (*block.parameters(), *buffers)
+        flags = tuple(module.training for module in modules)
+        return cls(modules, _modes_of(modules), flags, forward_hooks_of(modules), tensors, versions_of(tensors))
 
-    def is_of(self, block: nn.Module) -> bool:
-        """Whether a block has the same tensors still, and nobody has written them."""
-        now = Written.of(block)
+    @contextmanager
+    def again(self, block: nn.Module) -> Iterator[None]:
+        """Put back, for a second run, what does not change what the block is: training flags, and hooks.
+
+        Raises:
+            RuntimeError: If a module was switched or replaced, or if a parameter or a buffer was written or replaced.
+        """
+        now = FirstRun.of(block)
+        self._check_same(block, now)
+        with with_forward_hooks(self.hooks):
+            for module, flag in zip(self.modules, self.flags, strict=True):
+                module.training = flag
+            try:
+                yield
+            finally:
+                for module, flag in zip(now.modules, now.flags, strict=True):
+                    module.training = flag
+
+    def _check_same(self, block: nn.Module, now: FirstRun) -> None:
         same = len(now.tensors) == len(self.tensors) and all(map(is_, now.tensors, self.tensors))
-        return same and now.versions == self.versions
+        if now.modules != self.modules or now.modes != self.modes:
+            changed = "it was switched to another mode, or has another module. Call backward() before that"
+        elif not same or now.versions != self.versions:
+            changed = "one of its parameters or buffers was written or replaced. Call backward() before that"
+        else:
+            return
+        raise RuntimeError(
+            f"recompute='blocks': a {type(block).__name__} is to run again in the backward pass, but since its forward "
+            f"pass {changed}, or set_mode(model, mode, recompute='none')"
+        )
 
 
 def block_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -94,15 +127,15 @@ def block_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if look.reason is not None or (captured and look.draws) or any(isinstance(leaf, Mark) for leaf in leaves):
         return forward(self, *args, **kwargs)
     waiting = [(args, kwargs)]  # for the first run, with the very containers: it may change them
-    written = Written.of(self)
+    first = FirstRun.of(self)
 
     def run(*leaves: Any) -> Any:
         if waiting:
             args, kwargs = waiting.pop()
-        else:
-            _check_unchanged(self, seen, written)
-            args, kwargs = tree_unflatten(leaves, structure)
-        return type(self).forward(self, *args, **kwargs)
+            return forward(self, *args, **kwargs)
+        args, kwargs = tree_unflatten(leaves, structure)
+        with first.again(self):
+            return forward(self, *args, **kwargs)
 
     del args, kwargs  # the graph holds this frame's variables, and must not hold the containers
     return checkpoint(run, *leaves, use_reentrant=False, preserve_rng_state=not captured)
@@ -123,29 +156,13 @@ def _modules_of(block: nn.Module) -> tuple[tuple[type[nn.Module], bool, bool], .
     return tuple((type(module), module.training, hooked) for module, hooked in inside)
 
 
+def _modes_of(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
+    states = map(state_of, modules)
+    return tuple(None if state is None else (id(state), state.mode, state.recompute) for state in states)
+
+
 def _is_captured() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _check_unchanged(block: nn.Module, seen: Seen, written: Written) -> None:
-    """Check that a block is what it was in the forward pass.
-
-    Raises:
-        RuntimeError: If a module was switched, replaced, or put in another train or eval state, or if a parameter or a
-            buffer was written or replaced.
-    """
-    if _modules_of(block) != seen.modules:
-        changed = (
-            "it was switched to another mode, or to another train or eval state. Call backward() before the switch"
-        )
-    elif not written.is_of(block):
-        changed = "one of its parameters or buffers was written or replaced. Call backward() before that"
-    else:
-        return
-    raise RuntimeError(
-        f"recompute='blocks': a {type(block).__name__} is to run again in the backward pass, but since its forward pass "
-        f"{changed}, or set_mode(model, mode, recompute='none')"
-    )
 
 
 def _trains_weights(block: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """One forward of a pair: the convolution runs folded and puts out a mark, and the BatchNorm takes it off.
 
-What each of the two does is here, from top to bottom. The arithmetic is in `ops/convolution.py`, the mark in `marks.py`.
+What each of the two does is here, from top to bottom. The arithmetic is in `ops/convolution.py`, the mark in
+`marks.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from lightning_convbn.compat import (
     FakeTensor,
     in_graph,
     inside_transform,
+    is_in_backward,
     is_watched,
     tensors_of_pair,
     versions_in_call,
@@ -40,7 +42,7 @@ def conv_forward(self: nn.Module, input: Tensor, output_size: Any = None) -> Ten
         return type(self).forward(self, input, *arguments)  # type: ignore[no-any-return]
     if in_graph():
         return _in_graph(pair, input, arguments)
-    if is_watched(self, pair.bn):
+    if _runs_plainly(pair):
         return type(self).forward(self, input, *arguments)  # type: ignore[no-any-return]
     if type(input) is Tensor:
         marked = _marked(pair, input, output_size)
@@ -48,6 +50,19 @@ def conv_forward(self: nn.Module, input: Tensor, output_size: Any = None) -> Ten
         with without_torch_function():  # a recomputable input has functions of its own for what is asked
             marked = _marked(pair, input, output_size)
     return mark_plain(type(self).forward(self, input, *arguments), pair) if marked is None else marked
+
+
+def _runs_plainly(pair: Pair) -> bool:
+    """Whether the two layers run as they are: somebody sees what passes between them, or has set another convolution.
+
+    A forward pass that runs again in the backward pass, as under a checkpoint, decides as it did in the forward pass.
+    """
+    watched = is_watched(pair.conv, pair.bn) or "_conv_forward" in vars(pair.conv)
+    if watched is not pair.watched:
+        if is_in_backward():
+            return pair.watched
+        pair.watched = watched
+    return watched
 
 
 def norm_forward(self: nn.Module, input: Tensor) -> Tensor:
@@ -140,10 +155,10 @@ def _deployed(
 
 
 # ------------------------------------------------------------------------------------------------------- in a graph
-# In a graph of a compiler or of a trace there are no marks: the convolution returns the folded output, and its BatchNorm
-# returns what it gets. That is right if both do so. But one of the two may be in a graph, and the other one not: if it
-# was compiled alone, or if a graph ends between the two. So a pair decides once, when a graph is first made of one of
-# the two, and all graphs go by that:
+# In a graph of a compiler or of a trace there are no marks: the convolution returns the folded output, and its
+# BatchNorm returns what it gets. That is right if both do so. But one of the two may be in a graph, and the other one
+# not: if it was compiled alone, or if a graph ends between the two. So it is decided once, when a graph is first made of
+# one of the two, and all graphs go by that. Equal layers share a graph, so each run of a graph notes it anew.
 #
 # - The convolution comes first: the pair is folded in graphs. If its BatchNorm then gets a tensor without a mark outside
 #   of a graph, nobody knows if that is normalised already, and an error says so.
@@ -154,9 +169,9 @@ def _in_graph(pair: Pair, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
     """Return the folded output, if graphs fold the pair, and else the plain output."""
     conv, bn = pair.conv, pair.bn
     mean, var = bn.running_mean, bn.running_var
-    folds = not is_watched(conv, bn) and mean is not None and var is not None and _is_folded_in_graphs(pair, "folded")
-    if not folds:
+    if pair.plain_in_graphs or _runs_plainly(pair) or mean is None or var is None:
         return type(conv).forward(conv, input, *arguments)  # type: ignore[no-any-return]
+    pair.folded_in_graphs = True
     weight: Any = conv.weight
     eps = getattr(bn, "eps", EPSILON)
     operands = Operands(weight, conv.bias, bn.weight, bn.bias, mean, var, eps)  # type: ignore[arg-type]
@@ -168,23 +183,20 @@ def _in_graph(pair: Pair, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
     return normalised(bn, plain)
 
 
-def _is_folded_in_graphs(pair: Pair, otherwise: str) -> bool:
-    """Whether graphs fold a pair. If nobody has decided yet, this call does."""
-    pair.decide_for_graphs(otherwise)
-    return pair.in_graphs == "folded"
-
-
 def _is_normalised(pair: Any, input: Tensor) -> bool:
     """Whether what a BatchNorm gets is normalised already, although it has no mark: in a graph, by the proof.
 
     Raises:
         RuntimeError: If it may be, and nobody knows: outside of a graph, while the pair is folded in graphs.
     """
-    if pair.mode == "eval" or is_watched(pair.conv, pair.bn):
+    if pair.mode == "eval":
         return False
     if in_graph():
-        return pair.bn.running_mean is not None and _is_folded_in_graphs(pair, "plain")
-    if pair.in_graphs == "folded" and type(input) in (Tensor, FakeTensor):
+        if pair.folded_in_graphs and not _runs_plainly(pair) and pair.bn.running_mean is not None:
+            return True
+        pair.plain_in_graphs = True
+        return False
+    if pair.folded_in_graphs and not _runs_plainly(pair) and type(input) in (Tensor, FakeTensor):
         raise RuntimeError(
             f"{names_of(pair)} in a graph (torch.compile). Outside of a graph the BatchNorm got a tensor that does not "
             "come from the convolution directly. If the graph ends between the two, the tensor is normalised already; "

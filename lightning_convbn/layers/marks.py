@@ -8,10 +8,11 @@ layer that was replaced. So the convolution gives away a *mark* in the place of 
 - For everybody else the mark stands for the output of the plain convolution, which is computed when it is needed.
 - A BatchNorm that gets anything else normalises it, as in Eval mode.
 
-The mark is a subclass of Tensor. Functions of Python reach ``__torch_function__``, and operators that are called from C++
-(by TorchScript, or within an ``autograd.Function``) reach ``__torch_dispatch__``. So nobody reads folded values. What an
-``autograd.Function`` or TorchScript makes of a mark would send a gradient along the mark's own edge in the autograd graph.
-That gradient is not the plain convolution's, so a node on this edge raises an error that names both layers.
+The mark is a subclass of Tensor. Functions of Python reach ``__torch_function__``, and operators that are called from
+C++ (by TorchScript, or within an ``autograd.Function``) reach ``__torch_dispatch__``. So nobody reads folded values.
+What an ``autograd.Function`` or TorchScript makes of a mark would send a gradient along the mark's own edge in the
+autograd graph. That gradient is not the plain convolution's, so a node on this edge raises an error that names both
+layers.
 """
 
 from __future__ import annotations
@@ -54,12 +55,13 @@ class Mark:
         kwargs = kwargs or {}
         with without_torch_function():
             name = name_of(func)
-            if name == "requires_grad" and func.__name__ == "__get__":
-                return args[0].call.wants_gradient()
-            if name in READS_NO_VALUES:
+            if name in _OF_THE_GRAPH and func.__name__ == "__get__":
+                return args[0].call.wants_gradient() is (name == "requires_grad")
+            _check_written(func, args)
+            if not reads_values(name, arguments=len(args) + len(kwargs)):
                 return func(*tree_map_only(Mark, _folded, args), **tree_map_only(Mark, _folded, kwargs))
-            if name in READS_NO_VALUES_OF_SECOND and len(args) > 1 and isinstance(args[1], Mark):
-                args = args[0], args[1].call.folded
+            if len(args) > 1 and isinstance(args[1], Mark) and not reads_values(name, 1):
+                args = args[0], _folded(args[1]), *args[2:]
             if func in _ASKS_FOR_GRADIENTS:
                 _check_gradients(func, args, kwargs)
             args, kwargs = tree_map_only(Mark, plain_output, (args, kwargs))
@@ -68,6 +70,10 @@ class Mark:
 
 class MarkedTensor(Mark, Tensor):
     """A mark."""
+
+    def as_subclass(self, cls: type[Any]) -> Any:
+        """Return the plain output as a tensor of another class. PyTorch asks no torch function here."""
+        return plain_output(self).as_subclass(cls)
 
     @classmethod
     def __torch_dispatch__(
@@ -83,17 +89,29 @@ class MarkedFakeTensor(Mark, FakeTensor):
     """A mark without data, for counting."""
 
 
-READS_NO_VALUES = {
+_READS_NO_VALUES = {
     *("size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "__len__", "get_device"),
     *("shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_cpu", "is_meta", "is_nested", "is_sparse"),
     *("zeros_like", "ones_like", "empty_like", "rand_like", "randn_like", "full_like"),
     *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
 }
-"""Functions and attributes of a tensor that read no values of it, by name. Folding changes nothing else."""
+_READS_NO_VALUES_OF_SECOND = {"reshape_as", "view_as", "expand_as", "type_as", "to"}
 
-READS_NO_VALUES_OF_SECOND = {"reshape_as", "view_as", "expand_as", "type_as"}
-"""Functions that read no values of their second argument."""
 
+def reads_values(name: str, position: int = 0, arguments: int = 2) -> bool:
+    """Whether a function reads values of a tensor. Folding changes the values of an output, and nothing else.
+
+    Args:
+        name: The name of the function, or of an attribute.
+        position: At which position it gets the tensor.
+        arguments: How many arguments it gets.
+    """
+    if name in _READS_NO_VALUES or (name == "type" and arguments == 1):
+        return False
+    return not (position == 1 and name in _READS_NO_VALUES_OF_SECOND)
+
+
+_OF_THE_GRAPH = ("requires_grad", "is_leaf")
 _ASKS_FOR_GRADIENTS = {torch.autograd.grad, Tensor.retain_grad, Tensor.register_hook}
 
 
@@ -178,7 +196,7 @@ def guard_of(pair: Pair) -> Callable[[Tensor], Tensor]:
 
 def mark_plain(output: Tensor, pair: Pair) -> Tensor:
     """Mark the plain output of a convolution that is folded in graphs, so that nobody takes it for a folded one."""
-    if pair.in_graphs != "folded" or type(output) is not Tensor:
+    if not pair.folded_in_graphs or type(output) is not Tensor:
         return output
     marked: Any = output.as_subclass(MarkedTensor)
     marked.call, marked.plain = Call(pair, output, (None,) * 7, None, None, False, None, output), output  # type: ignore[arg-type]
@@ -203,11 +221,28 @@ def _folded(marked: Mark) -> Tensor:
 
 
 def _plain_values(marked: Mark) -> Tensor:
-    """The values of the plain output, for an operator that was called below autograd: their graph can't be had there."""
+    """The values of the plain output, for an operator below autograd. Their graph can't be had there."""
     call = marked.call
     if call.pair.check is not None:
         call.pair.check.note_plain(call.pair)
     return call.plain_output().detach() if marked.plain is None else marked.plain.detach()
+
+
+def _check_written(func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Check that a mark is not written in place by an ``autograd.Function``, which runs without gradients.
+
+    Raises:
+        RuntimeError: If it is.
+    """
+    name: str = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and (not name.startswith("__") or name in ("__setitem__", "__set__"))
+    if in_place and args and isinstance(args[0], Mark):
+        call = args[0].call
+        if not torch.is_grad_enabled() and call.wants_gradient():
+            raise RuntimeError(
+                f"{names_of(call.pair)}. The output between the two is written in place, without gradients. Write to a "
+                "copy, or leave this pair out: set_mode(model, mode, pairs=...)"
+            )
 
 
 def _check_gradients(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

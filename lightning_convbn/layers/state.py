@@ -4,9 +4,9 @@ A converted module keeps its class. Its *instance* gets other methods: a ``forwa
 mode, and a few more. They are bound methods, so a compiler guards them by their function. What they need to know stands
 in one `State`. All of it lies in the ``__dict__`` of the module. A restore takes it out again.
 
-Copies and pickles are plain: the instance has a ``__getstate__`` that leaves out what is ours. ``copy.copy``, ``deepcopy``
-and ``pickle`` all ask for it. Code that copies the ``__dict__`` by itself gets None in the place of the state, and with
-None each method does what the class does.
+Copies and pickles are plain: the instance has a ``__getstate__`` that leaves out what is ours. ``copy.copy``,
+``deepcopy`` and ``pickle`` all ask for it. Code that copies the ``__dict__`` by itself gets None in the place of the
+state, and with None each method does what the class does.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class State:
 class TrainingFlag:
     """The training flag of a BatchNorm as it was asked for. The flag itself is False while the BatchNorm is frozen.
 
-    Lightning reads the flags of all modules before a validation, calls ``eval()`` on the model, and assigns the flags
-    that it has read. For a frozen BatchNorm it has read False. So an ``eval()`` of the whole model is forgotten as soon
-    as the model itself has the flag True again.
+    So a flag that is assigned directly, to all modules of a model, can't be seen at the BatchNorm. It is seen at the
+    model. Lightning assigns flags so: before a validation it reads those of all modules, calls ``eval()`` on the model,
+    and afterwards assigns what it has read. For a frozen BatchNorm it has read False.
 
     Args:
         model: The model that is converted.
@@ -60,21 +60,26 @@ class TrainingFlag:
     def __init__(self, model: nn.Module, asked: bool) -> None:
         self._model = ref(model)
         self._asked = asked
-        self._before_eval = False  # what was asked for before the whole model was put into its eval state
+        self._with_model = model.training  # the model's flag when this was asked
+        self._before_eval = asked  # what was asked for before the whole model was put into its eval state
 
     def ask(self, mode: bool) -> None:
         """Note a call of ``train`` or ``eval``."""
-        alone = not mode and self._trains_model()
-        self._before_eval = not alone and (self._before_eval or self._asked)
-        self._asked = mode
+        trains = self._trains_model()
+        if mode or trains:  # else it is an eval of the whole model
+            self._before_eval = mode
+        self._asked, self._with_model = mode, trains
 
     def value(self) -> bool:
         """The flag that was asked for last."""
-        return self._asked or (self._before_eval and self._trains_model())
+        trains = self._trains_model()
+        if trains is self._with_model:
+            return self._asked
+        return trains and self._before_eval
 
     def _trains_model(self) -> bool:
         model = self._model()
-        return model is not None and model.training
+        return self._with_model if model is None else model.training
 
 
 class Frozen(State):
@@ -108,7 +113,9 @@ class Pair(State):
         keeps_fold: Whether Deploy mode may keep a fold from one forward pass to the next.
         owns_weight: Whether the weight is the module's own between two calls, and not sharded or computed.
         check: Compares the pair with Eval mode while it runs, in the first training step of a Trainer; else None.
-        in_graphs: ``"folded"`` or ``"plain"``, once a graph of a compiler or of a trace was made of one of the two.
+        folded_in_graphs: Whether there may be a graph of a compiler, or of a trace, in which the pair is folded.
+        plain_in_graphs: Whether graphs must not fold the pair.
+        watched: Whether the pair was watched, and ran plainly, in the last forward pass.
         guard: Gives a tensor an autograd node that raises an error (`marks.py`).
     """
 
@@ -123,13 +130,9 @@ class Pair(State):
         self.keeps_fold = True
         self.owns_weight = type(conv.weight) is nn.Parameter
         self.check: Any = None
-        self.in_graphs = ""
+        self.folded_in_graphs = self.plain_in_graphs = False
+        self.watched = False
         self.guard: Callable[[torch.Tensor], torch.Tensor] | None = None
-
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def decide_for_graphs(self, first: str) -> None:
-        """Decide, once, if graphs fold the pair. A compiler calls this while it makes a graph, and not in the graph."""
-        self.in_graphs = self.in_graphs or first
 
 
 def state_of(module: nn.Module) -> State | None:

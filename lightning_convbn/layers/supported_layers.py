@@ -132,7 +132,7 @@ def is_norm(module: nn.Module) -> bool:
     """
     if isinstance(module, BatchNorm):
         return True
-    return has_statistics(module) and not isinstance(module, torch.jit.ScriptModule) and not holds_layers(module)
+    return has_statistics(module) and not holds_layers(module)
 
 
 def holds_layers(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 from torch.utils.checkpoint import checkpoint
 
-from lightning_convbn.compat import replace_saved, version_of, without_torch_function
+from lightning_convbn.compat import version_of, without_torch_function
 from lightning_convbn.ops.autocast import autocast
 from lightning_convbn.ops.fold import ConvSpec, Operands, fold_conv_bn, fold_steps, scaled
 from lightning_convbn.ops.recipes import Recipe, Source, replace_saved_by_conv, shape_of, takes_recipes, unwritten
@@ -31,9 +31,7 @@ from lightning_convbn.ops.recomputable import Recomputable, recipe_of, step_asid
 HAS_DISTRIBUTED = torch.distributed.is_available()
 
 
-def conv_bn(
-    input: Tensor, operands: Operands, spec: ConvSpec | None, lower: torch.dtype | None = None
-) -> Tensor:
+def conv_bn(input: Tensor, operands: Operands, spec: ConvSpec | None, lower: torch.dtype | None = None) -> Tensor:
     """Compute ``bn(conv(input))`` with frozen statistics as ONE convolution: Tune mode.
 
     Kept for the backward pass: the input, if the weight or gamma wants a gradient, and two values for each output

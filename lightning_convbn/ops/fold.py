@@ -127,7 +127,7 @@ def per_channel(scale: Tensor, weight: Tensor, spec: ConvSpec | None) -> Tensor:
     return scale.view(1, -1, *kernel) if spec.groups == 1 else scale.view(spec.groups, 1, -1, *kernel)
 
 
-_FIRST = {dims: (-1, *[1] * (dims - 1)) for dims in range(2, 6)}  # a shape with one value for each index of the first dim
+_FIRST = {dims: (-1, *[1] * (dims - 1)) for dims in range(2, 6)}  # one value for each index of dim 0
 
 
 def scaled(weight: Tensor, factor: Tensor) -> Tensor:

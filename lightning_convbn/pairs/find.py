@@ -23,6 +23,7 @@ from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.data_flow import DataFlow, is_inside
 from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
 from lightning_convbn.pairs.recording import record_data_flow
+from lightning_convbn.pairs.shadow import LacksHooksError
 from lightning_convbn.pairs.tracing import trace_data_flow
 from lightning_convbn.pairs.units import innermost_unit, is_compiled_unit, is_fsdp_unit
 
@@ -67,7 +68,10 @@ def find_recorded_pairs(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping
     """
     if any(is_lazy(parameter) for parameter in model.parameters()):  # a pass would give the parameters their shapes
         return _proven(model, trace_data_flow(model))
-    return _proven(model, record_data_flow(model, inputs, kwargs))
+    try:
+        return _proven(model, record_data_flow(model, inputs, kwargs))
+    except LacksHooksError:  # a trace does without the parts of a model that can't run
+        return _proven(model, trace_data_flow(model))
 
 
 def _proven(model: nn.Module, flow: DataFlow) -> ConvBNPairs:
@@ -79,7 +83,7 @@ def _proven(model: nn.Module, flow: DataFlow) -> ConvBNPairs:
     for name, bn in model.named_modules():
         if is_norm(bn):
             reason = statistics_missing(bn)
-        elif has_statistics(bn) and not isinstance(bn, torch.jit.ScriptModule):
+        elif has_statistics(bn):
             reason = reasons.HOLDS_LAYERS
         else:
             continue

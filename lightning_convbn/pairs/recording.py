@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_convbn.compat import TorchDispatchMode
-from lightning_convbn.layers.marks import READS_NO_VALUES, READS_NO_VALUES_OF_SECOND, name_of
+from lightning_convbn.layers.marks import name_of, reads_values
 from lightning_convbn.layers.supported_layers import is_norm
 from lightning_convbn.pairs.data_flow import (
     PUT_INTO_ARGUMENT,
@@ -56,7 +56,8 @@ def record_data_flow(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[st
         with warnings.catch_warnings(), reporting, recorder.watching(plain), recorder, _OperatorRecorder(recorder):
             warnings.simplefilter("ignore")  # the real pass gives its warnings itself
             before = random_states()
-            output = plain.forward(*inputs, **kwargs)
+            with shadow.running():
+                output = plain.forward(*inputs, **kwargs)
         if not model.training and random_states() != before:  # in training a dropout draws, in eval who branches by it
             data_flow.drawing.append(WHOLE_MODEL)
         for leaf in leaves_of(output):
@@ -151,10 +152,9 @@ class _Recorder(TorchFunctionMode):
         if self._depth > 0:
             return func(*args, **kwargs)
         name = name_of(func)
-        if name not in READS_NO_VALUES:
-            for position, argument in enumerate((*args, *kwargs.values())):
-                if position == 1 and name in READS_NO_VALUES_OF_SECOND:
-                    continue
+        arguments = (*args, *kwargs.values())
+        for position, argument in enumerate(arguments):
+            if reads_values(name, position, len(arguments)):
                 for leaf in leaves_of(argument):
                     self.record_use(leaf, f"`{name}`")
         output = func(*args, **kwargs)
@@ -174,7 +174,7 @@ class _OperatorRecorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.overloadpacket.__name__ not in READS_NO_VALUES:
+        if reads_values(func.overloadpacket.__name__):
             for leaf in leaves_of((args, kwargs)):
                 self._recorder.record_use(leaf, f"`{func}`")
         return func(*args, **kwargs)

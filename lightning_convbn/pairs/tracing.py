@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_convbn.layers.marks import READS_NO_VALUES, READS_NO_VALUES_OF_SECOND, name_of
+from lightning_convbn.layers.marks import name_of, reads_values
 from lightning_convbn.layers.supported_layers import is_norm
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.data_flow import (
@@ -84,7 +84,7 @@ class _EagerReads(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name, kwargs = name_of(func), kwargs or {}
-        if name not in READS_NO_VALUES:
+        if reads_values(name):
             for leaf in leaves_of((args, kwargs)):
                 self._data_flow.record_read(leaf, f"`{name}`")
         return func(*args, **kwargs)
@@ -173,8 +173,10 @@ def _reads_values(user: fx.Node, node: fx.Node) -> bool:
     name = user.target if isinstance(user.target, str) else name_of(user.target)
     if user.target is getattr:
         name = str(user.args[1])
-    second = name in READS_NO_VALUES_OF_SECOND and user.args[0] is not node
-    return not second and name not in READS_NO_VALUES
+    return (
+        any(reads_values(name, position, len(user.args)) for position, given in enumerate(user.args) if given is node)
+        or node not in user.args
+    )  # it is in a list, or has a name
 
 
 def _described(node: fx.Node, root: str) -> str:

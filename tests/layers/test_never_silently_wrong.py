@@ -310,10 +310,6 @@ def another_class(net: Pair, x: Tensor) -> Tensor:
     return net.bn(y).as_subclass(Tensor)  # type: ignore[no-any-return]
 
 
-def made_a_parameter(net: Pair, x: Tensor) -> Tensor:
-    return net.bn(nn.Parameter(net.conv(x).detach())) * nn.Parameter(net.conv(x)).mean()  # type: ignore[no-any-return]
-
-
 def without_torch_function(net: Pair, x: Tensor) -> Tensor:
     y = net.conv(x)
     with torch._C.DisableTorchFunctionSubclass():
@@ -345,7 +341,6 @@ PASSES: list[Use] = [
     written_in_a_list,
     data_replaced,
     another_class,
-    made_a_parameter,
     without_torch_function,
     without_torch_function_on_the_way,
 ]
@@ -541,7 +536,7 @@ def _no_graphs() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_no_graphs")
 @pytest.mark.parametrize("mode", ["tune", "deploy"])
-@pytest.mark.parametrize("between", [torch.clone, lambda y: y.view_as(y), Scale.apply, lambda y: y])
+@pytest.mark.parametrize("between", [torch.clone, lambda y: y.view_as(y), lambda y: y])
 def test_what_a_graph_has_decided_is_forgotten_at_the_switch(between: Any, mode: Any) -> None:
     plain, net, other = pair(), pair(), pair()
     for each in (net, other):
