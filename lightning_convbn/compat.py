@@ -38,10 +38,10 @@ __all__ = [
     "changes_input",
     "compiled_by_lightning",
     "fake_tensor_mode",
-    "forward_hooks_of",
     "has_gradient_hooks",
     "has_statistics",
     "has_tangent",
+    "hooks_of",
     "in_graph",
     "inside_transform",
     "is_any_autocast_on",
@@ -66,7 +66,7 @@ __all__ = [
     "versions_of",
     "watches_input",
     "watches_output",
-    "with_forward_hooks",
+    "with_hooks",
     "without_global_hooks",
     "without_modes",
     "without_torch_function",
@@ -276,22 +276,23 @@ def _see(hooks: dict[int, Any]) -> bool:
 def without_global_hooks() -> Iterator[None]:
     """Call no hooks of all modules (``register_module_forward_hook`` and the like) in a ``with`` block."""
     places = [value for name, value in vars(of_all_modules).items() if name.startswith("_global") and "hooks" in name]
-    with with_forward_hooks([(place, {}) for place in places]):
+    with with_hooks([(place, {}) for place in places]):
         yield
 
 
-ForwardHooks = list[tuple["OrderedDict[int, Any]", dict[int, Any]]]
+Hooks = list[tuple["OrderedDict[int, Any]", dict[int, Any]]]
 
 
-def forward_hooks_of(modules: Iterable[nn.Module]) -> ForwardHooks:
-    """Return where modules have the hooks that run before and after their forward, and which are there now."""
-    places = (place for module in modules for place in (module._forward_pre_hooks, module._forward_hooks))
+def hooks_of(modules: Iterable[nn.Module]) -> Hooks:
+    """Return where modules have their hooks, and which are there now."""
+    names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    places = (getattr(module, name) for module in modules for name in names)
     return [(place, dict(place)) for place in places]
 
 
 @contextmanager
-def with_forward_hooks(hooks: ForwardHooks) -> Iterator[None]:
-    """Have the hooks that `forward_hooks_of` has returned, and no others, in a ``with`` block."""
+def with_hooks(hooks: Hooks) -> Iterator[None]:
+    """Have the hooks that `hooks_of` has returned, and no others, in a ``with`` block."""
     now = [dict(place) for place, _ in hooks]
     _put(hooks)
     try:

@@ -157,11 +157,11 @@ def _deployed(
 # ------------------------------------------------------------------------------------------------------- in a graph
 # In a graph of a compiler or of a trace there are no marks: the convolution returns the folded output, and its
 # BatchNorm returns what it gets. That is right if both do so. But one of the two may be in a graph, and the other one
-# not: if it was compiled alone, or if a graph ends between the two. So it is decided once, when a graph is first made of
-# one of the two, and all graphs go by that. Equal layers share a graph, so each run of a graph notes it anew.
+# not: if it was compiled alone, or if a graph ends between the two. So it is decided once, when a graph is first made
+# of one of the two, and all graphs go by that. Equal layers share a graph, so each run of a graph notes it anew.
 #
-# - The convolution comes first: the pair is folded in graphs. If its BatchNorm then gets a tensor without a mark outside
-#   of a graph, nobody knows if that is normalised already, and an error says so.
+# - The convolution comes first: the pair is folded in graphs. If its BatchNorm then gets a tensor without a mark
+#   outside of a graph, nobody knows if that is normalised already, and an error says so.
 # - The BatchNorm comes first, so it was compiled without its convolution: in graphs the pair runs plainly.
 
 
