@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import tempfile
 import zipfile
@@ -343,6 +344,28 @@ def test_what_a_module_holds_open_stays_open(handle: Any) -> None:
     set_mode(net, "tune", recompute="blocks")
     net(image())
     assert use(held)
+    assert net.held is held
+
+
+@pytest.fixture
+def _ends_within_seconds() -> Iterator[None]:
+    def give_up(number: int, frame: Any) -> None:
+        pytest.fail("it does not end")  # no Exception, so nobody catches it
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("_ends_within_seconds")
+@pytest.mark.parametrize("held", [torch.ops.aten.mul, torch.ops.aten.mul.Tensor])
+def test_an_operator_that_a_module_holds_is_not_copied(held: Any) -> None:
+    """A copy of one looks for its own attributes without end."""
+    net = pair()
+    net.held = held
+    assert len(find_conv_bn_pairs(net)) == len(find_conv_bn_pairs(net, example_inputs=(image(),))) == 1
     assert net.held is held
 
 
