@@ -35,7 +35,7 @@ def write_report(path: Path, title: str, lines: Sequence[str], found: Measuremen
     from plotly.subplots import make_subplots
 
     bars = max(_BAR * (len(found.variants) + 1) * len(found.blocks), _POINTS)
-    heights = [_ROW * (len(found.variants) + 1), *([_POINTS] if found.points() else []), bars]
+    heights = [_ROW * (len(found.variants) + 2), *([_POINTS] if found.points() else []), bars]
     total = sum(heights) + _GAP * (len(heights) - 1)
     figure = make_subplots(
         rows=len(heights),
@@ -48,7 +48,7 @@ def write_report(path: Path, title: str, lines: Sequence[str], found: Measuremen
         _add_points(figure, found)
     _add_blocks(figure, found, row=len(heights), top=(bars + _GAP / 2) / total)
     text = "<br>".join(
-        [f"<b>{escape(title)}</b>", *(f'<span style="font-size:13px">{escape(line)}</span>' for line in lines)]
+        [f"<b>{_literal(title)}</b>", *(f'<span style="font-size:13px">{_literal(line)}</span>' for line in lines)]
     )
     top = 70 + 20 * len(lines)
     figure.update_layout(
@@ -64,10 +64,12 @@ def write_report(path: Path, title: str, lines: Sequence[str], found: Measuremen
 def _table(found: Measurement) -> Any:
     from plotly import graph_objects
 
-    columns, rows = found.as_table()
-    looks = {"height": _ROW, "align": ["left", *["right"] * (len(columns) - 1)]}
+    titles, rows = found.as_table()
+    columns = [*zip(*rows, strict=True)]
+    looks = {"height": _ROW, "align": ["left", *["right"] * (len(titles) - 1)]}
+    widths = [max(map(len, column)) for column in columns]
     return graph_objects.Table(
-        header={"values": columns, **looks}, cells={"values": [*zip(*rows, strict=True)], **looks}
+        header={"values": titles, **looks}, cells={"values": columns, **looks}, columnwidth=widths
     )
 
 
@@ -91,7 +93,7 @@ def _add_points(figure: Any, found: Measurement) -> None:
 
 def _add_blocks(figure: Any, found: Measurement, row: int, top: float) -> None:
     """Add a bar for each variant of each block, and buttons for the order of the blocks."""
-    names = [escape(block.name) for block in found.blocks]
+    names = [_literal(block.name) for block in found.blocks]
     for variant in found.variants:
         figure.add_bar(
             x=[block.saved_bytes[variant] / MIB for block in found.blocks],
@@ -100,16 +102,25 @@ def _add_blocks(figure: Any, found: Measurement, row: int, top: float) -> None:
             marker={"color": COLOURS[variant]},
             legendgroup=variant,
             name=TITLES[variant],
-            customdata=[escape(block.about) for block in found.blocks],
-            hovertemplate="<b>%{y}</b><br>%{customdata}<br>%{x:,.3f} MiB",
+            customdata=[f"<b>{_literal(block.name)}</b><br>{_literal(block.about)}" for block in found.blocks],
+            hovertemplate="%{customdata}<br>%{x:,.3f} MiB",
             row=row,
             col=1,
         )
-    short = [name if len(name) <= _LONGEST_NAME else escape(f"…{name[1 - _LONGEST_NAME :]}") for name in names]
+    ends = [
+        f"…{block.name[-_LONGEST_NAME:]}" if len(block.name) > _LONGEST_NAME else block.name for block in found.blocks
+    ]
     figure.update_xaxes(title="MiB kept for the backward pass", side="top", row=row, col=1)
-    figure.update_yaxes(autorange="reversed", tickvals=names, ticktext=short, automargin=True, row=row, col=1)
+    figure.update_yaxes(
+        autorange="reversed", tickvals=names, ticktext=[*map(_literal, ends)], automargin=True, row=row, col=1
+    )
     axis = f"yaxis{row - 1 if row > 2 else ''}.categoryorder"
     orders = {"order of the model": "trace", "largest first": "max descending"}
     buttons = [{"label": name, "method": "relayout", "args": [{axis: order}]} for name, order in orders.items()]
     place = {"x": 1, "xanchor": "right", "y": top, "yanchor": "middle"}
     figure.update_layout(updatemenus=[{"type": "buttons", "direction": "right", "buttons": buttons, **place}])
+
+
+def _literal(text: str) -> str:
+    """Escape what plotly would take for markup. It knows no entity for a quotation mark."""
+    return escape(text, quote=False)
