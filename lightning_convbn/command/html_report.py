@@ -67,7 +67,7 @@ def _table(found: Measurement) -> Any:
     titles, rows = found.as_table()
     columns = [*zip(*rows, strict=True)]
     looks = {"height": _ROW, "align": ["left", *["right"] * (len(titles) - 1)]}
-    widths = [max(map(len, column)) for column in columns]
+    widths = [6 + max(map(len, column)) for column in columns]
     return graph_objects.Table(
         header={"values": titles, **looks}, cells={"values": columns, **looks}, columnwidth=widths
     )

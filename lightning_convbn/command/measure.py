@@ -96,8 +96,10 @@ def _write(options: Namespace, found: Measurement) -> None:
 
 def _notes(options: Namespace, found: Measurement) -> list[str]:
     """Return at most three lines that explain the numbers."""
-    optimizer = "no optimizer" if found.optimizer == "none" else found.optimizer
-    notes = [f"Bytes beyond parameters and buffers. Peak: input, both passes, gradients, {optimizer}; no workspaces."]
+    peak = (
+        "gradients; without an optimizer and" if found.optimizer == "none" else f"gradients, {found.optimizer}; without"
+    )
+    notes = [f"Bytes beyond parameters and buffers. Peak: input, both passes, {peak} workspaces."]
     if "deploy-copy" in found.variants:
         notes.append("The Deploy copy is only there to compare with: training it is unstable.")
     if options.rounds:

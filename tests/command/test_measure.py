@@ -120,7 +120,7 @@ class TestMeasure:
         row = rf"^Tune +{number} MiB +-{number} % +{number} MiB +[+-]{number} % +{number} ms +{number} \(.*\) +\d+$"
         assert re.search(row, table, re.MULTILINE)
         assert len(prose.splitlines()) == 3
-        for said in ("gradients, no optimizer", "training it is unstable", "median of 1", "expect noise"):
+        for said in ("gradients; without an optimizer", "training it is unstable", "median of 1", "expect noise"):
             assert said in prose
         assert main(["measure", *SMALL, "--rounds", "0", "--variants", "tune", "--optimizer", "sgd"]) == 0
         _, table, prose = capsys.readouterr().out.split("\n\n")
