@@ -47,11 +47,11 @@ def export_model(options: Namespace) -> None:
             f"the inputs {inputs} have no batch that is the first size of every tensor; add --static-batch, for a file "
             "that takes inputs of these sizes"
         )
-    check_takes(model, inputs)
-    example = _by_position(model, inputs.call(writable=True))
     if options.model.startswith(("torchvision:", "timm:")):
         print_status(f"{options.model} has random weights; for trained weights, give your own factory or a checkpoint")
     with errors_in_one_line():
+        check_takes(model, inputs)
+        example = _by_position(model, inputs.call(writable=True))
         export(model, options.path, example, dynamic_batch=not options.static_batch)
     print(f"wrote {options.path}: it was read back, and it computes what {options.model} computes in Eval mode")
 

@@ -96,10 +96,7 @@ class Inputs:
         def own(tensor: Tensor) -> Tensor:
             return tensor.clone(memory_format=torch.contiguous_format) if writable else tensor
 
-        try:
-            call: Call = tree_map_only(Tensor, own, (self.args, self.kwargs))
-        except RuntimeError as error:
-            raise CommandError(f"the input {self} can't be made: {first_line(error)}; give a smaller one") from error
+        call: Call = tree_map_only(Tensor, own, (self.args, self.kwargs))
         return call
 
     def has_lists(self) -> bool:

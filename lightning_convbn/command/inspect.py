@@ -15,7 +15,7 @@ from lightning_convbn.command.model_checks import check_has_batchnorm, check_tak
 from lightning_convbn.command.options import add_command, add_json, given_inputs
 from lightning_convbn.command.output_files import STDOUT, check_output_files, write_json
 from lightning_convbn.command.results import count_batchnorms
-from lightning_convbn.command.terminal import print_status, print_table
+from lightning_convbn.command.terminal import print_status
 from lightning_convbn.pairs.find import find_conv_bn_pairs, find_recorded_pairs
 from lightning_convbn.pairs.pair import ConvBNPairs
 
@@ -54,11 +54,7 @@ def inspect_model(options: Namespace) -> None:
     if options.json != STDOUT:
         if inputs is not None:
             print(f"{options.model}: {input_facts(inputs, dtype_of(model), CPU)}\n")
-        rows = [("folded", pair.bn, f"into {pair.conv}") for pair in pairs]
-        rows += [("frozen", bn, reason) for bn, reason in pairs.frozen.items()]
-        rows += [("unfrozen", bn, reason) for bn, reason in unfrozen.items()]
-        print_table(("state", "BatchNorm", "how or why"), rows)
-        print(f"\n{folded_count(pairs)}, {len(pairs.frozen)} frozen, {len(unfrozen)} unfrozen")
+        print(f"{pairs}\n\n{folded_count(pairs)}, {len(pairs.frozen)} frozen, {len(unfrozen)} unfrozen")
     write_json(
         options,
         inputs=None if inputs is None else inputs.as_dict(),
@@ -83,6 +79,6 @@ def folded_count(pairs: ConvBNPairs) -> str:
 def _find_pairs(model: nn.Module, inputs: Inputs | None) -> ConvBNPairs:
     if inputs is None:
         return find_conv_bn_pairs(model)
-    check_takes(model, inputs)
     with errors_in_one_line():
+        check_takes(model, inputs)
         return find_recorded_pairs(model, *inputs.call(writable=True))

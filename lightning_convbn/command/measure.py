@@ -81,7 +81,7 @@ def _write(options: Namespace, found: Measurement) -> None:
     notes = _notes(options, found)
     if options.json != STDOUT:
         print(f"{options.model}: {', '.join(facts)}\n")
-        print_table(*found.as_table(), numbers=True)
+        print_table(*found.as_table())
         print("\n" + "\n".join(notes))
     for note in found.notes:
         print_status(note)

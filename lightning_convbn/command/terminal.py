@@ -1,4 +1,4 @@
-"""Tables and a progress bar: of rich on a terminal, if it is installed. Elsewhere tables are plain text."""
+"""A table and a progress bar: of rich on a terminal, if it is installed. Elsewhere the table is plain text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ Job = tuple[str, Callable[[], None]]
 """A piece of work, with what the progress bar calls it."""
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False) -> None:
-    """Print a table. With ``numbers`` all columns but the first are aligned to the right."""
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of numbers, with names in the first column."""
     if _rich_for(sys.stdout):
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
@@ -20,16 +20,15 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, number
 
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for index, column in enumerate(columns):
-            table.add_column(Text(column), justify="right" if numbers and index else "left", overflow="fold")
+            table.add_column(Text(column), justify="right" if index else "left", overflow="fold")
         for row in rows:
-            table.add_row(*map(Text, row))  # as Text, so that a name with brackets is not taken for markup
+            table.add_row(*map(Text, row))  # as Text, so that nothing is taken for markup
         Console().print(table)
         return
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     for row in (columns, *rows):
-        first, *others = zip(row, widths, strict=True)
-        cells = [cell.rjust(width) if numbers else cell.ljust(width) for cell, width in others]
-        print("  ".join([first[0].ljust(first[1]), *cells]).rstrip())
+        _, *numbers = (f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+        print("  ".join([f"{row[0]:<{widths[0]}}", *numbers]))
 
 
 def print_status(text: str) -> None:

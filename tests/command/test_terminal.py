@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
 
 def test_a_table_on_a_terminal_takes_names_literally(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", screen := Terminal())
-    terminal.print_table(("name", "bytes"), [("[red]a[/red]", "1"), ("b" * 200, "22")], numbers=True)
+    terminal.print_table(("name", "bytes"), [("[red]a[/red]", "1"), ("b" * 200, "22")])
     assert "[red]a[/red]" in screen.getvalue()
     assert screen.getvalue().count("b") == 200 + len("bytes") - 4  # folded, not cut off
 
