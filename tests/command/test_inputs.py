@@ -187,6 +187,14 @@ class TestExample:
         assert "can't take the input 2x5x8x8" in refusal(capsys, "measure", "stale:net")
 
 
+def test_tensors_in_any_output_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    def counted(kind: str) -> list[tuple[int, int]]:
+        found = run_json(capsys, "measure", f"helpers.other_inputs:{kind}", *COUNT, "--size", "8")["variants"]
+        return [(found[mode]["saved_bytes"], found[mode]["peak_bytes"]) for mode in found]
+
+    assert counted("InDataclass") == counted("InMapping") == counted("Wrapped")
+
+
 @pytest.mark.parametrize("command", ["measure", "inspect", "export"])
 def test_a_forward_may_read_write_view_and_empty_its_input(command: str) -> None:
     write_module(
