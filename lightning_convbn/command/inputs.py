@@ -18,9 +18,20 @@ from lightning_convbn.text import first_line
 EXAMPLE = "example_input_array"  # Lightning's name
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the positional and the keyword arguments of a forward
 
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the short name of a dtype.
+
+    Example:
+        >>> dtype_name(torch.float32)
+        'float32'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
 _NUMBER = r"[1-9]\d*"
 _SHAPE = rf"{_NUMBER}(?:x{_NUMBER})*"
-_DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)}
+_DTYPES = {dtype_name(dtype): dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)}
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ class Inputs:
 
         def plain(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
-                return {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
+                return {"shape": list(leaf.shape), "dtype": dtype_name(leaf.dtype)}
             return leaf if isinstance(leaf, (bool, int, float, str)) else str(leaf)
 
         args, kwargs = tree_map(plain, (list(self.args), self.kwargs))
@@ -191,6 +202,6 @@ def _is_list(node: Any) -> bool:
 
 def _text(node: Any) -> str:
     if isinstance(node, Tensor):
-        dtype = "" if node.is_floating_point() else f":{str(node.dtype).removeprefix('torch.')}"
+        dtype = "" if node.is_floating_point() else f":{dtype_name(node.dtype)}"
         return ("x".join(map(str, node.shape)) or "scalar") + dtype
     return str(tree_map_only(Tensor, _text, node)).replace("'", "")

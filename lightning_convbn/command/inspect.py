@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_convbn.command.errors import CommandError, errors_in_one_line
-from lightning_convbn.command.inputs import EXAMPLE, Inputs
+from lightning_convbn.command.inputs import EXAMPLE, Inputs, dtype_name
 from lightning_convbn.command.model_argument import load_model
 from lightning_convbn.command.model_checks import check_has_batchnorm, check_takes, dtype_of
 from lightning_convbn.command.options import add_command, add_json, given_inputs
@@ -68,7 +68,7 @@ def inspect_model(options: Namespace) -> None:
 def input_facts(inputs: Inputs, dtype: torch.dtype, device: torch.device) -> str:
     """Return the inputs, dtype and device in one line."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return f"input {inputs}, {str(dtype).removeprefix('torch.')}, {name}"
+    return f"input {inputs}, {dtype_name(dtype)}, {name}"
 
 
 def folded_count(pairs: ConvBNPairs) -> str:

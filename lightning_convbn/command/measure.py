@@ -96,10 +96,8 @@ def _write(options: Namespace, found: Measurement) -> None:
 
 def _notes(options: Namespace, found: Measurement) -> list[str]:
     """Return at most three lines that explain the numbers."""
-    peak = (
-        "gradients; without an optimizer and" if found.optimizer == "none" else f"gradients, {found.optimizer}; without"
-    )
-    notes = [f"Bytes beyond parameters and buffers. Peak: input, both passes, {peak} workspaces."]
+    peak = f"Peak: input, both passes, gradients, optimizer ({found.optimizer}); without workspaces."
+    notes = [f"Bytes beyond parameters and buffers. {peak}"]
     if "deploy-copy" in found.variants:
         notes.append("The Deploy copy is only there to compare with: training it is unstable.")
     if options.rounds:

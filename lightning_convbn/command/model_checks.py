@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_convbn.command.errors import CommandError, summary
-from lightning_convbn.command.inputs import Call, Inputs
+from lightning_convbn.command.inputs import Call, Inputs, dtype_name
 from lightning_convbn.layers.supported_layers import is_norm
 from lightning_convbn.memory.measure import measure_memory_abstractly
 from lightning_convbn.pairs.pair import ConvBNPairs
@@ -38,7 +38,7 @@ def check_takes(model: nn.Module, inputs: Inputs) -> None:
             model(*args, **kwargs)
     except Exception as error:  # a user's forward may raise anything
         raise CommandError(
-            f"{type(model).__name__} can't take the input {inputs}, {str(dtype_of(model))[6:]}: {summary(error)}; "
+            f"{type(model).__name__} can't take the input {inputs}, {dtype_name(dtype_of(model))}: {summary(error)}; "
             "--input gives any other, as 8x3 or image=8x3x224x224 (--size N is an image, 3 × N × N)"
         ) from error
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_convbn.command.inputs import Inputs
+from lightning_convbn.command.inputs import Inputs, dtype_name
 from lightning_convbn.layers.swap import Recompute
 from lightning_convbn.memory.optimizers import Optimizer
 from lightning_convbn.memory.use import MIB, as_mib
@@ -138,7 +138,7 @@ class Measurement:
             "batchnorms": count_batchnorms(self.pairs),
             "inputs": self.inputs.as_dict(),
             "batch": self.inputs.batch,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "device": str(self.device),
             "optimizer": self.optimizer,
             "threads": torch.get_num_threads(),

@@ -120,13 +120,13 @@ class TestMeasure:
         row = rf"^Tune +{number} MiB +-{number} % +{number} MiB +[+-]{number} % +{number} ms +{number} \(.*\) +\d+$"
         assert re.search(row, table, re.MULTILINE)
         assert len(prose.splitlines()) == 3
-        for said in ("gradients; without an optimizer", "training it is unstable", "median of 1", "expect noise"):
+        for said in ("gradients, optimizer (none)", "training it is unstable", "median of 1", "expect noise"):
             assert said in prose
         assert main(["measure", *SMALL, "--rounds", "0", "--variants", "tune", "--optimizer", "sgd"]) == 0
         _, table, prose = capsys.readouterr().out.split("\n\n")
         assert re.split(" {2,}", table.splitlines()[0]) == kept
         assert [line.split()[0] for line in table.splitlines()] == ["variant", "Eval", "Tune"]
-        assert "gradients, sgd" in prose
+        assert "gradients, optimizer (sgd)" in prose
         assert prose.count("\n") == 1
 
     def test_without_rounds_and_peaks_nothing_is_computed(self, monkeypatch: pytest.MonkeyPatch) -> None:
