@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from torch import nn
 
 from lightning_convbn.command.results import Block, Variant
-from lightning_convbn.layers.swap import class_name
 from lightning_convbn.memory.live_storages import INPUT
 from lightning_convbn.pairs.pair import ConvBNPairs
 
@@ -56,9 +55,9 @@ def _label(first: str, bn: str | None) -> str:
 def _about(first: str, bn: str | None, model: nn.Module, pairs: ConvBNPairs) -> str:
     if first == INPUT:
         return "the batch itself"
-    described = class_name(model.get_submodule(first))
+    described = type(model.get_submodule(first)).__name__
     if bn is not None:
-        return f"{described} and {class_name(model.get_submodule(bn))}, folded"
+        return f"{described} and {type(model.get_submodule(bn)).__name__}, folded"
     if first in pairs.unpaired:
         return f"{described}, {'unfrozen' if first in pairs.unfrozen else 'frozen'}: {pairs.unpaired[first]}"
     return described

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from lightning_convbn.command.inputs import Inputs, dtype_name
-from lightning_convbn.layers.swap import Recompute
+from lightning_convbn.layers.state import Recompute
 from lightning_convbn.memory.optimizers import Optimizer
 from lightning_convbn.memory.use import MIB, as_mib
 from lightning_convbn.pairs.pair import ConvBNPairs

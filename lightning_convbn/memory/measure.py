@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_convbn.compat import fake_tensor_mode, has_gradient_hooks, tree_map_only
-from lightning_convbn.layers.swap import Mode, Recompute
+from lightning_convbn.layers.state import Mode, Recompute
 from lightning_convbn.memory.live_storages import tensors_in
 from lightning_convbn.memory.optimizers import Optimizer, OptimizerBytes, check_optimizer
 from lightning_convbn.memory.step import count_step

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_convbn.compat import COMPILED_CALL, HOOKS, outside_fake_mode
-from lightning_convbn.layers.swap import restore_class
+from lightning_convbn.layers.state import State, detach
 from lightning_convbn.pairs.side_effects import is_trainer
 
 _SHARED = (type, ModuleType, FunctionType, BuiltinFunctionType, torch.dtype, torch.device, torch.Size, torch.fx.Proxy)
+_OF_PASSES = ("fold", "check", "look")  # what a `State` remembers of passes
 _CONTAINERS = (list, tuple, set, frozenset, dict, deque)
 
 
@@ -48,7 +49,7 @@ class Shadow:
     def restore(self) -> nn.Module:
         """Make the modules of the shadow plain ones, and return it."""
         for module in self.model.modules():
-            restore_class(module)
+            detach(module)
         return self.model
 
     def inputs(self, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -78,6 +79,8 @@ class _Copies:
             return self._remember(value, value if shared and not self._tensors else _copied_tensor(value))
         if isinstance(value, _SHARED) or value is None or is_trainer(value):
             return value
+        if isinstance(value, State):
+            return self._state(value)
         if isinstance(value, nn.Module):
             return value if isinstance(value, torch.jit.ScriptModule) or self._tensors else self._module(value)
         if isinstance(value, _CONTAINERS):
@@ -109,6 +112,13 @@ class _Copies:
             del attributes["forward"]
             made.__class__ = _Uncompiled
         return made  # type: ignore[no-any-return]
+
+    def _state(self, state: State) -> State:
+        """Copy the state of a converted module, without what it remembers of passes. Nobody checks a shadow."""
+        made: State = self._remember(state, object.__new__(type(state)))
+        vars(made).update({name: self.of(value) for name, value in vars(state).items() if name not in _OF_PASSES})
+        vars(made).update({name: None for name in _OF_PASSES if name in vars(state)})
+        return made
 
     def _container(self, value: Any) -> Any:
         if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_convbn.blocks.find import Blocks, recomputed_blocks, why_not
 from lightning_convbn.compat import inside_transform
 from lightning_convbn.conversion import restore_modules
-from lightning_convbn.layers.swap import Mode, UncopiedHook, swap_of
+from lightning_convbn.layers.state import Mode, UncopiedHook, state_of
 from lightning_convbn.memory.measure import measure_memory_abstractly
 from lightning_convbn.memory.plan import Choice
 from lightning_convbn.memory.use import MemoryUse
@@ -160,7 +160,7 @@ class ConvertedPart:
         if not isinstance(recompute, str):  # a plan was made with other pairs, maybe
             recompute = tuple(name for name in recompute if why_not(self.module, name, pairs) is None)
         set_mode(self.module, mode, pairs=pairs, recompute=recompute)
-        self._converted.update(module for module in self.module.modules() if swap_of(module) is not None)
+        self._converted.update(module for module in self.module.modules() if state_of(module) is not None)
         self.pairs = pairs
 
     # -------------------------------------------------------------------------------------------------- first batch

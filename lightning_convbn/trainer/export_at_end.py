@@ -23,7 +23,7 @@ from lightning_convbn.exporting.checkpoint_file import load_only_weights
 from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
 from lightning_convbn.exporting.plain_copy import plain_copy
 from lightning_convbn.exporting.write_and_compare import write_and_compare
-from lightning_convbn.layers.swap import UncopiedHook
+from lightning_convbn.layers.state import UncopiedHook
 from lightning_convbn.pairs.find import find_conv_bn_pairs
 from lightning_convbn.pairs.side_effects import tensors_of
 from lightning_convbn.trainer.lightning_api import LightningModule, Trainer, rank_zero_info, rank_zero_warn

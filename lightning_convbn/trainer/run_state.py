@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from lightning_convbn.layers.swap import Mode
+from lightning_convbn.layers.state import Mode
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.export_at_end import FitExport
 from lightning_convbn.trainer.lightning_api import LightningModule, rank_zero_warn

@@ -32,7 +32,6 @@ from torch.ao import quantization
 from torch.utils.data import DataLoader
 
 from lightning_convbn import ConvBNModeCallback, find_conv_bn_pairs, get_mode, set_mode
-from lightning_convbn.layers.swap import Converted
 from lightning_convbn.pairs import reasons
 from lightning_convbn.trainer import report
 from lightning_convbn.trainer.converted_part import ConvertedPart
@@ -239,7 +238,7 @@ def test_a_new_norm_that_was_never_trained_stays_in_train_mode() -> None:
 
 
 def is_plain(model: nn.Module) -> bool:
-    return not any(isinstance(module, Converted) or "_swap" in vars(module) for module in model.modules())
+    return get_mode(model) == "train" and "convbn=" not in str(model)
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("boom")])
