@@ -109,13 +109,16 @@ def saved_by(node: Any, name: str) -> Tensor | None:
     return getattr(node, f"_saved_{name}", None)
 
 
-def replace_saved(node: Any, name: str, recipe: Callable[[], Tensor]) -> bool:
+_RAW = "_raw_saved_"
+
+
+def replace_saved(node: Any, name: str, recipe: Callable[[Any], Tensor]) -> bool:
     """Have a node of the autograd graph keep a recipe in the place of a tensor that it has saved.
 
     Args:
         node: A ``grad_fn``.
         name: What the node calls the tensor: ``weight`` of its attribute ``_raw_saved_weight``.
-        recipe: Computes the tensor. It must not hold ``node``.
+        recipe: Computes the tensor, whatever it is given. It must not hold ``node``.
 
     Returns:
         Whether the recipe is in place. It is not if the node has saved nothing there or is of another kind, as those
@@ -124,7 +127,7 @@ def replace_saved(node: Any, name: str, recipe: Callable[[], Tensor]) -> bool:
     """
     try:
         # `id` packs the tensor: the hook must return something, and the recipe needs nothing of it.
-        getattr(node, f"_raw_saved_{name}").register_hooks(id, lambda _: recipe())
+        getattr(node, _RAW + name).register_hooks(id, recipe)
     except (AttributeError, RuntimeError):
         return False
     return True

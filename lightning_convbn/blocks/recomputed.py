@@ -26,7 +26,7 @@ from lightning_convbn.compat import (
 )
 from lightning_convbn.layers.marks import Mark
 from lightning_convbn.layers.state import Mode, Recompute, State, state_of
-from lightning_convbn.ops.convolution import HAS_DISTRIBUTED
+from lightning_convbn.ops.convolution import is_distributed
 
 _CONSTANTS = (int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
@@ -66,7 +66,7 @@ class FirstRun(NamedTuple):
     @classmethod
     def of(cls, block: nn.Module) -> FirstRun:
         """Describe a block now. DDP writes buffers into themselves before each forward pass, so they don't count."""
-        buffers = () if HAS_DISTRIBUTED and torch.distributed.is_initialized() else block.buffers()
+        buffers = () if is_distributed() else block.buffers()
         modules, tensors = tuple(block.modules()), (*block.parameters(), *buffers)
         flags = tuple(module.training for module in modules)
         return cls(modules, _modes_of(modules), flags, hooks_of(modules), tensors, versions_of(tensors))
