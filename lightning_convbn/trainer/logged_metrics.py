@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from lightning_convbn.memory.use import MIB
-from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import Trainer
+from lightning_convbn.trainer.report import Findings
 
 
-def log_kept_bytes(trainer: Trainer, parts: Sequence[ConvertedPart]) -> None:
+def log_kept_bytes(trainer: Trainer, parts: Sequence[Findings]) -> None:
     """Log what Eval and Tune mode keep for the backward pass, summed over the parts that were counted.
 
     If there is one part, its peaks are logged, too. The peaks of several parts are not those of their step.

@@ -17,6 +17,7 @@ from lightning_convbn.pairs.units import innermost_unit, is_compiled_unit, is_fs
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import LightningModule, Trainer, rank_zero_warn
 from lightning_convbn.trainer.logged_metrics import log_plan
+from lightning_convbn.trainer.own_forward import before_forwards
 from lightning_convbn.trainer.processes import gathered
 from lightning_convbn.trainer.report import print_lines
 
@@ -66,11 +67,23 @@ class PlannedRecomputation:
         self._plans: dict[_Situation, tuple[int, Choice]] = {}  # the largest inputs so far, and what to recompute
         self._least: Choice = "none"  # as another process must
         self._in_batch = False  # whether the part has run in this batch
-        self._remove_hook: Callable[[], None] | None = None
+        self._remove_hook: Callable[[], None] = _nothing
         check_budget_holds(self._bytes(()), pl_module)
 
-    def check(self, parts: Sequence[ConvertedPart]) -> None:
-        """Check that there is one part, and that what it keeps is decided here.
+    def open(self, parts: Sequence[ConvertedPart]) -> None:
+        """Plan before each forward of the part that trains, until `close`. It raises what `check` raises."""
+        self.close()
+        part = self.check(parts)
+        self._parameters = [*self._pl_module.parameters()]
+        self._remove_hook = before_forwards(part.called, partial(self.follow, part))
+
+    def close(self) -> None:
+        """Plan no more. The plan stays in force."""
+        self._remove_hook()
+        self._remove_hook = _nothing
+
+    def check(self, parts: Sequence[ConvertedPart]) -> ConvertedPart:
+        """Check that there is one part, and that what it keeps is decided here. Return it.
 
         Raises:
             ValueError: If there are several parts, or if the part is compiled or sharded.
@@ -88,19 +101,7 @@ class PlannedRecomputation:
             around = innermost_unit(self._pl_module, part.path, is_unit)
             if around is not None or any(map(is_unit, part.module.modules())):
                 raise ValueError(f"memory_budget can't plan for `{part.path}`: it {why_not}")
-
-    def watch(self, parts: Sequence[ConvertedPart]) -> None:
-        """Plan before the forwards of the part that trains. It raises what `check` raises."""
-        self.check(parts)
-        self.unwatch()
-        self._parameters = [*self._pl_module.parameters()]
-        self._remove_hook = parts[0].call_before_forwards(partial(self._follow, parts[0]))
-
-    def unwatch(self) -> None:
-        """Plan no more. The plan stays in force."""
-        if self._remove_hook is not None:
-            self._remove_hook()
-            self._remove_hook = None
+        return part
 
     def begin_batch(self) -> None:
         """Note that a batch begins: no backward pass waits any more, so less may be recomputed."""
@@ -124,13 +125,13 @@ class PlannedRecomputation:
             self._least = most_of(self._least, choice)
         if self._least != part.recompute:
             print_lines(self._trainer, [f"ConvBN: `{part.path}`: recompute more, as another process must"])
-            part.recompute_from_now_on(self._least)
+            part.change(recompute=self._least)
 
-    def _follow(self, part: ConvertedPart, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def follow(self, part: ConvertedPart, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Plan before a forward, unless there is a plan for inputs as large."""
         if not torch.is_grad_enabled():
             return
-        part.record_pairs(inputs, kwargs)
+        part.record(inputs, kwargs)
         trained = tuple(parameter.requires_grad for parameter in self._parameters)
         situation = _Situation(trained, self._trainer.accumulate_grad_batches, tuple(part.pairs))
         size = sum(tensor.nbytes for tensor in tensors_of((inputs, kwargs)))
@@ -141,7 +142,7 @@ class PlannedRecomputation:
             chosen = most_of(part.recompute, chosen)
         self._in_batch = True
         if chosen != part.recompute:
-            part.recompute_from_now_on(chosen)
+            part.change(recompute=chosen)
 
     def _choice(self, part: ConvertedPart, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Choice:
         """Make a plan, say it, and return what to recompute."""
@@ -191,3 +192,7 @@ class PlannedRecomputation:
         """Return the budget in bytes."""
         states = tensors_of([list(optimizer.state.values()) for optimizer in self._trainer.optimizers])
         return bytes_on(self._pl_module.device, self._budget, [*tensors_held(self._pl_module, inputs), *states])
+
+
+def _nothing() -> None:
+    """Take no hook back: there is none."""

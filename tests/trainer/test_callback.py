@@ -358,7 +358,7 @@ def test_a_target_that_training_does_not_use_is_reported_so() -> None:
     module.spare = conv_bn(3, 3)
     pretend_trained(module)
     with pytest.warns(UserWarning, match="folded pairs of `spare` are not verified: .* Set target="):
-        make_trainer(quick(target=["network", "spare"]), lines).fit(module)
+        make_trainer(ConvBNModeCallback(target=["network", "spare"]), lines).fit(module)
     used, spare = lines.text.split("ConvBN: `spare`")
     assert "verified: Tune equals Eval" in used
     assert "neither verified nor counted: the first batch did not pass through its forward" in spare
@@ -404,9 +404,9 @@ def test_parts_of_a_like_name_do_not_overlap() -> None:
 
 
 def test_a_module_without_a_batchnorm_is_refused() -> None:
-    """Where no target is named, the message says None."""
+    """Where no target is named, the message says None, also if there is a ``backbone``."""
     module = BoringModule(lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 8)))
-    with pytest.raises(ValueError, match="target='backbone': Sequential has no BatchNorm"):
+    with pytest.raises(ValueError, match="target=None: BoringModule has no BatchNorm"):
         make_trainer(ConvBNModeCallback()).fit(module)
     module = Parts()
     module.network = nn.Sequential(nn.Flatten(), nn.Linear(192, 8))

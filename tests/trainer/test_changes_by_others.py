@@ -36,7 +36,7 @@ from lightning_convbn.layers.swap import Converted
 from lightning_convbn.pairs import reasons
 from lightning_convbn.trainer import report
 from lightning_convbn.trainer.converted_part import ConvertedPart
-from lightning_convbn.trainer.run_state import Run
+from lightning_convbn.trainer.run import Run
 
 pytestmark = [
     *LIGHTNING_SAYS,
@@ -287,14 +287,17 @@ def test_an_error_in_restoring_does_not_hide_the_users(monkeypatch: pytest.Monke
 
 
 def test_all_parts_are_given_back_though_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    backbones = [Backbone(), Backbone(), Backbone()]
-    run = Run(parts=[ConvertedPart(str(index), backbone) for index, backbone in enumerate(backbones)])
-    run.train_in("tune", freeze_untrained=False)
-    run.parts[1].unwatch = lambda: 1 / 0
+    module = BoringModule()
+    module.backbone = nn.ModuleList([Backbone(), Backbone(), Backbone()])
+    callback = quick(target=["backbone.0", "backbone.1", "backbone.2"])
+    run = Run(callback, make_trainer(callback), module)
+    run.train_in("tune")
+    assert run.parts is not None
+    run.parts[1].restore = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
         run.restore()
-    assert [is_plain(backbone) for backbone in backbones] == [True, False, True]
-    set_mode(backbones[1], "train")
+    assert [is_plain(backbone) for backbone in module.backbone] == [True, False, True]
+    set_mode(module.backbone[1], "train")
 
 
 # ---------------------------------------------------------------------------------------------------------- copies
@@ -369,12 +372,11 @@ def test_targets_that_are_one_module_are_one_part() -> None:
 
 def test_one_cause_is_one_warning(recwarn: pytest.WarningsRecorder) -> None:
     """However many pairs it concerns, and whatever numbers it names."""
-    part = ConvertedPart("backbone", Backbone())
+    part, found = ConvertedPart("backbone", Backbone()), report.Findings()
     names = [pair.bn for pair in find_conv_bn_pairs(Backbone())]
     part.wrong = {name: reasons.CHANGED_OUTPUT.format(deviation=10.0**-index) for index, name in enumerate(names)}
     part.wrong["lone"] = "something else"
-    part.untrained = []
-    report.warn_about(part, verify=True)
+    report.warn_about(part, found)
     assert [str(warning.message) for warning in recwarn] == [
         "ConvBN: `backbone.stem.1` and 2 more BatchNorms go back to Eval mode: folded, it changed the output by "
         "1.0e+00",
