@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from functools import partial
 from os import PathLike
 from typing import Any, Literal
 
@@ -47,7 +46,7 @@ class ConvBNModeCallback(Callback):
         eval_mode: What validation, test and predict run in: ``"deploy"`` (folded once per run), ``"eval"`` or
             ``"tune"``.
         target: What to convert: a path as ``"backbone"``, or several as ``["model.encoder", "model.neck"]``. None is
-            ``backbone`` if the LightningModule has one, else every child that holds a BatchNorm.
+            ``backbone`` if it has a BatchNorm, else every child that has one.
         start_epoch: The first epoch in ``mode``. Earlier epochs run in Train mode.
         freeze_untrained: Whether to freeze a BatchNorm that was never trained, as in a new head: one with mean 0 and
             variance 1. By default it stays in Train mode, and a warning says so.
@@ -55,7 +54,7 @@ class ConvBNModeCallback(Callback):
             for the backward pass: outputs of activations, gates, concatenations. The numbers are the same, with less
             memory. With ``"blocks"``, repeated blocks also run their forward again in the backward pass: much less
             memory, longer steps. Both need the mode ``"eval"`` or ``"tune"``. ``"none"`` recomputes nothing.
-        memory_budget: What a step may take, as ``"8GiB"`` or in bytes. Before the first batch runs, and before a larger
+        memory_budget: What a step may take, as ``"8GiB"`` (or ``"8G"``), ``"8GB"``, or in bytes. Before the first batch runs, and before a larger
             one, the least recomputation is chosen whose step fits; ``convbn/predicted_peak_mib`` is logged. A warning
             says if nothing fits. ``"auto"`` is what the CUDA device has left, less a tenth.
         verify: Whether to compare each pair with Eval mode at the first batch, on the spot, in the one real pass. Pairs
@@ -185,13 +184,15 @@ class ConvBNModeCallback(Callback):
         other_callbacks.check_no_weight_averaging(trainer)
         if self.mode != "train":
             warn_if_never_reached(self.start_epoch, trainer)
-        self._run_of(trainer, pl_module).prepare_fit()
-        self._convert_for_trials(trainer, pl_module, "on_fit_start")
+        run = self._run_of(trainer, pl_module)
+        run.prepare_fit()
+        other_callbacks.convert_for_trials(trainer, "on_fit_start", run.train, run.end_trials)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called at the start of each epoch: count the peak memory anew. A finder may run its trials at this time."""
-        self._convert_for_trials(trainer, pl_module, "on_train_epoch_start")
+        run = self._run_of(trainer, pl_module)
+        other_callbacks.convert_for_trials(trainer, "on_train_epoch_start", run.train, run.end_trials)
         if self.log_memory and pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
@@ -202,7 +203,7 @@ class ConvBNModeCallback(Callback):
         If the user has changed modules, or has switched a part between train and eval state, pairs are found anew.
         """
         run = self._run_of(trainer, pl_module)
-        run.train_in(self._training_mode(trainer))
+        run.train()
         run.begin_batch()
 
     @override
@@ -220,12 +221,12 @@ class ConvBNModeCallback(Callback):
         """Called at the end of each epoch: log the peak memory, and give back plain modules until the next batch."""
         if self.log_memory and pl_module.device.type == "cuda":
             log_peaks(trainer, pl_module.device)
-        self._restore(trainer, pl_module)
+        self._run_of(trainer, pl_module).restore()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after the last epoch, before the strategy undoes its own changes: give back plain modules."""
-        self._restore(trainer, pl_module)
+        self._run_of(trainer, pl_module).restore()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -239,12 +240,12 @@ class ConvBNModeCallback(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called before each validation: switch to ``eval_mode``."""
-        self._run_of(trainer, pl_module).evaluate_in(self.eval_mode)
+        self._run_of(trainer, pl_module).evaluate()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after each validation: give back plain modules, within a fit until the next batch."""
-        self._restore(trainer, pl_module)
+        self._run_of(trainer, pl_module).restore()
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
@@ -258,9 +259,6 @@ class ConvBNModeCallback(Callback):
         assert self._run is not None
         return self._run
 
-    def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run_of(trainer, pl_module).restore()
-
     def _close(self) -> None:
         """Give back plain modules at the end of a run. If that fails, warn: an error would hide what has ended it."""
         run, self._run = self._run, None
@@ -272,11 +270,3 @@ class ConvBNModeCallback(Callback):
                 "ConvBN: a module could not be made plain again; build the model anew and load its weights. "
                 f"{type(error).__name__}: {error}"
             )
-
-    def _training_mode(self, trainer: Trainer) -> Mode:
-        return self.mode if trainer.current_epoch >= self.start_epoch else "train"
-
-    def _convert_for_trials(self, trainer: Trainer, pl_module: LightningModule, hook: str) -> None:
-        run = self._run_of(trainer, pl_module)
-        convert = partial(run.train_in, self._training_mode(trainer))
-        other_callbacks.convert_for_trials(trainer, hook, convert, run.end_trials)

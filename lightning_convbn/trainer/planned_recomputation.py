@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -12,11 +13,12 @@ from lightning_convbn.compat import compiled_by_lightning
 from lightning_convbn.memory.budget import bytes_on, check_budget_holds, checked_budget, fixed_bytes, tensors_held
 from lightning_convbn.memory.optimizers import bytes_of_optimizers
 from lightning_convbn.memory.plan import CantCountError, Choice, MemoryPlan, StepPlanner, most_of
+from lightning_convbn.memory.use import MIB
 from lightning_convbn.pairs.side_effects import tensors_of
 from lightning_convbn.pairs.units import innermost_unit, is_compiled_unit, is_fsdp_unit
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import LightningModule, Trainer, rank_zero_warn
-from lightning_convbn.trainer.logged_metrics import log_plan
+from lightning_convbn.trainer.logged_metrics import log
 from lightning_convbn.trainer.own_forward import before_forwards
 from lightning_convbn.trainer.processes import gathered
 from lightning_convbn.trainer.report import print_lines
@@ -25,20 +27,6 @@ _UNITS = {
     is_compiled_unit: "is compiled. There the compiler decides what is kept; leave out memory_budget, or torch.compile",
     is_fsdp_unit: "is sharded by FSDP. Leave memory_budget out, and set recompute=...",
 }
-
-
-class _Situation(NamedTuple):
-    """What a plan depends on, beside the size of the inputs.
-
-    Attributes:
-        trained: Of each parameter of the LightningModule, whether it wants a gradient.
-        accumulated: How many batches the Trainer accumulates.
-        pairs: The pairs in force.
-    """
-
-    trained: tuple[bool, ...]
-    accumulated: int
-    pairs: tuple[Any, ...]
 
 
 class PlannedRecomputation:
@@ -64,10 +52,10 @@ class PlannedRecomputation:
         self._trainer = trainer
         self._pl_module = pl_module
         self._parameters = [*pl_module.parameters()]
-        self._plans: dict[_Situation, tuple[int, Choice]] = {}  # the largest inputs so far, and what to recompute
+        self._plans: dict[Any, tuple[int, Choice]] = {}  # situation -> the largest inputs so far, what to recompute
         self._least: Choice = "none"  # as another process must
         self._in_batch = False  # whether the part has run in this batch
-        self._remove_hook: Callable[[], None] = _nothing
+        self._hook = ExitStack()
         check_budget_holds(self._bytes(()), pl_module)
 
     def open(self, parts: Sequence[ConvertedPart]) -> None:
@@ -75,12 +63,11 @@ class PlannedRecomputation:
         self.close()
         part = self.check(parts)
         self._parameters = [*self._pl_module.parameters()]
-        self._remove_hook = before_forwards(part.called, partial(self.follow, part))
+        self._hook.callback(before_forwards(part.called, partial(self.follow, part)))
 
     def close(self) -> None:
         """Plan no more. The plan stays in force."""
-        self._remove_hook()
-        self._remove_hook = _nothing
+        self._hook.close()
 
     def check(self, parts: Sequence[ConvertedPart]) -> ConvertedPart:
         """Check that there is one part, and that what it keeps is decided here. Return it.
@@ -113,12 +100,7 @@ class PlannedRecomputation:
         self._in_batch = False
 
     def merge(self, part: ConvertedPart, processes: int) -> None:
-        """Recompute from now on at least what any process recomputes now. Every process must call this.
-
-        Args:
-            part: The part.
-            processes: How many processes the Trainer has.
-        """
+        """Recompute from now on at least what any process recomputes now. Every process must call this."""
         if processes == 1:
             return
         for choice in gathered(part.recompute, processes):
@@ -133,7 +115,7 @@ class PlannedRecomputation:
             return
         part.record(inputs, kwargs)
         trained = tuple(parameter.requires_grad for parameter in self._parameters)
-        situation = _Situation(trained, self._trainer.accumulate_grad_batches, tuple(part.pairs))
+        situation = trained, self._trainer.accumulate_grad_batches, tuple(part.pairs)
         size = sum(tensor.nbytes for tensor in tensors_of((inputs, kwargs)))
         if situation not in self._plans or size > self._plans[situation][0]:
             self._plans[situation] = size, self._choice(part, inputs, kwargs)
@@ -155,7 +137,7 @@ class PlannedRecomputation:
             )
             return "blocks"
         print_lines(self._trainer, [f"ConvBN: `{part.path}`: {plan}"])
-        log_plan(self._trainer, plan.peak_bytes)
+        log(self._trainer, {"predicted_peak_mib": plan.peak_bytes / MIB})
         if not plan.fits:
             rank_zero_warn(f"ConvBN: {plan.complaint()}")
         return plan.recompute
@@ -192,7 +174,3 @@ class PlannedRecomputation:
         """Return the budget in bytes."""
         states = tensors_of([list(optimizer.state.values()) for optimizer in self._trainer.optimizers])
         return bytes_on(self._pl_module.device, self._budget, [*tensors_held(self._pl_module, inputs), *states])
-
-
-def _nothing() -> None:
-    """Take no hook back: there is none."""

@@ -50,10 +50,9 @@ class Run:
         self._budget: PlannedRecomputation | None = None
         self._first: FirstBatch | None = None  # while it runs
         self._reported = False
-        self._suspended: list[tuple[Run, tuple[Mode, bool], FirstBatch | None]] = []
-        self._order = ExitStack()
+        self._undo = ExitStack()  # what else `close` does
         if not callback.steps_aside:
-            self._order.callback(put_behind_others(trainer, callback))
+            self._undo.callback(put_behind_others(trainer, callback))
         _RUNS.add(self)
 
     @property
@@ -71,22 +70,23 @@ class Run:
         if self.export is not None:
             self.export.prepare(self.trainer, self._pl_module, [part.path for part in parts])
 
-    def train_in(self, mode: Mode) -> None:
-        """Switch to a mode for a training batch.
+    def train(self) -> None:
+        """Switch to the mode of this epoch for a training batch.
 
         Nothing is done if it is in force, unless the user has put a part into another state, train or eval.
         """
+        mode = self._callback.mode if self.trainer.current_epoch >= self._callback.start_epoch else "train"
         parts = self._find_parts()
         if self._budget is not None:
             self._budget.begin_batch()
         if self._now != (mode, True) or any(part.state_has_changed() for part in parts):
             self._switch(mode, training=True)
 
-    def evaluate_in(self, mode: Mode) -> None:
-        """Switch to a mode for an evaluation. In it every BatchNorm uses its running statistics."""
+    def evaluate(self) -> None:
+        """Switch to the mode of evaluation. In it every BatchNorm uses its running statistics."""
         self._close_hooks()
         self._find_parts()
-        self._switch(mode, training=False)
+        self._switch(self._callback.eval_mode, training=False)
 
     def begin_batch(self) -> None:
         """Watch the batch, if it is the first one in the callback's mode, or if the export needs example inputs."""
@@ -120,16 +120,13 @@ class Run:
         with ExitStack() as stack:  # calls all, also if one raises
             for part in self.parts or ():
                 stack.callback(part.restore)
-            stack.callback(self._close_hooks)
+            self._close_hooks()
 
     def close(self) -> None:
         """End the run. Modules and the Trainer's callbacks are as they were, and suspended runs go on."""
         _RUNS.discard(self)
-        with ExitStack() as stack:
-            for run, now, first in self._suspended:
-                stack.callback(run._resume, now, first)
-            stack.callback(self._order.close)
-            stack.callback(self.restore)
+        with self._undo:
+            self.restore()
 
     def restore_flags(self) -> None:
         """Give every module the ``training`` flag that it had when the run began."""
@@ -191,7 +188,7 @@ class Run:
         for run in [*_RUNS]:
             shared = any(not modules.isdisjoint(part.tree.values()) for part in run.parts or ())
             if run is not self and run._now is not None and run.is_going_on and shared:
-                self._suspended.append((run, run._now, run._first))
+                self._undo.callback(run._resume, run._now, run._first)
                 run.restore()
 
     def _resume(self, now: tuple[Mode, bool], first: FirstBatch | None) -> None:

@@ -367,7 +367,7 @@ def test_all_parts_are_given_back_though_one_fails(monkeypatch: pytest.MonkeyPat
     module.backbone = nn.ModuleList([Backbone(), Backbone(), Backbone()])
     callback = quick(target=["backbone.0", "backbone.1", "backbone.2"])
     run = Run(callback, make_trainer(callback), module)
-    run.train_in("tune")
+    run.train()
     assert run.parts is not None
     run.parts[1].restore = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
