@@ -9,6 +9,7 @@ from weakref import WeakSet
 from torch import nn
 
 from lightning_convbn.blocks.find import why_not
+from lightning_convbn.compat import read
 from lightning_convbn.conversion import restore_modules
 from lightning_convbn.layers.supported_layers import is_norm
 from lightning_convbn.layers.swap import Mode
@@ -111,7 +112,7 @@ class ConvertedPart:
                 self.change()
         return self._recorded.get(state, "")
 
-    def end_verification(self) -> None:
+    def close(self) -> None:
         """Compare the pairs with Eval mode no more."""
         if self.verification is not None:
             self.verification.stop()
@@ -131,10 +132,16 @@ class ConvertedPart:
             found = pl_module.get_submodule(self.path)
         except AttributeError:
             return True
-        same = found is self.called and dict(self.module.named_modules()) == self.tree
+        same = found is self.called and [*self.module.named_modules()] == [*self.tree.items()]
         return not same or self._norms_without_statistics() != self._without_statistics
 
     def _norms_without_statistics(self) -> list[nn.Module]:
         """List the BatchNorms that have no running statistics. Somebody may take them away, or give new ones."""
-        names = ("running_mean", "running_var")
-        return [bn for bn in self.norms if any(getattr(bn, name, None) is None for name in names)]
+        return [bn for bn in self.norms if not _has_statistics(bn)]
+
+
+def _has_statistics(bn: nn.Module) -> bool:
+    try:
+        return read(bn, "running_mean") is not None and read(bn, "running_var") is not None
+    except AttributeError:
+        return False

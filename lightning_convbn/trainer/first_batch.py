@@ -85,7 +85,7 @@ class FirstBatch:
         found.verification = found.verification or Verification(part.norms)
         part.verification = found.verification
         part.verification.start()
-        self._hooks.callback(part.end_verification)
+        self._hooks.callback(part.close)
 
     def _count(self, part: ConvertedPart, found: Findings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count what Eval and Tune mode keep, and their peaks. If that fails, note it: it is only a look.

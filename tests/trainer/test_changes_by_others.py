@@ -197,10 +197,10 @@ def test_after_a_run_the_list_of_callbacks_is_what_it_was(stage: str, error: Exc
 @pytest.mark.parametrize("method", ["fit", "validate", "test", "predict"])
 def test_after_a_tuner_the_list_of_callbacks_is_what_it_was(method: Any, tmp_path: Path) -> None:
     """As a test of Lightning's own asks for."""
-    callbacks = [quick(), Timer()]
-    trainer = make_trainer(*callbacks, default_root_dir=tmp_path)
+    trainer = make_trainer(quick(), Timer(), default_root_dir=tmp_path)
+    before = [*trainer.callbacks]
     Tuner(trainer).scale_batch_size(FindsBatchSize(), method=method, max_trials=1, steps_per_trial=1)
-    assert trainer.callbacks[:2] == callbacks
+    assert trainer.callbacks == before
 
 
 def test_callbacks_that_come_and_go_during_a_run_are_not_brought_back() -> None:

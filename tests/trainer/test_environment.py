@@ -21,6 +21,7 @@ from helpers.tiny_training import (
     with_fresh_norm,
 )
 from lightning.pytorch.callbacks import BatchSizeFinder
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from lightning_convbn import ConvBNModeCallback
@@ -129,6 +130,19 @@ def test_finder_tries_what_training_runs_in(monkeypatch: pytest.MonkeyPatch) -> 
     make_trainer(BatchSizeFinder(max_trials=1, steps_per_trial=1)).fit(module)
     assert set(module.modes["fit"]) == {"tune"}
     assert len(module.modes["fit"]) > BATCHES_PER_EPOCH
+
+
+@pytest.mark.parametrize("method", ["fit", "validate", "test", "predict"])
+def test_list_of_callbacks_is_what_it_was(method: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After a run, and after a finder. A test of Lightning's own asks for it."""
+    monkeypatch.setenv("LIGHTNING_CONVBN", "tune")
+    module, trainer = BoringModule(), make_trainer(default_root_dir=tmp_path)
+    module.batch_size = 2  # type: ignore[assignment]
+    before = [*trainer.callbacks]
+    Tuner(trainer).scale_batch_size(module, method=method, max_trials=1, steps_per_trial=1)
+    assert trainer.callbacks == before
+    getattr(trainer, method)(module)
+    assert trainer.callbacks == before
 
 
 def test_checkpoint_goes_with_a_callback_given_by_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
