@@ -54,9 +54,10 @@ class ConvBNModeCallback(Callback):
             for the backward pass: outputs of activations, gates, concatenations. The numbers are the same, with less
             memory. With ``"blocks"``, repeated blocks also run their forward again in the backward pass: much less
             memory, longer steps. Both need the mode ``"eval"`` or ``"tune"``. ``"none"`` recomputes nothing.
-        memory_budget: What a step may take, as ``"8GiB"`` (or ``"8G"``), ``"8GB"``, or in bytes. Before the first batch runs, and before a larger
-            one, the least recomputation is chosen whose step fits; ``convbn/predicted_peak_mib`` is logged. A warning
-            says if nothing fits. ``"auto"`` is what the CUDA device has left, less a tenth.
+        memory_budget: What a step may take, as ``"8GiB"``, ``"8G"``, ``"8GB"`` or in bytes. Before the first batch
+            runs, and before a larger one, the least recomputation is chosen whose step fits;
+            ``convbn/predicted_peak_mib`` is logged. A warning says if nothing fits. ``"auto"`` is what the CUDA device
+            has left, less a tenth.
         verify: Whether to compare each pair with Eval mode at the first batch, on the spot, in the one real pass. Pairs
             that differ, or whose fold is of no use, go back to Eval mode, with a warning.
         log_memory: Whether to count, print and log memory.
