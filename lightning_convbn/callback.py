@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from functools import partial
 from os import PathLike
 from typing import Any, Literal
 
@@ -14,13 +14,11 @@ from lightning_convbn.layers.state import Mode, Recompute
 from lightning_convbn.trainer import other_callbacks
 from lightning_convbn.trainer.argument_checks import check_export_path, check_modes, check_recomputation
 from lightning_convbn.trainer.converted_part import ConvertedPart
-from lightning_convbn.trainer.export_at_end import FitExport
 from lightning_convbn.trainer.find_converted_parts import checked_paths, find_parts
-from lightning_convbn.trainer.lightning_api import Callback, LightningModule, Trainer
-from lightning_convbn.trainer.logged_metrics import log_kept_bytes, log_peaks
-from lightning_convbn.trainer.planned_recomputation import PlannedRecomputation
-from lightning_convbn.trainer.report import print_table, warn_about
-from lightning_convbn.trainer.run_state import Run
+from lightning_convbn.trainer.lightning_api import Callback, LightningModule, Trainer, rank_zero_warn
+from lightning_convbn.trainer.logged_metrics import log_peaks
+from lightning_convbn.trainer.report import warn_if_never_reached
+from lightning_convbn.trainer.run import Run
 
 _CHECKPOINT_KEY = "lightning_convbn"
 
@@ -48,7 +46,7 @@ class ConvBNModeCallback(Callback):
         eval_mode: What validation, test and predict run in: ``"deploy"`` (folded once per run), ``"eval"`` or
             ``"tune"``.
         target: What to convert: a path as ``"backbone"``, or several as ``["model.encoder", "model.neck"]``. None is
-            ``backbone`` if the LightningModule has one, else every child that holds a BatchNorm.
+            ``backbone`` if it has a BatchNorm, else every child that has one.
         start_epoch: The first epoch in ``mode``. Earlier epochs run in Train mode.
         freeze_untrained: Whether to freeze a BatchNorm that was never trained, as in a new head: one with mean 0 and
             variance 1. By default it stays in Train mode, and a warning says so.
@@ -56,9 +54,10 @@ class ConvBNModeCallback(Callback):
             for the backward pass: outputs of activations, gates, concatenations. The numbers are the same, with less
             memory. With ``"blocks"``, repeated blocks also run their forward again in the backward pass: much less
             memory, longer steps. Both need the mode ``"eval"`` or ``"tune"``. ``"none"`` recomputes nothing.
-        memory_budget: What a step may take, as ``"8GiB"`` or in bytes. Before the first batch runs, and before a larger
-            one, the least recomputation is chosen whose step fits; ``convbn/predicted_peak_mib`` is logged. A warning
-            says if nothing fits. ``"auto"`` is what the CUDA device has left, less a tenth.
+        memory_budget: What a step may take, as ``"8GiB"``, ``"8G"``, ``"8GB"`` or in bytes. Before the first batch
+            runs, and before a larger one, the least recomputation is chosen whose step fits;
+            ``convbn/predicted_peak_mib`` is logged. A warning says if nothing fits. ``"auto"`` is what the CUDA device
+            has left, less a tenth.
         verify: Whether to compare each pair with Eval mode at the first batch, on the spot, in the one real pass. Pairs
             that differ, or whose fold is of no use, go back to Eval mode, with a warning.
         log_memory: Whether to count, print and log memory.
@@ -80,6 +79,8 @@ class ConvBNModeCallback(Callback):
         Traceback (most recent call last):
         ValueError: mode must be one of 'train', 'eval', 'tune'; got 'deploy'. Training folded weights is unstable ...
     """
+
+    gives_way = False  # whether it does nothing beside another ConvBNModeCallback; else that is an error
 
     def __init__(
         self,
@@ -108,7 +109,18 @@ class ConvBNModeCallback(Callback):
         self.verify = verify
         self.log_memory = log_memory
         self.export_path = export_path
-        self._run = Run()
+        self.untrained: dict[str, list[str]] = {}  # path of a part -> its BatchNorms that stay in Train mode
+        self._untrained_in: weakref.ref[LightningModule] | None = None
+        self._run: Run | None = None
+        self.steps_aside = False  # beside another ConvBNModeCallback, in this run
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without the run that is going on."""
+        return {**vars(self), "_run": None, "_untrained_in": None}
+
+    def find_parts(self, pl_module: LightningModule) -> list[ConvertedPart]:
+        """Find the parts that are converted. It raises a ValueError if there are none."""
+        return [] if self.steps_aside else find_parts(pl_module, self.target, recompute=self.recompute)
 
     # ------------------------------------------------------------------------------------------- before and after
 
@@ -119,40 +131,47 @@ class ConvBNModeCallback(Callback):
         An earlier run may have ended without a call of our hooks. We move behind the other callbacks, which may change
         the model, and the finders of batch size and learning rate behind us.
         """
-        self._run.restore()
-        self._run = Run(
-            export=None if self.export_path is None else FitExport(self.export_path),
-            found_flags={module: module.training for module in pl_module.modules()},
-        )
-        other_callbacks.check_only_one(trainer, ConvBNModeCallback)
-        other_callbacks.put_behind_others(trainer, self)
+        if self._run is not None and self._run.trainer is not trainer and self._run.is_going_on:
+            raise ValueError(
+                "callbacks: this ConvBNModeCallback is at work in another Trainer, whose run has not ended; give each "
+                "Trainer a ConvBNModeCallback of its own"
+            )
+        self._close()
+        self.steps_aside = other_callbacks.steps_aside(trainer, self, ConvBNModeCallback)
+        if self._untrained_in is None or self._untrained_in() is not pl_module:
+            self.untrained, self._untrained_in = {}, weakref.ref(pl_module)
+        self._run = Run(self, trainer, pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Called if a stage fails, also by Ctrl-C: give back plain modules, and their training flags."""
-        self._run.restore_or_warn()
-        self._run.restore_flags()
+        run = self._run
+        if run is not None and run.trainer is trainer:
+            self._close()
+            run.restore_flags()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called at the end of a stage: give back plain modules, and keep no reference to them."""
-        self._run.restore_or_warn()
-        self._run.found_flags = {}
+        if self._run is not None and self._run.trainer is trainer:
+            self._close()
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Called when a checkpoint is saved: note which BatchNorms stay in Train mode.
+        """Called when a checkpoint is saved, maybe after the run: note which BatchNorms stay in Train mode.
 
         In a resumed run they don't look untrained any more. All else follows from the arguments and the epoch. We don't
         use ``state_dict``: Lightning would warn in each run that loads the checkpoint without this callback.
         """
-        checkpoint[_CHECKPOINT_KEY] = dict(self._run.untrained)
+        if self.untrained:
+            checkpoint[_CHECKPOINT_KEY] = dict(self.untrained)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Called when a checkpoint is loaded: read that note. Without the callback no note was written."""
-        if not self.freeze_untrained:
-            self._run.untrained = dict(checkpoint.get(_CHECKPOINT_KEY, {}))
+        going_on = self._run is not None and self._run.parts is not None  # then what was named before counts, too
+        noted = {} if self.freeze_untrained or self.steps_aside else checkpoint.get(_CHECKPOINT_KEY, {})
+        self.untrained = {**(self.untrained if going_on else {}), **noted}
 
     # --------------------------------------------------------------------------------------------------- training
 
@@ -164,17 +183,17 @@ class ConvBNModeCallback(Callback):
         a finder runs now.
         """
         other_callbacks.check_no_weight_averaging(trainer)
-        self._run.parts = self._find_parts(pl_module)
-        if self.memory_budget is not None:
-            self._run.plan_recomputation(PlannedRecomputation(self.memory_budget, trainer, pl_module))
-        if self._run.export is not None:
-            self._run.export.prepare(trainer, pl_module, [part.path for part in self._run.parts])
-        self._convert_for_trials(trainer, pl_module, "on_fit_start")
+        if self.mode != "train":
+            warn_if_never_reached(self.start_epoch, trainer)
+        run = self._run_of(trainer, pl_module)
+        run.prepare_fit()
+        other_callbacks.convert_for_trials(trainer, "on_fit_start", run.train, run.end_trials)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called at the start of each epoch: count the peak memory anew. A finder may run its trials at this time."""
-        self._convert_for_trials(trainer, pl_module, "on_train_epoch_start")
+        run = self._run_of(trainer, pl_module)
+        other_callbacks.convert_for_trials(trainer, "on_train_epoch_start", run.train, run.end_trials)
         if self.log_memory and pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
@@ -184,9 +203,9 @@ class ConvBNModeCallback(Callback):
 
         If the user has changed modules, or has switched a part between train and eval state, pairs are found anew.
         """
-        self._enter_training(trainer, pl_module)
-        check = not self._run.reported and self._training_mode(trainer) == self.mode
-        self._run.watch_batch(pl_module, check=check, verify=self._verifies(), measure=self.log_memory)
+        run = self._run_of(trainer, pl_module)
+        run.train()
+        run.begin_batch()
 
     @override
     def on_train_batch_end(
@@ -194,107 +213,61 @@ class ConvBNModeCallback(Callback):
     ) -> None:
         """Called after each training step: report what the first batch has shown.
 
-        Lightning also calls this, with None for the batch, if it skips a batch without a call of
-        ``on_train_batch_start``.
+        Lightning also calls this if it skips a batch without a call of ``on_train_batch_start``.
         """
-        self._run.watches.close()
-        if batch is None:
-            return
-        if self._run.export is not None:
-            self._run.export.check_recorded(pl_module)
-        if self._run.checks_batch:
-            self._run.checks_batch = False
-            self._report(trainer)
+        self._run_of(trainer, pl_module).end_batch()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called at the end of each epoch: log the peak memory, and give back plain modules until the next batch."""
         if self.log_memory and pl_module.device.type == "cuda":
             log_peaks(trainer, pl_module.device)
-        self._run.give_back()
+        self._run_of(trainer, pl_module).restore()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after the last epoch, before the strategy undoes its own changes: give back plain modules."""
-        self._run.restore()
+        self._run_of(trainer, pl_module).restore()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when weights and checkpoints are final: export."""
-        if self._run.export is not None:
-            self._run.export.write_or_warn(trainer, pl_module)
+        export = self._run_of(trainer, pl_module).export
+        if export is not None:
+            export.write_or_warn(trainer, pl_module)
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called before each validation: switch to ``eval_mode``.
-
-        A hook may have ended the epoch between start and end of the first batch, so nothing is watched any more.
-        """
-        self._run.watches.close()
-        self._enter_evaluation(pl_module)
+        """Called before each validation: switch to ``eval_mode``."""
+        self._run_of(trainer, pl_module).evaluate()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after each validation: give back plain modules, within a fit until the next batch."""
-        if trainer.state.fn == "fit":
-            self._run.give_back()
-        else:
-            self._run.restore()
+        self._run_of(trainer, pl_module).restore()
 
-    @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called before a test: switch to ``eval_mode``."""
-        self._enter_evaluation(pl_module)
-
-    @override
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called after a test: give back plain modules."""
-        self._run.restore()
-
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called before predictions: switch to ``eval_mode``."""
-        self._enter_evaluation(pl_module)
-
-    @override
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called after predictions: give back plain modules."""
-        self._run.restore()
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     # -------------------------------------------------------------------------------------------------- internals
 
-    def _training_mode(self, trainer: Trainer) -> Mode:
-        return self.mode if trainer.current_epoch >= self.start_epoch else "train"
+    def _run_of(self, trainer: Trainer, pl_module: LightningModule) -> Run:
+        """Return the run. If the callback was added to the Trainer too late for ``setup``, it begins now."""
+        if self._run is None:
+            self.setup(trainer, pl_module, "")
+        assert self._run is not None
+        return self._run
 
-    def _verifies(self) -> bool:
-        return self.verify and self.mode == "tune"
-
-    def _find_parts(self, pl_module: LightningModule) -> list[ConvertedPart]:
-        return find_parts(pl_module, self.target, self._run.untrained, recompute=self.recompute)
-
-    def _follow_changes(self, pl_module: LightningModule) -> None:
-        self._run.follow_changes(pl_module, self._find_parts, freeze_untrained=self.freeze_untrained)
-
-    def _enter_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._follow_changes(pl_module)
-        self._run.train_in(self._training_mode(trainer), freeze_untrained=self.freeze_untrained)
-
-    def _convert_for_trials(self, trainer: Trainer, pl_module: LightningModule, hook: str) -> None:
-        enter = partial(self._enter_training, trainer, pl_module)
-        other_callbacks.convert_for_trials(trainer, hook, enter, self._run.end_trials)
-
-    def _enter_evaluation(self, pl_module: LightningModule) -> None:
-        if not self._run.parts:
-            self._run.parts = self._find_parts(pl_module)
-        self._follow_changes(pl_module)
-        self._run.evaluate_in(self.eval_mode)
-
-    def _report(self, trainer: Trainer) -> None:
-        self._run.reported = True
-        self._run.merge_findings(trainer.world_size)
-        for part in self._run.parts:
-            warn_about(part, verify=self._verifies())
-        print_table(trainer, self._run.parts, self.mode, self.eval_mode)
-        log_kept_bytes(trainer, self._run.parts)
+    def _close(self) -> None:
+        """Give back plain modules at the end of a run. If that fails, warn: an error would hide what has ended it."""
+        run, self._run = self._run, None
+        try:
+            if run is not None:
+                run.close()
+        except Exception as error:
+            rank_zero_warn(
+                "ConvBN: a module could not be made plain again; build the model anew and load its weights. "
+                f"{type(error).__name__}: {error}"
+            )

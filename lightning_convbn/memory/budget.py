@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from lightning_convbn.memory.use import as_mib
 from lightning_convbn.pairs.side_effects import tensors_of
 
-UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BINARY = {prefix: 2 ** (10 * power) for power, prefix in enumerate("KMGT", start=1)}
+UNITS = {
+    **{f"{prefix}{end}": size for prefix, size in _BINARY.items() for end in ("", "I", "IB")},  # 8G, 8Gi and 8GiB
+    **{f"{prefix}B": 10 ** (3 * power) for power, prefix in enumerate(_BINARY, start=1)},  # 8GB
+}
 AUTO = "auto"
 MARGIN = 0.1  # of what a device has: workspaces of kernels, and what the allocator rounds up
 
@@ -20,7 +24,7 @@ Budget = int | Literal["auto"]
 
 
 def size_in_bytes(amount: str) -> int:
-    """Return the number of bytes of an amount of memory.
+    """Return the number of bytes of an amount of memory: of 8GiB, 8G and 8Gi 2**33, and of 8GB 8 * 10**9.
 
     Raises:
         ValueError: If it is none. The text begins with the value, so write the argument before it.

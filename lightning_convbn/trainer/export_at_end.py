@@ -16,18 +16,16 @@ from lightning_convbn.exporting.argument_checks import (
     batch_sizes,
     check_model,
     check_path,
-    check_suffix,
     checked_inputs,
 )
 from lightning_convbn.exporting.checkpoint_file import load_only_weights
 from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
 from lightning_convbn.exporting.plain_copy import plain_copy
 from lightning_convbn.exporting.write_and_compare import write_and_compare
-from lightning_convbn.layers.state import UncopiedHook
 from lightning_convbn.pairs.find import find_conv_bn_pairs
 from lightning_convbn.pairs.side_effects import tensors_of
 from lightning_convbn.trainer.lightning_api import LightningModule, Trainer, rank_zero_info, rank_zero_warn
-from lightning_convbn.trainer.own_forward import runs_its_forward
+from lightning_convbn.trainer.own_forward import before_forwards
 
 _SHARDING = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}  # class names: importing them takes long
 
@@ -49,11 +47,9 @@ class FitExport:
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
-        check_suffix("export_path", self.path)
         self.wrong: dict[str, str] = {}
         self._module = ""  # qualified name of what is exported
         self.inputs: tuple[Any, ...] | None = None
-        self._remove_hook: Callable[[], None] | None = None
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, parts: Sequence[str]) -> None:
         """Choose what is exported. If it can't be exported, say so now and not after the training.
@@ -89,22 +85,19 @@ class FitExport:
             args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
             self._record(pl_module.get_submodule(self._module), args if isinstance(args, tuple) else (args,), kwargs)
 
-    def watch(self, pl_module: LightningModule) -> None:
-        """Take the example inputs from the next call of what is exported."""
+    def open(self, pl_module: LightningModule) -> Callable[[], None]:
+        """Take the example inputs from the next call of what is exported, if there are none yet.
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.inputs is None and runs_its_forward(module):
+        Returns:
+            What ends that.
+        """
+        module = pl_module.get_submodule(self._module)
+
+        def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.inputs is None:
                 self._record(module, args, kwargs)
 
-        self.unwatch()
-        module = pl_module.get_submodule(self._module)
-        self._remove_hook = module.register_forward_pre_hook(UncopiedHook(before), with_kwargs=True).remove
-
-    def unwatch(self) -> None:
-        """Take back what `watch` does."""
-        if self._remove_hook is not None:
-            self._remove_hook()
-            self._remove_hook = None
+        return before_forwards(module, before)
 
     def check_recorded(self, pl_module: LightningModule) -> None:
         """Raise a ValueError if there are no example inputs after the first training batch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import permutations
 from typing import cast
 
@@ -32,7 +32,6 @@ def checked_paths(target: object) -> list[str] | None:
 def find_parts(
     pl_module: LightningModule,
     target: Sequence[str] | None,
-    untrained: Mapping[str, list[str]],
     *,
     recompute: Recompute,
 ) -> list[ConvertedPart]:
@@ -41,7 +40,6 @@ def find_parts(
     Args:
         pl_module: The LightningModule.
         target: Paths of the parts; None for the default.
-        untrained: Path of a part -> its untrained BatchNorms, where they are known already.
         recompute: As for `ConvertedPart`.
 
     Raises:
@@ -57,7 +55,7 @@ def find_parts(
     for within, around in [*nested, *((path, path) for path in modules if paths.count(path) > 1)] if target else ():
         raise ValueError(f"target={target!r}: {within!r} lies within {around!r}; name one of them")
     return [
-        ConvertedPart(path, module, untrained.get(path), recompute=recompute)
+        ConvertedPart(path, module, recompute=recompute)
         for path, module in modules.items()
         if path_of[module] == path and module not in inside
     ]
@@ -68,7 +66,7 @@ def _part(pl_module: LightningModule, path: str) -> nn.Module:
         module: nn.Module = pl_module.get_submodule(path)
     except AttributeError:
         raise ValueError(f"target={path!r}: {_what_is_missing(pl_module, path)}") from None
-    if not any(is_norm(child) for child in module.modules()):
+    if not _has_norm(module):
         raise ValueError(
             f"target={path or None!r}: {type(module).__name__} has no BatchNorm; name the part that has, or leave "
             "ConvBNModeCallback out"
@@ -90,14 +88,16 @@ def _what_is_missing(pl_module: LightningModule, path: str) -> str:
 
 
 def _default_paths(pl_module: LightningModule) -> list[str]:
-    """Return ``backbone`` if there is one, else every child with a BatchNorm.
+    """Return ``backbone`` if it has a BatchNorm, else every child that has one.
 
     If a BatchNorm is an attribute of the LightningModule itself, the whole LightningModule is converted. Otherwise we
     take the children: they can be watched even if ``training_step`` calls them without the LightningModule's forward.
     """
-    children = dict(pl_module.named_children())
-    if isinstance(children.get("backbone"), nn.Module):
+    children = {name: child for name, child in pl_module.named_children() if _has_norm(child)}
+    if "backbone" in children:
         return ["backbone"]
-    if any(is_norm(child) for child in children.values()):
-        return [""]
-    return [name for name, child in children.items() if any(is_norm(module) for module in child.modules())] or [""]
+    return [""] if any(map(is_norm, children.values())) else [*children] or [""]
+
+
+def _has_norm(module: nn.Module) -> bool:
+    return any(map(is_norm, module.modules()))

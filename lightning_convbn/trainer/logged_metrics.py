@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from lightning_convbn.memory.use import MIB
-from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import Trainer
+from lightning_convbn.trainer.report import Findings
 
 
-def log_kept_bytes(trainer: Trainer, parts: Sequence[ConvertedPart]) -> None:
+def log_kept_bytes(trainer: Trainer, parts: Sequence[Findings]) -> None:
     """Log what Eval and Tune mode keep for the backward pass, summed over the parts that were counted.
 
     If there is one part, its peaks are logged, too. The peaks of several parts are not those of their step.
@@ -28,7 +28,7 @@ def log_kept_bytes(trainer: Trainer, parts: Sequence[ConvertedPart]) -> None:
     }
     if len(parts) == 1 and parts[0].peak_bytes is not None:
         metrics |= {f"predicted_peak_{mode}_mib": peak / MIB for mode, peak in parts[0].peak_bytes.items()}
-    _log(trainer, metrics)
+    log(trainer, metrics)
 
 
 def log_peaks(trainer: Trainer, device: torch.device) -> None:
@@ -37,15 +37,10 @@ def log_peaks(trainer: Trainer, device: torch.device) -> None:
         "peak_allocated_mib": torch.cuda.max_memory_allocated(device) / MIB,
         "peak_reserved_mib": torch.cuda.max_memory_reserved(device) / MIB,
     }
-    _log(trainer, metrics)
+    log(trainer, metrics)
 
 
-def log_plan(trainer: Trainer, peak_bytes: int) -> None:
-    """Log the peak of a step that a plan for a memory budget predicts."""
-    _log(trainer, {"predicted_peak_mib": peak_bytes / MIB})
-
-
-def _log(trainer: Trainer, metrics: dict[str, float]) -> None:
+def log(trainer: Trainer, metrics: dict[str, float]) -> None:
     """Log metrics.
 
     ``LightningModule.log`` does not work in all hooks, and it does not use each logger's own separator.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -12,11 +13,13 @@ from lightning_convbn.compat import compiled_by_lightning
 from lightning_convbn.memory.budget import bytes_on, check_budget_holds, checked_budget, fixed_bytes, tensors_held
 from lightning_convbn.memory.optimizers import bytes_of_optimizers
 from lightning_convbn.memory.plan import CantCountError, Choice, MemoryPlan, StepPlanner, most_of
+from lightning_convbn.memory.use import MIB
 from lightning_convbn.pairs.side_effects import tensors_of
 from lightning_convbn.pairs.units import innermost_unit, is_compiled_unit, is_fsdp_unit
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import LightningModule, Trainer, rank_zero_warn
-from lightning_convbn.trainer.logged_metrics import log_plan
+from lightning_convbn.trainer.logged_metrics import log
+from lightning_convbn.trainer.own_forward import before_forwards
 from lightning_convbn.trainer.processes import gathered
 from lightning_convbn.trainer.report import print_lines
 
@@ -24,20 +27,6 @@ _UNITS = {
     is_compiled_unit: "is compiled. There the compiler decides what is kept; leave out memory_budget, or torch.compile",
     is_fsdp_unit: "is sharded by FSDP. Leave memory_budget out, and set recompute=...",
 }
-
-
-class _Situation(NamedTuple):
-    """What a plan depends on, beside the size of the inputs.
-
-    Attributes:
-        trained: Of each parameter of the LightningModule, whether it wants a gradient.
-        accumulated: How many batches the Trainer accumulates.
-        pairs: The pairs in force.
-    """
-
-    trained: tuple[bool, ...]
-    accumulated: int
-    pairs: tuple[Any, ...]
 
 
 class PlannedRecomputation:
@@ -63,14 +52,25 @@ class PlannedRecomputation:
         self._trainer = trainer
         self._pl_module = pl_module
         self._parameters = [*pl_module.parameters()]
-        self._plans: dict[_Situation, tuple[int, Choice]] = {}  # the largest inputs so far, and what to recompute
+        self._plans: dict[Any, tuple[int, Choice]] = {}  # situation -> the largest inputs so far, what to recompute
         self._least: Choice = "none"  # as another process must
         self._in_batch = False  # whether the part has run in this batch
-        self._remove_hook: Callable[[], None] | None = None
+        self._hook = ExitStack()
         check_budget_holds(self._bytes(()), pl_module)
 
-    def check(self, parts: Sequence[ConvertedPart]) -> None:
-        """Check that there is one part, and that what it keeps is decided here.
+    def open(self, parts: Sequence[ConvertedPart]) -> None:
+        """Plan before each forward of the part that trains, until `close`. It raises what `check` raises."""
+        self.close()
+        part = self.check(parts)
+        self._parameters = [*self._pl_module.parameters()]
+        self._hook.callback(before_forwards(part.called, partial(self.follow, part)))
+
+    def close(self) -> None:
+        """Plan no more. The plan stays in force."""
+        self._hook.close()
+
+    def check(self, parts: Sequence[ConvertedPart]) -> ConvertedPart:
+        """Check that there is one part, and that what it keeps is decided here. Return it.
 
         Raises:
             ValueError: If there are several parts, or if the part is compiled or sharded.
@@ -88,19 +88,7 @@ class PlannedRecomputation:
             around = innermost_unit(self._pl_module, part.path, is_unit)
             if around is not None or any(map(is_unit, part.module.modules())):
                 raise ValueError(f"memory_budget can't plan for `{part.path}`: it {why_not}")
-
-    def watch(self, parts: Sequence[ConvertedPart]) -> None:
-        """Plan before the forwards of the part that trains. It raises what `check` raises."""
-        self.check(parts)
-        self.unwatch()
-        self._parameters = [*self._pl_module.parameters()]
-        self._remove_hook = parts[0].call_before_forwards(partial(self._follow, parts[0]))
-
-    def unwatch(self) -> None:
-        """Plan no more. The plan stays in force."""
-        if self._remove_hook is not None:
-            self._remove_hook()
-            self._remove_hook = None
+        return part
 
     def begin_batch(self) -> None:
         """Note that a batch begins: no backward pass waits any more, so less may be recomputed."""
@@ -112,27 +100,22 @@ class PlannedRecomputation:
         self._in_batch = False
 
     def merge(self, part: ConvertedPart, processes: int) -> None:
-        """Recompute from now on at least what any process recomputes now. Every process must call this.
-
-        Args:
-            part: The part.
-            processes: How many processes the Trainer has.
-        """
+        """Recompute from now on at least what any process recomputes now. Every process must call this."""
         if processes == 1:
             return
         for choice in gathered(part.recompute, processes):
             self._least = most_of(self._least, choice)
         if self._least != part.recompute:
             print_lines(self._trainer, [f"ConvBN: `{part.path}`: recompute more, as another process must"])
-            part.recompute_from_now_on(self._least)
+            part.change(recompute=self._least)
 
-    def _follow(self, part: ConvertedPart, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def follow(self, part: ConvertedPart, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Plan before a forward, unless there is a plan for inputs as large."""
         if not torch.is_grad_enabled():
             return
-        part.record_pairs(inputs, kwargs)
+        part.record(inputs, kwargs)
         trained = tuple(parameter.requires_grad for parameter in self._parameters)
-        situation = _Situation(trained, self._trainer.accumulate_grad_batches, tuple(part.pairs))
+        situation = trained, self._trainer.accumulate_grad_batches, tuple(part.pairs)
         size = sum(tensor.nbytes for tensor in tensors_of((inputs, kwargs)))
         if situation not in self._plans or size > self._plans[situation][0]:
             self._plans[situation] = size, self._choice(part, inputs, kwargs)
@@ -141,7 +124,7 @@ class PlannedRecomputation:
             chosen = most_of(part.recompute, chosen)
         self._in_batch = True
         if chosen != part.recompute:
-            part.recompute_from_now_on(chosen)
+            part.change(recompute=chosen)
 
     def _choice(self, part: ConvertedPart, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Choice:
         """Make a plan, say it, and return what to recompute."""
@@ -154,7 +137,7 @@ class PlannedRecomputation:
             )
             return "blocks"
         print_lines(self._trainer, [f"ConvBN: `{part.path}`: {plan}"])
-        log_plan(self._trainer, plan.peak_bytes)
+        log(self._trainer, {"predicted_peak_mib": plan.peak_bytes / MIB})
         if not plan.fits:
             rank_zero_warn(f"ConvBN: {plan.complaint()}")
         return plan.recompute

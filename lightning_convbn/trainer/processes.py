@@ -11,12 +11,7 @@ T = TypeVar("T")
 
 
 def merged_over_processes(notes: Mapping[str, str], processes: int) -> dict[str, str]:
-    """Return the notes of all processes, the same in each of them. Each process must call it.
-
-    Args:
-        notes: What this process has noted.
-        processes: How many processes the Trainer has. With one there is nothing to merge, even within a larger job.
-    """
+    """Return the notes of all processes, the same in each of them. Each process must call it."""
     return {name: note for other in reversed(gathered(dict(notes), processes)) for name, note in other.items()}
 
 
@@ -25,7 +20,7 @@ def gathered(value: T, processes: int) -> list[T]:
 
     Args:
         value: What this process has.
-        processes: As for `merged_over_processes`.
+        processes: How many processes the Trainer has. With one there is nothing to gather, even within a larger job.
     """
     if processes == 1 or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]

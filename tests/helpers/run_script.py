@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 
 
 def type_in(folder: Path, script: str, *args: str, timeout: float = 300, **environment: str) -> str:

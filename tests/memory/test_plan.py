@@ -256,7 +256,14 @@ class TestBadInput:
 
 
 @pytest.mark.parametrize(
-    ("amount", "size"), [("8GiB", 8 * 2**30), ("500 mb", 500 * 10**6), ("1.5KiB", 1536), (" 2TB ", 2 * 10**12)]
+    ("amount", "size"),
+    [
+        *((amount, 8 * 2**30) for amount in ("8GiB", "8 GiB", "8G", "8g", "8Gi")),
+        *((amount, 512 * 10**6) for amount in ("512MB", "512 mb")),
+        ("512M", 512 * 2**20),
+        ("1.5KiB", 1536),
+        (" 2TB ", 2 * 10**12),
+    ],
 )
 def test_amounts(amount: str, size: int) -> None:
     assert size_in_bytes(amount) == size

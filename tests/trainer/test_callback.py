@@ -38,6 +38,8 @@ from torch import Tensor, nn
 
 from lightning_convbn import ConvBNModeCallback
 from lightning_convbn.layers import convolutions
+from lightning_convbn.trainer.converted_part import ConvertedPart
+from lightning_convbn.trainer.report import Findings, describe
 
 pytestmark = LIGHTNING_SAYS
 
@@ -198,6 +200,27 @@ def test_before_start_epoch_batchnorm_is_ordinary_and_then_frozen(mode: Any) -> 
     assert Snapshot.of(module) == before
 
 
+@pytest.mark.parametrize("mode", ["eval", "tune"])
+def test_a_start_epoch_that_is_never_reached_is_warned_of(mode: Any) -> None:
+    with pytest.warns(UserWarning, match="start_epoch=2 is not reached: max_epochs=2 ends this fit before"):
+        make_trainer(quick(mode, start_epoch=2), max_epochs=2).fit(BoringModule())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ({"start_epoch": 1}, {"max_epochs": 2}),
+        ({"start_epoch": 1}, {"max_epochs": -1, "max_steps": 1}),
+        ({"start_epoch": 1}, {"fast_dev_run": True}),
+        ({"start_epoch": 1, "mode": "train"}, {}),
+    ],
+    ids=str,
+)
+def test_a_start_epoch_that_may_be_reached_is_not(arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    """Nor one that does not matter. Warnings are errors here."""
+    make_trainer(quick(**arguments), **options).fit(BoringModule())
+
+
 def test_an_untrained_batchnorm_stays_in_train_mode_with_a_warning() -> None:
     """Its statistics move, those of the others don't; validation uses its running statistics, folded."""
     module = with_fresh_norm()
@@ -210,7 +233,7 @@ def test_an_untrained_batchnorm_stays_in_train_mode_with_a_warning() -> None:
     moved = {f"backbone.middle.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
     assert set(differing(statistics_of(module), statistics)) == moved
     assert module.backbone.middle[1].num_batches_tracked == 2 * BATCHES_PER_EPOCH
-    assert "unfrozen       1" in lines.text
+    assert "unfrozen       1 (in Train mode)\n" in lines.text
     assert module.modes["validate"] == ["deploy"] * 2
     loss = module.losses["validate"][-1]
     module.forget()
@@ -299,6 +322,15 @@ def test_without_a_target_a_backbone_alone_is_converted() -> None:
     assert module.head[1].num_batches_tracked == BATCHES_PER_EPOCH
 
 
+def test_without_a_target_a_backbone_without_a_batchnorm_is_passed_over() -> None:
+    """The other children that have one are converted."""
+    module, lines = BoringModule(lambda: nn.Sequential(nn.Conv2d(3, 3, 1))), PrintedLines()
+    module.head = Backbone()
+    module.step = lambda stage, batch: module(batch[0]).square().mean()
+    make_trainer(quick(), lines).fit(module)
+    assert "ConvBN: `head` trains in Tune mode" in lines.text
+
+
 def test_a_batchnorm_of_the_lightningmodule_itself_is_converted() -> None:
     """Then the whole LightningModule is the target."""
     module = OwnNorm()
@@ -358,11 +390,31 @@ def test_a_target_that_training_does_not_use_is_reported_so() -> None:
     module.spare = conv_bn(3, 3)
     pretend_trained(module)
     with pytest.warns(UserWarning, match="folded pairs of `spare` are not verified: .* Set target="):
-        make_trainer(quick(target=["network", "spare"]), lines).fit(module)
+        make_trainer(ConvBNModeCallback(target=["network", "spare"]), lines).fit(module)
     used, spare = lines.text.split("ConvBN: `spare`")
     assert "verified: Tune equals Eval" in used
     assert "neither verified nor counted: the first batch did not pass through its forward" in spare
     assert module.converted == norms(module)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({}, "  neither verified nor counted: the first batch did not pass through its forward"),
+        ({"log_memory": False}, "  not verified: the first batch did not pass through its forward"),
+        ({"verify": False}, "  not counted: the first batch did not pass through its forward"),
+        ({"mode": "eval"}, "  not counted: the first batch did not pass through its forward"),
+        ({"verify": False, "log_memory": False}, "  unfrozen       0"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:ConvBN. the folded pairs of `spare` are not verified")
+def test_the_table_says_what_was_asked_for_and_not_done(arguments: dict[str, Any], line: str) -> None:
+    module, lines = Parts(), PrintedLines()
+    module.spare = conv_bn(3, 3)
+    pretend_trained(module)
+    make_trainer(ConvBNModeCallback(**arguments, target="spare"), lines).fit(module)
+    assert lines.text.splitlines()[-1] == line
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
@@ -404,9 +456,9 @@ def test_parts_of_a_like_name_do_not_overlap() -> None:
 
 
 def test_a_module_without_a_batchnorm_is_refused() -> None:
-    """Where no target is named, the message says None."""
+    """Where no target is named, the message says None, also if there is a ``backbone``."""
     module = BoringModule(lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 8)))
-    with pytest.raises(ValueError, match="target='backbone': Sequential has no BatchNorm"):
+    with pytest.raises(ValueError, match="target=None: BoringModule has no BatchNorm"):
         make_trainer(ConvBNModeCallback()).fit(module)
     module = Parts()
     module.network = nn.Sequential(nn.Flatten(), nn.Linear(192, 8))
@@ -731,6 +783,15 @@ def test_the_table_leaves_out_what_was_not_asked_for() -> None:
     assert "verified" not in text
     assert "kept" not in text
     assert "counted" not in text
+
+
+@pytest.mark.parametrize(("after", "words"), [(97, ("3.0 % saved", "3.0 % less")), (103, ("3.0 % more", "3.0 % more"))])
+def test_the_table_says_more_where_more_is_kept(after: int, words: tuple[str, str]) -> None:
+    """And not a negative share."""
+    bytes_of: dict[Any, int] = {"eval": 100, "tune": after}
+    found = Findings(kept_bytes=bytes_of, peak_bytes=bytes_of)
+    kept, peak = describe(ConvertedPart("backbone", Backbone()), found, "tune", "deploy")[-2:]
+    assert (kept.endswith(f", {words[0]}"), peak.endswith(f", {words[1]}")) == (True, True)
 
 
 @pytest.mark.parametrize("enable_progress_bar", [False, True])

@@ -24,7 +24,7 @@ from helpers.tiny_training import (
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-pytestmark = RESUMING_SAYS
+pytestmark = [*RESUMING_SAYS, pytest.mark.filterwarnings("ignore:ConvBN. start_epoch=. is not reached")]
 
 
 def train(module: BoringModule, folder: Path, epochs: int, *callbacks: Any, resume: Path | None = None) -> None:

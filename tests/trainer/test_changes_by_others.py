@@ -27,6 +27,7 @@ from helpers.tiny_training import (
 )
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint, Timer
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.ao import quantization
 from torch.utils.data import DataLoader
@@ -35,7 +36,7 @@ from lightning_convbn import ConvBNModeCallback, find_conv_bn_pairs, get_mode, s
 from lightning_convbn.pairs import reasons
 from lightning_convbn.trainer import report
 from lightning_convbn.trainer.converted_part import ConvertedPart
-from lightning_convbn.trainer.run_state import Run
+from lightning_convbn.trainer.run import Run
 
 pytestmark = [
     *LIGHTNING_SAYS,
@@ -172,6 +173,47 @@ def test_the_order_of_callbacks() -> None:
     assert trainer.callbacks == [timer, other, ours, size, rate, saving]
 
 
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("error", [None, RuntimeError("boom")])
+def test_after_a_run_the_list_of_callbacks_is_what_it_was(stage: str, error: Exception | None) -> None:
+    """The same list, with the same callbacks in the same order; also after a run that has failed."""
+    module = BoringModule()
+    trainer = make_trainer(LearningRateFinder(num_training_steps=2), quick(), Timer(), PrintedLines())
+    if stage != "fit" or error is not None:  # a finder's failure leaves Lightning without its callbacks
+        del trainer.callbacks[0]
+    found, before = trainer.callbacks, [*trainer.callbacks]
+    if error is None:
+        getattr(trainer, stage)(module)
+    else:
+        step = {"fit": "training_step", "validate": "validation_step"}.get(stage, f"{stage}_step")
+        in_own_hook(module, step, lambda module: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            getattr(trainer, stage)(module)
+    assert trainer.callbacks is found
+    assert trainer.callbacks == before
+
+
+@pytest.mark.parametrize("method", ["fit", "validate", "test", "predict"])
+def test_after_a_tuner_the_list_of_callbacks_is_what_it_was(method: Any, tmp_path: Path) -> None:
+    """As a test of Lightning's own asks for."""
+    trainer = make_trainer(quick(), Timer(), default_root_dir=tmp_path)
+    before = [*trainer.callbacks]
+    Tuner(trainer).scale_batch_size(FindsBatchSize(), method=method, max_trials=1, steps_per_trial=1)
+    assert trainer.callbacks == before
+
+
+def test_callbacks_that_come_and_go_during_a_run_are_not_brought_back() -> None:
+    ours, leaves, comes = quick(), Timer(), Callback()
+
+    def change(module: Any) -> None:
+        module.trainer.callbacks.remove(leaves)
+        module.trainer.callbacks.append(comes)
+
+    trainer = make_trainer(ours, leaves, other := InHook("on_train_start", change))
+    trainer.fit(BoringModule())
+    assert trainer.callbacks == [ours, other, comes]
+
+
 def test_modules_are_plain_except_while_batches_run() -> None:
     """So that whoever knows modules by their classes can work between epochs."""
     module, seen = BoringModule(), {}
@@ -237,6 +279,40 @@ def test_a_new_norm_that_was_never_trained_stays_in_train_mode() -> None:
     assert all(bool(bn.running_mean.any()) for bn in (module.backbone.middle[1], module.backbone.last[1]))
 
 
+def forget_statistics(module: Any) -> None:
+    """Let a BatchNorm normalise by the statistics of the batch from now on, as test-time adaptation does."""
+    module.backbone.middle[1].running_mean = module.backbone.middle[1].running_var = None
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_train_epoch_start", "on_train_epoch_end", "on_train_batch_end", "on_validation_end"]
+)
+def test_pairs_are_found_anew_after_statistics_were_taken_away(hook: str) -> None:
+    """Such a BatchNorm runs plain from then on, in training and in evaluation."""
+    losses = []
+    for mode in ("eval", "tune"):
+        module, lines = BoringModule(), PrintedLines()
+        other, options = InHook(hook, forget_statistics), {"max_epochs": 2, "precision": "64-true"}
+        make_trainer(quick(mode, eval_mode="eval"), other, lines, **options).fit(module)
+        losses.append([module.losses["fit"], module.losses["validate"]])
+        assert "has no running statistics, so it always normalises with the batch's: middle.1" in lines.text
+    assert torch.tensor(losses[1][0]).allclose(torch.tensor(losses[0][0]), rtol=1e-6)
+    assert losses[1][1] == pytest.approx(losses[0][1], rel=1e-6)
+
+
+def test_statistics_that_are_given_back_are_frozen_again() -> None:
+    module, lines, statistics = BoringModule(), PrintedLines(), torch.ones(8)
+    forget_statistics(module)
+
+    def give(module: Any) -> None:
+        module.backbone.middle[1].running_mean, module.backbone.middle[1].running_var = statistics, 2 * statistics
+
+    make_trainer(quick(), InHook("on_train_epoch_start", give, epoch=1), lines, max_epochs=2).fit(module)
+    assert "folded         2 of 4 BatchNorms" in lines.text
+    assert "folded         3 of 4 BatchNorms" in lines.text
+    assert torch.equal(module.backbone.middle[1].running_mean, statistics)
+
+
 def is_plain(model: nn.Module) -> bool:
     return get_mode(model) == "train" and "convbn=" not in str(model)
 
@@ -286,14 +362,17 @@ def test_an_error_in_restoring_does_not_hide_the_users(monkeypatch: pytest.Monke
 
 
 def test_all_parts_are_given_back_though_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    backbones = [Backbone(), Backbone(), Backbone()]
-    run = Run(parts=[ConvertedPart(str(index), backbone) for index, backbone in enumerate(backbones)])
-    run.train_in("tune", freeze_untrained=False)
-    run.parts[1].unwatch = lambda: 1 / 0
+    module = BoringModule()
+    module.backbone = nn.ModuleList([Backbone(), Backbone(), Backbone()])
+    callback = quick(target=["backbone.0", "backbone.1", "backbone.2"])
+    run = Run(callback, make_trainer(callback), module)
+    run.train()
+    assert run.parts is not None
+    run.parts[1].restore = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
         run.restore()
-    assert [is_plain(backbone) for backbone in backbones] == [True, False, True]
-    set_mode(backbones[1], "train")
+    assert [is_plain(backbone) for backbone in module.backbone] == [True, False, True]
+    set_mode(module.backbone[1], "train")
 
 
 # ---------------------------------------------------------------------------------------------------------- copies
@@ -368,12 +447,11 @@ def test_targets_that_are_one_module_are_one_part() -> None:
 
 def test_one_cause_is_one_warning(recwarn: pytest.WarningsRecorder) -> None:
     """However many pairs it concerns, and whatever numbers it names."""
-    part = ConvertedPart("backbone", Backbone())
+    part, found = ConvertedPart("backbone", Backbone()), report.Findings()
     names = [pair.bn for pair in find_conv_bn_pairs(Backbone())]
     part.wrong = {name: reasons.CHANGED_OUTPUT.format(deviation=10.0**-index) for index, name in enumerate(names)}
     part.wrong["lone"] = "something else"
-    part.untrained = []
-    report.warn_about(part, verify=True)
+    report.warn_about(part, found)
     assert [str(warning.message) for warning in recwarn] == [
         "ConvBN: `backbone.stem.1` and 2 more BatchNorms go back to Eval mode: folded, it changed the output by "
         "1.0e+00",
