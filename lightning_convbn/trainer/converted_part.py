@@ -9,10 +9,10 @@ from weakref import WeakSet
 from torch import nn
 
 from lightning_convbn.blocks.find import why_not
-from lightning_convbn.compat import read
-from lightning_convbn.conversion import restore_modules
-from lightning_convbn.layers.supported_layers import is_norm
+from lightning_convbn.compat import has_statistics
+from lightning_convbn.conversion import keep_no_fold, restore_modules
 from lightning_convbn.layers.state import Mode
+from lightning_convbn.layers.supported_layers import is_norm
 from lightning_convbn.memory.plan import Choice
 from lightning_convbn.modes import RECOMPUTING_MODES, set_mode
 from lightning_convbn.pairs.find import find_conv_bn_pairs, find_recorded_pairs
@@ -84,6 +84,7 @@ class ConvertedPart:
         if not isinstance(recompute, str):  # a plan was made with other pairs, maybe
             recompute = tuple(name for name in recompute if why_not(self.module, name, self.pairs) is None)
         set_mode(self.module, mode, pairs=self.pairs, recompute=recompute)
+        keep_no_fold(self.module)
         self._converted.update(self.module.modules())
         if self.verification is not None:
             self.verification.start()
@@ -137,11 +138,4 @@ class ConvertedPart:
 
     def _norms_without_statistics(self) -> list[nn.Module]:
         """List the BatchNorms that have no running statistics. Somebody may take them away, or give new ones."""
-        return [bn for bn in self.norms if not _has_statistics(bn)]
-
-
-def _has_statistics(bn: nn.Module) -> bool:
-    try:
-        return read(bn, "running_mean") is not None and read(bn, "running_var") is not None
-    except AttributeError:
-        return False
+        return [bn for bn in self.norms if not has_statistics(bn)]
