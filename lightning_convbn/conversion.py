@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
+from typing import Any
 
 from torch import nn
 
@@ -74,7 +75,7 @@ def _freeze(bn: nn.Module, mode: Mode, recompute: Recompute, reason: str, flag: 
     bn.training = False
 
 
-FREEZING = {"train": train, "reset_running_stats": reset_running_stats}
+FREEZING: dict[str, Callable[..., Any]] = {"train": train, "reset_running_stats": reset_running_stats}
 
 
 def convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute: Recompute | Sequence[str]) -> None:

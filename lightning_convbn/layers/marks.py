@@ -76,7 +76,7 @@ class MarkedTensor(Mark, Tensor):
         return plain_output(self).as_subclass(cls)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operator on the values of the plain output. Autograd is above, and has taken the mark's own edge."""

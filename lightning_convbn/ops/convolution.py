@@ -142,7 +142,7 @@ def _frozen_weight_recipe(operands: Operands, spec: ConvSpec | None, dtype: torc
 
     def recipe(_: object = None) -> Tensor:
         tensors: Any = (None if source is None else source.value() for source in sources)
-        return fold_conv_bn(Operands(*tensors, operands.eps), spec, dtype)[0]
+        return fold_conv_bn(Operands(*tensors, eps=operands.eps), spec, dtype)[0]
 
     return recipe
 
