@@ -17,8 +17,8 @@ EPSILON = 1e-5  # of a BatchNorm without the attribute: DETR's in transformers h
 
 def affine_of(bn: nn.Module) -> Affine:
     """Read the affine map of a BatchNorm with running statistics."""
-    tensors: Any = (getattr(bn, name, None) for name in ("weight", "bias", "running_mean", "running_var"))
-    return Affine(*tensors, eps=getattr(bn, "eps", EPSILON))
+    tensors: list[Any] = [getattr(bn, name, None) for name in ("weight", "bias", "running_mean", "running_var")]
+    return Affine._make([*tensors, getattr(bn, "eps", EPSILON)])
 
 
 def normalised(bn: nn.Module, input: Tensor) -> Tensor:

@@ -141,8 +141,8 @@ def _frozen_weight_recipe(operands: Operands, spec: ConvSpec | None, dtype: torc
     sources = [None if operand is None else Source(operand) for operand in operands[:-1]]
 
     def recipe(_: object = None) -> Tensor:
-        tensors: Any = (None if source is None else source.value() for source in sources)
-        return fold_conv_bn(Operands(*tensors, eps=operands.eps), spec, dtype)[0]
+        tensors = [None if source is None else source.value() for source in sources]
+        return fold_conv_bn(Operands._make([*tensors, operands.eps]), spec, dtype)[0]
 
     return recipe
 

@@ -285,13 +285,13 @@ class TestSwitching:
         model = Tower()
         found = Snapshot.of(model)
         step_results(model, "blocks", mode)
-        assert "(0-2): 3 x RecomputedResidual(" in str(model)
+        assert type(model.blocks[0]) is Residual
         assert get_mode(model) == mode
         assert model.state_dict().keys() == found.tensors.keys()
         set_mode(model, "train")
         assert Snapshot.of(model) == found
         set_mode(model, mode)
-        assert "Recomputed" not in str(model)
+        assert recomputed_blocks(model).names == ()
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
     def test_copies_are_plain(self, copied: Callable[[Any], Any]) -> None:
@@ -303,7 +303,6 @@ class TestSwitching:
             assert str(one) == str(other)
             assert [vars(module).keys() for module in one.modules()] == [vars(m).keys() for m in other.modules()]
         assert torch.allclose(copied(model)(batch()), expected, atol=1e-5)
-        assert type(model.blocks[0]) is not Residual
 
     def test_the_context_manager_brings_it_back(self) -> None:
         model = Tower()
@@ -320,21 +319,17 @@ class TestSwitching:
         model = Tower()
         set_mode(model, "tune", recompute="blocks")
         set_mode(model.blocks[0], "train")
-        assert type(model.blocks[0]) is Residual
+        assert recomputed_blocks(model).names == ("blocks.1", "blocks.2")
         set_mode(model.blocks[1].bn1, "train")  # type: ignore[arg-type]
         model.train()
         model(batch()).sum().backward()
         assert model.blocks[1].bn1.num_batches_tracked == 1  # type: ignore[union-attr]
 
-    @pytest.mark.parametrize(
-        "change",
-        [lambda model: set_mode(model, "train"), lambda model: model.train(), lambda model: model.blocks.eval()],
-    )
-    def test_a_switch_between_forward_and_backward_is_an_error(self, change: Callable[[Tower], Any]) -> None:
+    @pytest.mark.parametrize("mode", ["train", "eval", "deploy"])
+    def test_a_switch_between_forward_and_backward_is_an_error(self, mode: Any) -> None:
         model = Tower().eval()
-        model.blocks[0].train()
         set_mode(model, "tune", recompute="blocks")
         loss = model(batch()).sum()
-        change(model)
-        with pytest.raises(RuntimeError, match=r"a Residual is to run again .* Call backward\(\) before the switch"):
+        set_mode(model, mode)
+        with pytest.raises(RuntimeError, match=r"a Residual is to run again .* Call backward\(\) before that"):
             loss.backward()
