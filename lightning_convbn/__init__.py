@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from lightning_convbn.callback import ConvBNModeCallback
     from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
     from lightning_convbn.exporting.export import export
-    from lightning_convbn.layers.swap import Mode, Recompute
+    from lightning_convbn.layers.state import Mode, Recompute
     from lightning_convbn.memory.fit_budget import fit_memory_budget
     from lightning_convbn.memory.measure import measure_memory
     from lightning_convbn.memory.plan import MemoryPlan
@@ -45,8 +45,8 @@ _HOMES = {
     "ConvBNPairs": "pairs.pair",
     "MemoryPlan": "memory.plan",
     "MemoryUse": "memory.use",
-    "Mode": "layers.swap",
-    "Recompute": "layers.swap",
+    "Mode": "layers.state",
+    "Recompute": "layers.state",
     "conv_bn_mode": "modes",
     "export": "exporting.export",
     "find_conv_bn_pairs": "pairs.find",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from typing_extensions import override
 
-from lightning_convbn.layers.swap import Mode, Recompute
+from lightning_convbn.layers.state import Mode, Recompute
 from lightning_convbn.trainer import other_callbacks
 from lightning_convbn.trainer.argument_checks import check_export_path, check_modes, check_recomputation
 from lightning_convbn.trainer.converted_part import ConvertedPart

@@ -6,9 +6,12 @@ breaks without it, and since which version it is there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch import _assert as assert_in_graph
 from torch._C import DisableTorchFunctionSubclass as without_torch_function
@@ -16,6 +19,9 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily as outside_fake_mode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.modules import module as of_all_modules
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
@@ -24,6 +30,7 @@ __all__ = [
     "COMPILED_CALL",
     "HOOKS",
     "RUNS_ENGINE",
+    "DelayedError",
     "FakeTensor",
     "TorchDispatchMode",
     "assert_in_graph",
@@ -31,35 +38,70 @@ __all__ = [
     "changes_input",
     "compiled_by_lightning",
     "fake_tensor_mode",
+    "forward_hooks_of",
     "has_gradient_hooks",
+    "has_statistics",
+    "has_tangent",
+    "in_graph",
     "inside_transform",
+    "is_any_autocast_on",
     "is_compiled",
+    "is_in_backward",
+    "is_jit_traced",
     "is_of_compiler",
-    "load_as",
+    "is_watched",
     "other_saved_tensor_hooks",
     "outside_fake_mode",
-    "read",
     "replace_saved",
     "saved_by",
     "storage_id",
+    "tensors_of_pair",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
     "version_of",
+    "versions_in_call",
+    "versions_of",
     "watches_input",
     "watches_output",
+    "with_forward_hooks",
+    "without_global_hooks",
     "without_modes",
     "without_torch_function",
 ]
 
 # ------------------------------------------------------------------------------------------------ autograd and tensors
 
+DelayedError = torch._C._functions.DelayedError
+"""``DelayedError(message, 1)`` returns a function that gives a tensor an autograd node which raises this message."""
+
 
 def version_of(tensor: Tensor) -> int | None:
     """How often a tensor was written in place (``_version``); None for an inference tensor, which does not count."""
     return None if tensor.is_inference() else tensor._version
+
+
+def versions_of(tensors: Iterable[Tensor]) -> tuple[int, ...] | None:
+    """How often tensors were written in place, and where parameters lie: ``.data = ...`` moves them.
+
+    None if writes to one of them are not counted, as in inference mode.
+    """
+    try:
+        return tuple([number for tensor in tensors for number in (tensor._version, tensor.data_ptr())])
+    except RuntimeError:
+        return None
+
+
+def versions_in_call(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, ...] | None:
+    """The same of an input and parameters. Each forward of a pair asks, so it is written out."""
+    try:
+        if bias is None:
+            return input._version, weight._version, weight.data_ptr()
+        return input._version, weight._version, weight.data_ptr(), bias._version, bias.data_ptr()
+    except RuntimeError:
+        return None
 
 
 def saved_by(node: Any, name: str) -> Tensor | None:
@@ -117,6 +159,34 @@ def other_saved_tensor_hooks() -> bool:
     return _top_saved_tensors_default_hooks(False) is not None
 
 
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether a tensor carries a tangent of forward-mode AD. Hardly anybody uses it, so we look if a level is open."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def is_any_autocast_on() -> bool:
+    """Whether autocast is on for a device: asked in each forward of a pair, where it is hardly ever on."""
+    return torch._C._is_any_autocast_enabled()
+
+
+def is_in_backward() -> bool:
+    """Whether autograd's engine is running a backward pass now, in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_jit_traced() -> bool:
+    """Whether ``torch.jit.trace`` is running."""
+    return torch._C._get_tracing_state() is not None
+
+
+def in_graph() -> bool:
+    """Whether a graph is being made of the model, by a compiler or by a trace."""
+    if torch.compiler.is_compiling() or is_jit_traced():
+        return True
+    has_modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    return bool(has_modes) and get_proxy_mode() is not None
+
+
 def inside_transform() -> bool:
     """Whether a transform of ``torch.func`` is running: ``vmap``, ``grad``, ``jvp`` or ``functionalize``."""
     return peek_interpreter_stack() is not None
@@ -134,11 +204,26 @@ HOOKS = frozenset(name for name in vars(nn.Module()) if "hooks" in name)
 """The attributes in which a module has its hooks."""
 
 
-def read(module: nn.Module, name: str) -> Any:
-    """Return a tensor of a module, as ``getattr`` does, but in a third of the time (``_parameters``, ``_buffers``)."""
-    if name in module._parameters:
-        return module._parameters[name]
-    return module._buffers[name] if name in module._buffers else getattr(module, name)
+def tensors_of_pair(conv: nn.Module, bn: nn.Module) -> tuple[Any, Any, Any, Any, Any, Any]:
+    """Return a convolution's weight and bias, and a BatchNorm's weight, bias, running mean and running variance.
+
+    As ``getattr`` does, but in a third of the time (``_parameters``, ``_buffers``).
+    """
+    parameters, affine, buffers = conv._parameters, bn._parameters, bn._buffers
+    if "weight" in parameters and "bias" in parameters and "weight" in affine and "bias" in affine:
+        mean, var = buffers.get("running_mean"), buffers.get("running_var")
+        if mean is not None and var is not None:
+            return parameters["weight"], parameters["bias"], affine["weight"], affine["bias"], mean, var
+    names = ("weight", "bias", "running_mean", "running_var")  # a weight may be computed whenever it is read
+    return conv.weight, conv.bias, *(getattr(bn, name) for name in names)  # type: ignore[return-value]
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module of Python has the buffers ``running_mean`` and ``running_var`` (``_buffers``)."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    buffers = module._buffers
+    return buffers.get("running_mean") is not None and buffers.get("running_var") is not None
 
 
 COMPILED_CALL = "_compiled_call_impl"
@@ -160,21 +245,71 @@ def watches_input(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
+def is_watched(conv: nn.Module, bn: nn.Module) -> bool:
+    """Whether somebody sees what passes from a convolution to its BatchNorm, or the gradient of that.
+
+    Hooks of the two do, and so do hooks of all modules (``register_module_forward_hook``, ``FlopCounterMode``). A
+    compiler does that was given one of the two alone, by ``module.compile()``. Each forward of a pair asks.
+    """
+    return bool(
+        conv._forward_hooks
+        or bn._forward_pre_hooks
+        or conv._backward_hooks
+        or bn._backward_hooks
+        or conv._backward_pre_hooks
+        or bn._backward_pre_hooks
+        or conv._compiled_call_impl
+        or bn._compiled_call_impl
+        or (of_all_modules._global_forward_hooks and _see(of_all_modules._global_forward_hooks))
+        or (of_all_modules._global_forward_pre_hooks and _see(of_all_modules._global_forward_pre_hooks))
+        or of_all_modules._global_backward_hooks
+        or of_all_modules._global_backward_pre_hooks
+    )
+
+
+def _see(hooks: dict[int, Any]) -> bool:
+    """Whether hooks look at what modules put out. Those of a count of bytes note which module runs, and are marked."""
+    return not all(hasattr(hook, "sees_no_tensors") for hook in hooks.values())
+
+
+@contextmanager
+def without_global_hooks() -> Iterator[None]:
+    """Call no hooks of all modules (``register_module_forward_hook`` and the like) in a ``with`` block."""
+    places = [value for name, value in vars(of_all_modules).items() if name.startswith("_global") and "hooks" in name]
+    with with_forward_hooks([(place, {}) for place in places]):
+        yield
+
+
+ForwardHooks = list[tuple["OrderedDict[int, Any]", dict[int, Any]]]
+
+
+def forward_hooks_of(modules: Iterable[nn.Module]) -> ForwardHooks:
+    """Return where modules have the hooks that run before and after their forward, and which are there now."""
+    places = (place for module in modules for place in (module._forward_pre_hooks, module._forward_hooks))
+    return [(place, dict(place)) for place in places]
+
+
+@contextmanager
+def with_forward_hooks(hooks: ForwardHooks) -> Iterator[None]:
+    """Have the hooks that `forward_hooks_of` has returned, and no others, in a ``with`` block."""
+    now = [dict(place) for place, _ in hooks]
+    _put(hooks)
+    try:
+        yield
+    finally:
+        _put([(place, before) for (place, _), before in zip(hooks, now, strict=True)])
+
+
+def _put(hooks: Iterable[tuple[OrderedDict[int, Any], dict[int, Any]]]) -> None:
+    for place, wanted in hooks:
+        if place != wanted:
+            place.clear()
+            place.update(wanted)
+
+
 def changes_input(module: nn.Module) -> bool:
     """Whether hooks of a module run before it, and may change what it gets, or itself (``_forward_pre_hooks``)."""
     return bool(module._forward_pre_hooks)
-
-
-def load_as(plain: type[nn.Module], module: nn.Module, *args: Any) -> None:
-    """Load a module's part of a ``state_dict`` as its plain class does (``_load_from_state_dict``).
-
-    The module is of that class meanwhile: the method may call ``super()``.
-    """
-    swapped, module.__class__ = type(module), plain  # type: ignore[assignment]
-    try:
-        module._load_from_state_dict(*args)
-    finally:
-        module.__class__ = swapped  # type: ignore[assignment]
 
 
 def compiled_by_lightning(module: nn.Module) -> dict[str, Any]:

@@ -10,19 +10,21 @@ from collections.abc import Iterable, Sequence, Set
 from torch import nn
 
 from lightning_convbn.blocks.find import find_blocks, why_not
-from lightning_convbn.blocks.recomputed import recomputed_class
-from lightning_convbn.layers.norms import unknown_norm
-from lightning_convbn.layers.supported_layers import conv_layer, is_norm, norm_layer
-from lightning_convbn.layers.swap import (
+from lightning_convbn.blocks.recomputed import Block, block_forward
+from lightning_convbn.layers.folded import conv_forward, norm_forward
+from lightning_convbn.layers.norms import frozen_forward, reset_running_stats, train
+from lightning_convbn.layers.state import (
+    Frozen,
     Mode,
+    Pair,
     Recompute,
-    class_name,
-    partners_of,
-    plain_class,
-    restore_class,
-    swap_class,
-    swap_of,
+    TrainingFlag,
+    attach,
+    detach,
+    pair_of,
+    state_of,
 )
+from lightning_convbn.layers.supported_layers import conv_layer, is_norm, norm_layer
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.find import mismatch, statistics_missing
 from lightning_convbn.pairs.pair import ConvBNPairs
@@ -33,7 +35,15 @@ def restore_modules(modules: Iterable[nn.Module]) -> None:
     chosen = set(modules)
     _part_from_others(chosen)
     for module in chosen:
-        restore_class(module)
+        _restore(module)
+
+
+def _restore(module: nn.Module) -> None:
+    """Give back a plain module, with the training flag that was asked for last."""
+    flag = _flag_of(module)
+    detach(module)
+    if flag is not None:
+        module.training = module.training or flag.value()
 
 
 def _part_from_others(chosen: Set[nn.Module]) -> None:
@@ -43,18 +53,28 @@ def _part_from_others(chosen: Set[nn.Module]) -> None:
     switched, or if modules were replaced.
     """
     for module in chosen:
-        for partner in partners_of(module):
-            if partner not in chosen and module in partners_of(partner):  # else it has another partner by now
-                _leave_pair(partner)
+        pair = pair_of(module)
+        if pair is None:
+            continue
+        if pair.conv not in chosen and pair_of(pair.conv) is pair:
+            detach(pair.conv)
+        if pair.bn not in chosen and pair_of(pair.bn) is pair:
+            _freeze(pair.bn, pair.mode, pair.recompute, reasons.TORN, pair.flag)
 
 
-def _leave_pair(module: nn.Module) -> None:
-    """Let a convolution or a BatchNorm of a pair run alone, in the mode that it is in."""
-    swap = swap_of(module)
-    if swap is not None and is_norm(module):
-        swap_class(module, _frozen_class(module), swap.mode, reason=reasons.TORN)
-    else:
-        restore_class(module)
+def _flag_of(module: nn.Module) -> TrainingFlag | None:
+    """The training flag that a converted BatchNorm was asked to have; None for any other module."""
+    state = state_of(module)
+    return state.flag if isinstance(state, (Frozen, Pair)) and is_norm(module) else None
+
+
+def _freeze(bn: nn.Module, mode: Mode, recompute: Recompute, reason: str, flag: TrainingFlag) -> None:
+    """Freeze a BatchNorm without folding it."""
+    attach(bn, Frozen(mode, recompute, reason, flag), {**FREEZING, "forward": frozen_forward})
+    bn.training = False
+
+
+FREEZING = {"train": train, "reset_running_stats": reset_running_stats}
 
 
 def convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute: Recompute | Sequence[str]) -> None:
@@ -71,47 +91,38 @@ def convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute: Recompu
     """
     conv_of = _checked_partners(model, pairs)
     blocks = _checked_blocks(model, pairs, recompute)
-    classes = {name: recomputed_class(plain_class(model.get_submodule(name))) for name in blocks}  # type: ignore[arg-type]
     level: Recompute = recompute if recompute in ("none", "elementwise") else "blocks"  # type: ignore[assignment]
     _part_from_others(set(model.modules()))
-    folded_convs = set() if mode == "eval" else set(conv_of.values())
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        if is_norm(module):
-            _convert_norm(name, module, mode, pairs, conv_of.get(module), level)
-        elif module not in folded_convs:
-            restore_class(module)
-    for conv_name, bn_name in pairs if mode != "eval" else ():
-        row = conv_layer(modules[conv_name])
-        assert row is not None
-        cls = row.tune if mode == "tune" else row.deploy
-        reshaped = pairs.reshaped.get(bn_name, 0)
-        swap_class(modules[conv_name], cls, mode, bn=modules[bn_name], reshaped=reshaped)
-    for name, recomputed in classes.items():
-        swap_class(modules[name], recomputed, mode)
+    for name, module in list(model.named_modules()):
+        if not is_norm(module):
+            if module not in conv_of.values() or mode == "eval":
+                detach(module)
+        elif name in pairs.unfrozen or statistics_missing(module) is not None:
+            _restore(module)
+        else:
+            flag = _flag_of(module) or TrainingFlag(model, module.training)
+            if module in conv_of:
+                _pair(conv_of[module], module, mode, level, flag)
+            else:
+                _freeze(module, mode, level, pairs.unpaired.get(name, reasons.NOT_GIVEN), flag)
+    for name in blocks:
+        block = model.get_submodule(name)
+        attach(block, Block(mode, level), {"forward": block_forward})
 
 
-def _convert_norm(
-    name: str, bn: nn.Module, mode: Mode, pairs: ConvBNPairs, conv: nn.Module | None, recompute: Recompute
-) -> None:
-    """Freeze or fold a BatchNorm, or restore one that stays unfrozen."""
-    if name in pairs.unfrozen or statistics_missing(bn) is not None:
-        restore_class(bn)
-    elif conv is None:
-        swap_class(bn, _frozen_class(bn), mode, recompute=recompute, reason=pairs.unpaired.get(name, reasons.NOT_GIVEN))
-    else:
-        row = norm_layer(bn)
-        assert row is not None
-        cls = _frozen_class(bn) if mode == "eval" else row.folded
-        swap_class(bn, cls, mode, conv=conv, reshaped=pairs.reshaped.get(name, 0), recompute=recompute)
+def _pair(conv: nn.Module, bn: nn.Module, mode: Mode, recompute: Recompute, flag: TrainingFlag) -> None:
+    """Fold a BatchNorm into its convolution, or, in Eval mode, freeze it and remember the pair.
 
-
-def _frozen_class(bn: nn.Module) -> type[nn.Module]:
-    """Return what freezes a BatchNorm without folding it."""
-    row = norm_layer(bn)
-    if row is None or row.eval is None or "forward" in vars(bn):  # the forward may be one that was set on the module
-        return unknown_norm(plain_class(bn))  # type: ignore[arg-type]
-    return row.eval
+    A pair that is in force already keeps its state, so that a compiled model need not be compiled anew.
+    """
+    pair = pair_of(bn)
+    if pair is None or pair.conv is not conv:
+        pair = Pair(conv, bn, conv_layer(conv), norm_layer(bn), flag)
+    pair.mode, pair.recompute, pair.fold = mode, recompute, None
+    attach(bn, pair, {**FREEZING, "forward": norm_forward})
+    bn.training = False
+    if mode != "eval":
+        attach(conv, pair, {"forward": conv_forward})
 
 
 def _checked_blocks(model: nn.Module, pairs: ConvBNPairs, recompute: Recompute | Sequence[str]) -> Sequence[str]:
@@ -127,7 +138,9 @@ def _checked_blocks(model: nn.Module, pairs: ConvBNPairs, recompute: Recompute |
         if name not in modules:
             raise ValueError(f"recompute: {type(model).__name__} has no module `{name}`")
         if not any(modules[name].children()) or is_norm(modules[name]):
-            raise ValueError(f"recompute: `{name}` is a {class_name(modules[name])}, a layer; name a block of layers")
+            raise ValueError(
+                f"recompute: `{name}` is a {type(modules[name]).__name__}, a layer; name a block of layers"
+            )
         reason = why_not(model, name, pairs)
         if reason is not None:
             raise ValueError(f"recompute: `{name}` can't run again in the backward pass: it {reason}")

@@ -9,10 +9,10 @@ from typing import get_args
 from torch import nn
 
 from lightning_convbn.blocks.find import recompute_of, why_not
-from lightning_convbn.blocks.recomputed import RecomputedBlock
+from lightning_convbn.blocks.recomputed import Block
 from lightning_convbn.conversion import convert, restore_modules, unfit
+from lightning_convbn.layers.state import Mode, Recompute, state_of
 from lightning_convbn.layers.supported_layers import is_norm, is_scripted_norm
-from lightning_convbn.layers.swap import Mode, Recompute, swap_of
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.find import find_conv_bn_pairs, pairs_in_force
 from lightning_convbn.pairs.pair import ConvBNPairs
@@ -71,8 +71,8 @@ def set_mode(
         ConvBNPairs([ConvBNPair(conv='0', bn='1')], unpaired={}, unfrozen=[])
         >>> model
         Sequential(
-          (0): TuneConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
-          (1): FoldedBatchNorm2d(8, eps=1e-05, momentum=0.1, ...)
+          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), convbn='tune')
+          (1): BatchNorm2d(8, eps=1e-05, momentum=0.1, ..., convbn='tune')
         )
     """
     check_choice("mode", mode, MODES)
@@ -104,7 +104,7 @@ def get_mode(model: nn.Module) -> Mode:
         >>> get_mode(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
         'train'
     """
-    modes = {swap.mode: name for name, module in model.named_modules() if (swap := swap_of(module)) is not None}
+    modes = {state.mode: name for name, module in model.named_modules() if (state := state_of(module)) is not None}
     if len(modes) > 1:
         parts = ", ".join(f"`{name}` is in {mode!r}" for mode, name in sorted(modes.items()))
         raise ValueError(f"model: {type(model).__name__} is in no single mode ({parts}); ask for its parts")
@@ -172,7 +172,7 @@ def _state(model: nn.Module) -> tuple[Mode, ConvBNPairs | None, Recompute | list
     """All that `set_mode` must be told to bring a model back to where it is."""
     recompute: Recompute | list[str] = recompute_of(model)
     if recompute == "blocks":
-        recompute = [name for name, module in model.named_modules() if isinstance(module, RecomputedBlock)]
+        recompute = [name for name, module in model.named_modules() if isinstance(state_of(module), Block)]
     return get_mode(model), pairs_in_force(model), recompute
 
 

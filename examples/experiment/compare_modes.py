@@ -28,7 +28,7 @@ from examples.experiment.training import Classifier, Precision, Training, fit_an
 from examples.finetune import WARM_UP_STEPS, above_zero
 from examples.results_file import BENCHMARKS, machine
 from lightning_convbn import ConvBNModeCallback, find_conv_bn_pairs, fuse_for_deploy, measure_memory
-from lightning_convbn.layers.swap import Mode
+from lightning_convbn.layers.state import Mode
 from lightning_convbn.memory import MIB, count_saved_bytes
 
 MODES: tuple[Mode, ...] = get_args(Mode)

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from lightning_convbn.blocks import reasons
-from lightning_convbn.blocks.recomputed import RecomputedBlock, reason_of, recomputed_class
+from lightning_convbn.blocks.recomputed import Block
+from lightning_convbn.layers.state import Recompute, own_override, state_of
 from lightning_convbn.layers.supported_layers import conv_layer
-from lightning_convbn.layers.swap import Recompute, plain_class
 from lightning_convbn.pairs.find import pairs_in_force
 from lightning_convbn.pairs.pair import ConvBNPair, abbreviated, grouped
 from lightning_convbn.pairs.units import is_compiled_unit, is_fsdp_unit
-from lightning_convbn.text import first_line
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 LEAST_CONVOLUTIONS = 2  # what a single convolution reads is kept in any case
@@ -58,9 +57,9 @@ def find_blocks(model: nn.Module, pairs: Iterable[ConvBNPair]) -> Blocks:
     layers = [(modules[pair.conv], modules[pair.bn]) for pair in pairs]
     rows = [list(_members(name, module, layers)) for name, module in modules.items() if isinstance(module, CONTAINERS)]
     neighbours = [(one, other) for row in rows for one, other in pairwise(row) if one is not None and other is not None]
-    classes = [(plain_class(modules[one]), plain_class(modules[other])) for one, other in neighbours]
+    classes = [(type(modules[one]), type(modules[other])) for one, other in neighbours]
     repeated = {cls for cls, other in classes if cls is other}
-    found = [name for row in rows for name in row if name is not None and plain_class(modules[name]) in repeated]
+    found = [name for row in rows for name in row if name is not None and type(modules[name]) in repeated]
     innermost = [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
     reason_for = {name: why_not(model, name, pairs) for name in innermost}
     left_out = {name: reason for name, reason in reason_for.items() if reason is not None}
@@ -85,16 +84,16 @@ def recomputed_blocks(model: nn.Module) -> Blocks:
     """
     if recompute_of(model) != "blocks":
         return Blocks()
-    converted = {name: module for name, module in model.named_modules() if isinstance(module, RecomputedBlock)}
-    reason_for = {name: reason_of(module) for name, module in converted.items()}
-    left_out = {name: reason for name, reason in reason_for.items() if reason is not None}
+    looks = {name: state.look for name, module in model.named_modules() if isinstance(state := state_of(module), Block)}
+    left_out = {name: look.reason for name, look in looks.items() if look.reason is not None}
     refused = find_blocks(model, pairs_in_force(model) or ()).left_out
-    return Blocks(tuple(name for name in converted if name not in left_out), {**left_out, **refused})
+    return Blocks(tuple(name for name in looks if name not in left_out), {**left_out, **refused})
 
 
 def recompute_of(model: nn.Module) -> Recompute:
     """Return what `set_mode` was told to recompute: the most of all parts."""
-    chosen: set[Recompute] = {vars(module).get("_recompute", "none") for module in model.modules()}
+    states = (state_of(module) for module in model.modules())
+    chosen: set[Recompute] = {state.recompute for state in states if state is not None}
     order: tuple[Recompute, ...] = ("blocks", "elementwise")
     return next((recompute for recompute in order if recompute in chosen), "none")
 
@@ -103,16 +102,12 @@ def why_not(model: nn.Module, name: str, pairs: Iterable[ConvBNPair]) -> str | N
     """Return the reason why a block can't run again, as far as its modules show; None if it can."""
     block = model.get_submodule(name)
     inside = set(block.modules())
-    if "forward" in vars(block):
+    if own_override(block) is not None:
         return reasons.OWN_FORWARD
     if isinstance(block, torch.jit.ScriptModule):
         return reasons.SCRIPTED
     if is_compiled_unit(block):
         return reasons.COMPILED
-    try:
-        recomputed_class(plain_class(block))  # type: ignore[arg-type]
-    except Exception as error:  # the class may forbid others to derive from it
-        return reasons.NOT_DERIVED.format(error=first_line(error))
     if any(is_fsdp_unit(module) for module in inside):
         return reasons.SHARDED
     for conv, bn in pairs:

@@ -4,8 +4,7 @@ A reason completes the sentence "The block ...". It is one line long, and a user
 """
 
 OWN_FORWARD = "has a forward of its own, set on the module"
-SCRIPTED = "is a module in TorchScript, whose class can't be changed"
-NOT_DERIVED = "is of a class that no other can be derived from: {error}"
+SCRIPTED = "is a module in TorchScript, whose code can't be changed"
 COMPILED = "is compiled by itself, and a compiler decides what is kept"
 SHARDED = "FSDP gathers parameters for its forward"
 CROSSED = "`{conv}` and `{bn}` are a pair, and only one of the two is in it"

@@ -1,9 +1,9 @@
-"""The classes of blocks whose forward runs again in the backward pass."""
+"""Blocks whose forward runs again in the backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -15,20 +15,23 @@ from lightning_convbn.blocks import reasons
 from lightning_convbn.blocks.look import Look, look_at
 from lightning_convbn.compat import (
     changes_input,
+    forward_hooks_of,
+    in_graph,
     inside_transform,
     other_saved_tensor_hooks,
     tree_flatten,
     tree_unflatten,
+    versions_of,
+    with_forward_hooks,
 )
-from lightning_convbn.layers.calls import versions_of
-from lightning_convbn.layers.marks import Marked, seen_through
-from lightning_convbn.layers.swap import Converted, class_name, run_plain, swap_of
+from lightning_convbn.layers.marks import Mark
+from lightning_convbn.layers.state import Mode, Recompute, State, state_of
 from lightning_convbn.ops.convolution import HAS_DISTRIBUTED
 
 _CONSTANTS = (int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
 
-class State(NamedTuple):
+class Seen(NamedTuple):
     """All that a look at a block depends on: its modules, and what is given to it beside tensors."""
 
     modules: tuple[tuple[type[nn.Module], bool, bool], ...]  # class, training flag, and whether it has pre-hooks
@@ -36,28 +39,72 @@ class State(NamedTuple):
     constants: tuple[Any, ...]
 
 
-class Written(NamedTuple):
-    """What a block computes from beside its inputs, to see whether it was written or replaced."""
+class Block(State):
+    """The state of a block whose forward runs again in the backward pass.
 
-    tensors: tuple[Tensor, ...]
-    versions: list[int | None]
+    Attributes:
+        seen: What the block was when it was last looked at.
+        look: What that look has shown.
+    """
+
+    def __init__(self, mode: Mode, recompute: Recompute) -> None:
+        super().__init__(mode, recompute)
+        self.seen: Seen | None = None
+        self.look = Look()
+
+
+class FirstRun(NamedTuple):
+    """What a block was in its first run. The second run must see the same."""
+
+    modules: tuple[nn.Module, ...]
+    modes: tuple[Any, ...]  # of each module: what `set_mode` has made of it
+    flags: tuple[bool, ...]  # of each module: its training flag
+    hooks: Any  # those that run before and after the forward of a module
+    tensors: tuple[Tensor, ...]  # parameters and buffers
+    versions: tuple[int, ...] | None
 
     @classmethod
-    def of(cls, block: nn.Module) -> Written:
+    def of(cls, block: nn.Module) -> FirstRun:
         """Describe a block now. DDP writes buffers into themselves before each forward pass, so they don't count."""
         buffers = () if HAS_DISTRIBUTED and torch.distributed.is_initialized() else block.buffers()
-        tensors = (*block.parameters(), *buffers)
-        return cls(tensors, versions_of(tensors))
+        modules, tensors = tuple(block.modules()), (*block.parameters(), *buffers)
+        flags = tuple(module.training for module in modules)
+        return cls(modules, _modes_of(modules), flags, forward_hooks_of(modules), tensors, versions_of(tensors))
 
-    def is_of(self, block: nn.Module) -> bool:
-        """Whether a block has the same tensors still, and nobody has written them."""
-        now = Written.of(block)
+    @contextmanager
+    def again(self, block: nn.Module) -> Iterator[None]:
+        """Put back, for a second run, what does not change what the block is: training flags, and hooks.
+
+        Raises:
+            RuntimeError: If a module was switched or replaced, or if a parameter or a buffer was written or replaced.
+        """
+        now = FirstRun.of(block)
+        self._check_same(block, now)
+        with with_forward_hooks(self.hooks):
+            for module, flag in zip(self.modules, self.flags, strict=True):
+                module.training = flag
+            try:
+                yield
+            finally:
+                for module, flag in zip(now.modules, now.flags, strict=True):
+                    module.training = flag
+
+    def _check_same(self, block: nn.Module, now: FirstRun) -> None:
         same = len(now.tensors) == len(self.tensors) and all(map(is_, now.tensors, self.tensors))
-        return same and now.versions == self.versions
+        if now.modules != self.modules or now.modes != self.modes:
+            changed = "it was switched to another mode, or has another module. Call backward() before that"
+        elif not same or now.versions != self.versions:
+            changed = "one of its parameters or buffers was written or replaced. Call backward() before that"
+        else:
+            return
+        raise RuntimeError(
+            f"recompute='blocks': a {type(block).__name__} is to run again in the backward pass, but since its forward "
+            f"pass {changed}, or set_mode(model, mode, recompute='none')"
+        )
 
 
-class RecomputedBlock(Converted):
-    """Base of the classes of a block whose forward runs again in the backward pass.
+def block_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run the forward of a block so that it runs again in the backward pass; note only what is given to it.
 
     What lies inside of the block is not kept then; what is given to it is. Its own hooks run once, those of the modules
     in it once more for each run. The second run starts with the random numbers of the first. It must see the same
@@ -69,61 +116,39 @@ class RecomputedBlock(Converted):
     - under other saved-tensor hooks, such as those of a checkpoint around it: what they save is theirs to decide,
     - while a CUDA graph captures a block that draws: the state of the random numbers can't be read then.
     """
+    state, forward = state_of(self), type(self).forward
+    if not isinstance(state, Block) or in_graph() or not torch.is_grad_enabled():
+        return forward(self, *args, **kwargs)
+    if inside_transform() or other_saved_tensor_hooks() or not _trains_weights(self):
+        return forward(self, *args, **kwargs)
+    leaves, structure = tree_flatten((args, kwargs))
+    seen = Seen(_modules_of(self), structure, tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor)))
+    look, captured = _current_look(self, state, seen, args, kwargs), _is_captured()
+    if look.reason is not None or (captured and look.draws) or any(isinstance(leaf, Mark) for leaf in leaves):
+        return forward(self, *args, **kwargs)
+    waiting = [(args, kwargs)]  # for the first run, with the very containers: it may change them
+    first = FirstRun.of(self)
 
-    _links = ("_convbn_look",)
+    def run(*leaves: Any) -> Any:
+        if waiting:
+            args, kwargs = waiting.pop()
+            return forward(self, *args, **kwargs)
+        args, kwargs = tree_unflatten(leaves, structure)
+        with first.again(self):
+            return forward(self, *args, **kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block; note only what is given to it."""
-        if swap_of(self) is None:
-            return super().forward(*args, **kwargs)  # its class was called by somebody, to make another one
-        if seen_through() or not torch.is_grad_enabled() or inside_transform() or other_saved_tensor_hooks():
-            return run_plain(self, *args, **kwargs)
-        if not _trains_weights(self):
-            return run_plain(self, *args, **kwargs)
-        leaves, structure = tree_flatten((args, kwargs))
-        state = State(_modules_of(self), structure, tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor)))
-        look, captured = _current_look(self, state, args, kwargs), _is_captured()
-        if look.reason is not None or (captured and look.draws) or any(isinstance(leaf, Marked) for leaf in leaves):
-            return run_plain(self, *args, **kwargs)
-        waiting = [(args, kwargs)]  # for the first run, with the very containers: it may change them
-        written = Written.of(self)
-
-        def run(*leaves: Any) -> Any:
-            if waiting:
-                args, kwargs = waiting.pop()
-            else:
-                _check_unchanged(self, state, written)
-                args, kwargs = tree_unflatten(leaves, structure)
-            return run_plain(self, *args, **kwargs)
-
-        del args, kwargs  # the graph holds this frame's variables, and must not hold the containers
-        return checkpoint(run, *leaves, use_reentrant=False, preserve_rng_state=not captured)
+    del args, kwargs  # the graph holds this frame's variables, and must not hold the containers
+    return checkpoint(run, *leaves, use_reentrant=False, preserve_rng_state=not captured)
 
 
-@cache
-def recomputed_class(plain: Any) -> type[RecomputedBlock]:
-    """Return the class that a block of a plain class is swapped to."""
-    name = f"Recomputed{plain.__name__}"
-    return type(name, (RecomputedBlock, plain), {"__module__": __name__, "__doc__": RecomputedBlock.__doc__})
-
-
-def reason_of(block: nn.Module) -> str | None:
-    """Return the reason why a block ran plainly when it was last looked at; None if it ran again."""
-    _, look = vars(block).get("_convbn_look", (None, Look()))
-    reason: str | None = look.reason
-    return reason
-
-
-def _current_look(block: nn.Module, state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Look:
-    """Return what is known about a block in a state, or look at it now."""
-    foreign = next((constant for constant in state.constants if not isinstance(constant, _CONSTANTS)), None)
-    known, look = vars(block).get("_convbn_look", (None, Look()))
+def _current_look(block: nn.Module, state: Block, seen: Seen, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Look:
+    """Return what is known about a block, or look at it now."""
+    foreign = next((constant for constant in seen.constants if not isinstance(constant, _CONSTANTS)), None)
     if foreign is not None:
-        known, look = None, Look(reason=reasons.TAKES.format(cls=type(foreign).__name__))
-    elif known != state:
-        known, look = state, look_at(block, args, kwargs)
-    vars(block)["_convbn_look"] = known, look
-    return look  # type: ignore[no-any-return]
+        state.seen, state.look = None, Look(reason=reasons.TAKES.format(cls=type(foreign).__name__))
+    elif state.seen != seen:
+        state.seen, state.look = seen, look_at(block, args, kwargs)
+    return state.look
 
 
 def _modules_of(block: nn.Module) -> tuple[tuple[type[nn.Module], bool, bool], ...]:
@@ -131,29 +156,13 @@ def _modules_of(block: nn.Module) -> tuple[tuple[type[nn.Module], bool, bool], .
     return tuple((type(module), module.training, hooked) for module, hooked in inside)
 
 
+def _modes_of(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
+    states = map(state_of, modules)
+    return tuple(None if state is None else (id(state), state.mode, state.recompute) for state in states)
+
+
 def _is_captured() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _check_unchanged(block: nn.Module, state: State, written: Written) -> None:
-    """Check that a block is what it was in the forward pass.
-
-    Raises:
-        RuntimeError: If a module was switched, replaced, or put in another train or eval state, or if a parameter or a
-            buffer was written or replaced.
-    """
-    if _modules_of(block) != state.modules:
-        changed = (
-            "it was switched to another mode, or to another train or eval state. Call backward() before the switch"
-        )
-    elif not written.is_of(block):
-        changed = "one of its parameters or buffers was written or replaced. Call backward() before that"
-    else:
-        return
-    raise RuntimeError(
-        f"recompute='blocks': a {class_name(block)} is to run again in the backward pass, but since its forward pass "
-        f"{changed}, or set_mode(model, mode, recompute='none')"
-    )
 
 
 def _trains_weights(block: nn.Module) -> bool:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from lightning_convbn.command.results import Block, Variant
-from lightning_convbn.layers.swap import class_name
 from lightning_convbn.memory.live_storages import INPUT
 from lightning_convbn.pairs.pair import ConvBNPairs
 
@@ -85,9 +84,9 @@ def _label(key: str, conv_of: Mapping[str, str]) -> str:
 def _about(key: str, modules: Mapping[str, nn.Module], pairs: ConvBNPairs, conv_of: Mapping[str, str]) -> str:
     if key not in modules:
         return "the batch itself"
-    described = class_name(modules[key])
+    described = type(modules[key]).__name__
     if key in conv_of:
-        return f"{class_name(modules[conv_of[key]])} and {described}, folded"
+        return f"{type(modules[conv_of[key]]).__name__} and {described}, folded"
     if key in pairs.unpaired:
         return f"{described}, {'unfrozen' if key in pairs.unfrozen else 'frozen'}: {pairs.unpaired[key]}"
     return described

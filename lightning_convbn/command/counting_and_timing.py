@@ -20,8 +20,8 @@ from lightning_convbn.command.model_checks import (
 from lightning_convbn.command.results import RECOMPUTES, TITLES, VARIANTS, Measurement, Variant, VariantResult
 from lightning_convbn.compat import tree_map
 from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
+from lightning_convbn.layers.state import Mode, Recompute
 from lightning_convbn.layers.supported_layers import takes_other_dimensions
-from lightning_convbn.layers.swap import Mode, Recompute
 from lightning_convbn.memory.budget import fixed_bytes
 from lightning_convbn.memory.largest_batch import largest_batch
 from lightning_convbn.memory.measure import (

@@ -10,7 +10,7 @@ import torch
 
 from lightning_convbn.command.inputs import Inputs
 from lightning_convbn.command.option_values import dtype_name
-from lightning_convbn.layers.swap import Recompute
+from lightning_convbn.layers.state import Recompute
 from lightning_convbn.memory.optimizers import Optimizer
 from lightning_convbn.pairs.pair import ConvBNPairs
 

@@ -13,7 +13,7 @@ from lightning_convbn.exporting.plain_copy import plain_copy
 from lightning_convbn.layers.norms import affine_of
 from lightning_convbn.layers.supported_layers import conv_layer, norm_layer, takes_other_dimensions
 from lightning_convbn.modes import set_mode
-from lightning_convbn.ops.fold import fold_conv_bn
+from lightning_convbn.ops.fold import ConvSpec, Operands, fold_conv_bn
 from lightning_convbn.pairs.data_flow import WHOLE_MODEL, is_inside
 from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
 
@@ -65,7 +65,7 @@ def fuse_for_deploy(
             set_mode(fused, "eval", pairs=pairs)  # checks the pairs
             set_mode(fused, "train", pairs=pairs)
             for pair in copied.without_hooked(pairs):
-                _fold_for_good(fused, pair, pairs.reshaped.get(pair.bn))
+                _fold_for_good(fused, pair)
     return fused
 
 
@@ -80,13 +80,12 @@ def _check_seen(model: nn.Module, pairs: ConvBNPairs, untraced: Iterable[str]) -
             )
 
 
-def _fold_for_good(model: nn.Module, pair: ConvBNPair, reshaped: int | None) -> None:
+def _fold_for_good(model: nn.Module, pair: ConvBNPair) -> None:
     """Give the convolution the folded weight and bias, and replace the BatchNorm under each of its names.
 
     Args:
         model: The copy.
         pair: The pair.
-        reshaped: The dimensions of the BatchNorm's input, if it is a view of a linear layer's output.
     """
     conv, bn = cast(nn.Conv2d, model.get_submodule(pair.conv)), model.get_submodule(pair.bn)
     if "weight" not in dict(conv.named_parameters(recurse=False)):
@@ -95,13 +94,9 @@ def _fold_for_good(model: nn.Module, pair: ConvBNPair, reshaped: int | None) -> 
             "make it permanent first, by torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove"
         )
     affine = affine_of(bn)
-    weight, bias = fold_conv_bn(
-        conv.weight,
-        conv.bias,
-        *affine,
-        transposed=bool(getattr(conv, "transposed", False)),
-        groups=int(getattr(conv, "groups", 1)),
-    )
+    transposed, groups = bool(getattr(conv, "transposed", False)), int(getattr(conv, "groups", 1))
+    spec = ConvSpec((), (), (), transposed, (), groups)
+    weight, bias = fold_conv_bn(Operands(conv.weight, conv.bias, *affine), spec)
     gamma, beta = affine.weight, affine.bias
     of_weight = any(tensor is not None and tensor.requires_grad for tensor in (conv.weight, gamma))
     of_bias = any(tensor is not None and tensor.requires_grad for tensor in (conv.bias, gamma, beta))
@@ -112,7 +107,7 @@ def _fold_for_good(model: nn.Module, pair: ConvBNPair, reshaped: int | None) -> 
     assert row is not None
     layers = _layers_after(bn, row.runs_after)
     if takes_other_dimensions(conv, bn):
-        layers.insert(0, dimension_check(reshaped or conv_row.dims, pair.bn))
+        layers.insert(0, dimension_check(conv_row.dims, pair.bn))
     rest = nn.Sequential(*layers) if len(layers) > 1 else layers[0] if layers else nn.Identity()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is bn:

@@ -157,7 +157,6 @@ def _renamed(pairs: ConvBNPairs, names: Mapping[str, str]) -> ConvBNPairs:
         [ConvBNPair(new(pair.conv), new(pair.bn)) for pair in pairs],
         {new(bn): reason for bn, reason in pairs.unpaired.items()},
         map(new, pairs.unfrozen),
-        {new(bn): dims for bn, dims in pairs.reshaped.items()},
         map(new, pairs.untraced),
         {new(bn): reason for bn, reason in pairs.unfused.items()},
     )

@@ -1,72 +1,68 @@
-"""The table of supported layers: what a convolution or a BatchNorm becomes in each mode.
+"""The table of supported layers. To add one, write a row here, and for another padding a function in `geometry.py`.
 
-To add a layer, write its classes (as in `third_party_classes.py`) and a row here.
+A layer counts as that of a row if its class has the row's forward, its own or an inherited one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from lightning_convbn.layers import norms, third_party_classes, torch_convolutions
-from lightning_convbn.layers.convolutions import Deploy, Tune
-from lightning_convbn.layers.norms import EvalNorm, FoldedNorm
-from lightning_convbn.layers.swap import plain_class
+from lightning_convbn.compat import has_statistics
+from lightning_convbn.layers import geometry
+from lightning_convbn.layers.geometry import Geometry
 
-Row = TypeVar("Row")
+Row = TypeVar("Row", "ConvLayer", "NormLayer")
 (BatchNorm,) = nn.BatchNorm2d.__bases__  # what BatchNorms of all dimensions derive from, those of other packages too
 
 
 @dataclass(frozen=True)
 class ConvLayer:
-    """A row: what a plain convolution becomes."""
+    """A row of a convolution.
 
-    tune: type[Tune]
-    deploy: type[Deploy]
+    Attributes:
+        dims: Dimensions of a batched input. Any other input runs unfolded.
+        geometry: Its geometry in a call.
+    """
 
-    @property
-    def dims(self) -> int:
-        """Dimensions of a batched input."""
-        return self.tune.dims
+    dims: int
+    geometry: Geometry = geometry.of_conv
 
 
 @dataclass(frozen=True)
 class NormLayer:
-    """A row: what a plain BatchNorm becomes.
+    """A row of a BatchNorm.
 
-    ``eval`` is None for a BatchNorm that is always frozen: it stays what it is. ``runs_after`` names those children of
-    the BatchNorm that run on what is normalised, in their order.
+    Attributes:
+        dims: Dimensions that an input may have.
+        runs_after: The children of the BatchNorm that run on what is normalised, in their order.
+        always_frozen: Whether its class is made to be frozen, as ``FrozenBatchNorm2d``.
     """
 
-    eval: type[EvalNorm] | None
-    folded: type[FoldedNorm]
+    dims: frozenset[int]
     runs_after: tuple[str, ...] = ()
-
-    @property
-    def dims(self) -> frozenset[int]:
-        """Dimensions that an input may have."""
-        return self.folded.dims
+    always_frozen: bool = False
 
 
-# Keys are exact classes, or their qualified names where importing a package just to name its class would be too much.
-_CONV3D = ConvLayer(torch_convolutions.TuneConv3d, torch_convolutions.DeployConv3d)
-_SAME = ConvLayer(third_party_classes.TuneConv2dSame, third_party_classes.DeployConv2dSame)
-_STATIC_SAME = ConvLayer(third_party_classes.TuneConv2dStaticSame, third_party_classes.DeployConv2dStaticSame)
+_IMAGES, _ANY = frozenset({4}), frozenset({2, 3, 4, 5})
+_SAME, _STATIC_SAME = ConvLayer(4, geometry.of_same), ConvLayer(4, geometry.of_static_same)
+_DROP_AND_ACT = ("drop", "act")
+FROZEN = NormLayer(_IMAGES, always_frozen=True)
+"""The row of ``FrozenBatchNorm2d``, of whatever package: there are as many of them as detectors."""
+
+# Keys are classes, or their qualified names where importing a package just to name its class would be too much.
 CONV_LAYERS: dict[type[nn.Module] | str, ConvLayer] = {
-    nn.Conv1d: ConvLayer(torch_convolutions.TuneConv1d, torch_convolutions.DeployConv1d),
-    nn.Conv2d: ConvLayer(torch_convolutions.TuneConv2d, torch_convolutions.DeployConv2d),
-    nn.Conv3d: _CONV3D,
-    nn.ConvTranspose1d: ConvLayer(torch_convolutions.TuneConvTranspose1d, torch_convolutions.DeployConvTranspose1d),
-    nn.ConvTranspose2d: ConvLayer(torch_convolutions.TuneConvTranspose2d, torch_convolutions.DeployConvTranspose2d),
-    nn.ConvTranspose3d: ConvLayer(torch_convolutions.TuneConvTranspose3d, torch_convolutions.DeployConvTranspose3d),
-    nn.Linear: ConvLayer(torch_convolutions.TuneLinear, torch_convolutions.DeployLinear),
-    # These two choose the arguments of Conv3d and change nothing else.
-    "torchvision.models.video.resnet.Conv3DSimple": _CONV3D,
-    "torchvision.models.video.resnet.Conv3DNoTemporal": _CONV3D,
+    nn.Conv1d: ConvLayer(3),
+    nn.Conv2d: ConvLayer(4),
+    nn.Conv3d: ConvLayer(5),
+    nn.ConvTranspose1d: ConvLayer(3, geometry.of_transposed),
+    nn.ConvTranspose2d: ConvLayer(4, geometry.of_transposed),
+    nn.ConvTranspose3d: ConvLayer(5, geometry.of_transposed),
+    nn.Linear: ConvLayer(2, geometry.of_linear),
     "timm.layers.conv2d_same.Conv2dSame": _SAME,
     "efficientnet_pytorch.utils.Conv2dDynamicSamePadding": _SAME,
     "efficientnet_pytorch.utils.Conv2dStaticSamePadding": _STATIC_SAME,
@@ -75,52 +71,49 @@ CONV_LAYERS: dict[type[nn.Module] | str, ConvLayer] = {
     "segmentation_models_pytorch.encoders._efficientnet.Conv2dDynamicSamePadding": _SAME,
     "segmentation_models_pytorch.encoders._efficientnet.Conv2dStaticSamePadding": _STATIC_SAME,
 }
-
-FROZEN = "FrozenBatchNorm2d"  # the row of every class of this name, of whatever package
-_DROP_AND_ACT = third_party_classes.DROP_AND_ACT
-_LIGHTNING = NormLayer(third_party_classes.EvalBatchNormXd, third_party_classes.FoldedBatchNormXd)
 NORM_LAYERS: dict[type[nn.Module] | str, NormLayer] = {
-    nn.BatchNorm1d: NormLayer(norms.EvalBatchNorm1d, norms.FoldedBatchNorm1d),
-    nn.BatchNorm2d: NormLayer(norms.EvalBatchNorm2d, norms.FoldedBatchNorm2d),
-    nn.BatchNorm3d: NormLayer(norms.EvalBatchNorm3d, norms.FoldedBatchNorm3d),
-    nn.SyncBatchNorm: NormLayer(norms.EvalSyncBatchNorm, norms.FoldedSyncBatchNorm),
-    "timm.layers.norm_act.BatchNormAct2d": NormLayer(
-        third_party_classes.EvalBatchNormAct2d, third_party_classes.FoldedBatchNormAct2d, _DROP_AND_ACT
-    ),
-    "timm.layers.norm_act.SyncBatchNormAct": NormLayer(
-        third_party_classes.EvalSyncBatchNormAct, third_party_classes.FoldedSyncBatchNormAct, _DROP_AND_ACT
-    ),
-    "timm.layers.norm_act.FrozenBatchNormAct2d": NormLayer(
-        None, third_party_classes.FoldedFrozenBatchNormAct2d, _DROP_AND_ACT
-    ),
-    "lightning.pytorch.plugins.layer_sync._BatchNormXd": _LIGHTNING,
-    "pytorch_lightning.plugins.layer_sync._BatchNormXd": _LIGHTNING,
-    FROZEN: NormLayer(None, third_party_classes.FoldedFrozenBatchNorm2d),
+    nn.BatchNorm1d: NormLayer(frozenset({2, 3})),
+    nn.BatchNorm2d: NormLayer(_IMAGES),
+    nn.BatchNorm3d: NormLayer(frozenset({5})),
+    nn.SyncBatchNorm: NormLayer(_ANY),
+    BatchNorm: NormLayer(_ANY),  # such as Lightning's, which `sync_batchnorm=True` leaves behind
+    "timm.layers.norm_act.BatchNormAct2d": NormLayer(_IMAGES, _DROP_AND_ACT),
+    "timm.layers.norm_act.SyncBatchNormAct": NormLayer(_IMAGES, _DROP_AND_ACT),
+    "timm.layers.norm_act.FrozenBatchNormAct2d": NormLayer(_IMAGES, _DROP_AND_ACT, always_frozen=True),
 }
 
-
-def row_of(table: Mapping[type[nn.Module] | str, Row], module: nn.Module) -> Row | None:
-    """A table's row of the exact class of a module as it was found: a subclass may compute something else."""
-    cls = plain_class(module)
-    return table.get(cls) or table.get(f"{cls.__module__}.{cls.__qualname__}")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+_LAYERS = (*CONVOLUTIONS, BatchNorm)
+_COMPUTES = ("forward", "_conv_forward", "_output_padding", "__call__")  # the methods that say what a layer computes
 
 
 def conv_layer(module: nn.Module) -> ConvLayer | None:
     """The table's row of a convolution; None for any other module."""
-    return row_of(CONV_LAYERS, module)
+    return _row_of(CONV_LAYERS, module)
 
 
 def norm_layer(module: nn.Module) -> NormLayer | None:
     """The table's row of a BatchNorm; None for any other module.
 
-    A ``FrozenBatchNorm2d`` of any package is recognised by its buffers: there are as many of them as detectors.
+    A ``FrozenBatchNorm2d`` of any package is recognised by its buffers.
     """
-    row = row_of(NORM_LAYERS, module)
-    if row is None and plain_class(module).__name__.endswith("FrozenBatchNorm2d"):
+    row = _row_of(NORM_LAYERS, module)
+    if row is None and type(module).__name__.endswith("FrozenBatchNorm2d"):
         buffers = {name for name, _ in module.named_buffers(recurse=False)}
         if buffers >= {"weight", "bias", "running_mean", "running_var"}:
-            return NORM_LAYERS[FROZEN]
+            return FROZEN
     return row
+
+
+def _row_of(table: Mapping[Any, Row], module: nn.Module) -> Row | None:
+    """The row of the first class, from a module's own to its base classes, that is in the table; None if it differs."""
+    cls = type(module)
+    for base in cls.__mro__:
+        row = table.get(base) or table.get(f"{base.__module__}.{base.__qualname__}")
+        if row is not None:
+            same = all(getattr(cls, name, None) is getattr(base, name, None) for name in _COMPUTES)
+            return row if same else None
+    return None
 
 
 def takes_other_dimensions(conv: nn.Module, bn: nn.Module) -> bool:
@@ -133,8 +126,18 @@ def takes_other_dimensions(conv: nn.Module, bn: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a BatchNorm, supported or not."""
-    return isinstance(module, BatchNorm) or norm_layer(module) is not None
+    """Whether a module is a BatchNorm, supported or not: by its class, or by the running statistics that it has.
+
+    A network with statistics of its own, which holds layers, is none.
+    """
+    if isinstance(module, BatchNorm):
+        return True
+    return has_statistics(module) and not holds_layers(module)
+
+
+def holds_layers(module: nn.Module) -> bool:
+    """Whether there are convolutions, linear layers or BatchNorms inside of a module."""
+    return any(inside is not module and isinstance(inside, _LAYERS) for inside in module.modules())
 
 
 def is_scripted_norm(module: nn.Module) -> bool:

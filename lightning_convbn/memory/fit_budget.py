@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_convbn.layers.swap import Mode
+from lightning_convbn.layers.state import Mode
 from lightning_convbn.memory.budget import bytes_on, check_budget_holds, checked_budget, fixed_bytes, tensors_held
 from lightning_convbn.memory.optimizers import Optimizer, check_optimizer
 from lightning_convbn.memory.plan import CantCountError, MemoryPlan, StepPlanner

@@ -66,6 +66,8 @@ class StorageLedger(TorchDispatchMode):
         if module in self._names:
             self._running.pop()
 
+    _enter_module.sees_no_tensors = _leave_module.sees_no_tensors = True  # type: ignore[attr-defined]
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_convbn.compat import fake_tensor_mode, has_gradient_hooks, tree_map_only
-from lightning_convbn.layers.swap import Mode, Recompute
+from lightning_convbn.layers.state import Mode, Recompute
 from lightning_convbn.memory.live_storages import tensors_in
 from lightning_convbn.memory.optimizers import Optimizer, OptimizerBytes, check_optimizer
 from lightning_convbn.memory.step import count_step
@@ -105,12 +105,12 @@ def measure_memory_of_call(
     """
     check_optimizer(optimizer)
     shadow = _shadow(model)
-    inputs, kwargs = shadow.inputs(inputs, kwargs)
+    first, (inputs, kwargs) = shadow.inputs(inputs, kwargs), shadow.inputs(inputs, kwargs)  # a forward may write there
     set_mode(shadow.model, mode, pairs=pairs, recompute=recompute)
-    with side_effects_undone(shadow.model, inputs, kwargs):
+    with side_effects_undone(shadow.model, inputs, kwargs), shadow.running():
         if mode == "deploy":
             with torch.no_grad():  # the folds that stay are not kept for a backward pass
-                shadow.model(*inputs, **kwargs)
+                shadow.model(*first[0], **first[1])
         return _count(shadow.model, inputs, kwargs, optimizer, _peak_allocated_bytes(shadow.model, inputs, kwargs))
 
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_convbn.blocks.find import find_blocks
 from lightning_convbn.compat import fake_tensor_mode, tree_leaves, tree_map_only
-from lightning_convbn.layers.swap import Mode, Recompute
+from lightning_convbn.layers.state import Mode, Recompute
 from lightning_convbn.memory.largest_batch import largest_batch
 from lightning_convbn.memory.measure import measure_memory_abstractly
 from lightning_convbn.memory.optimizers import Optimizer, OptimizerBytes

@@ -28,12 +28,42 @@ The paper's Tune mode lets autograd save every :math:`w'`. Here the graph keeps 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Operands = tuple[Any, Any, Any, Any, Any, Any, float]  # what is folded: the first seven arguments of `fold_conv_bn`
+
+class Operands(NamedTuple):
+    """What is folded: the tensors of a convolution, or linear layer, and of its BatchNorm.
+
+    Attributes:
+        weight: Convolution or linear weight; shapes as in the module's docstring.
+        bias: Its bias ``(C_out,)``, or None for zero.
+        gamma: BatchNorm scale ``(C_out,)``, or None for one.
+        beta: BatchNorm shift ``(C_out,)``, or None for zero.
+        running_mean: Running mean ``(C_out,)``.
+        running_var: Running variance ``(C_out,)``.
+        eps: BatchNorm's epsilon.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
+    eps: float
+
+
+class Affine(NamedTuple):
+    """What is folded of a frozen BatchNorm: the last five of the `Operands`, by its own names."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
+    eps: float
 
 
 class ConvSpec(NamedTuple):
@@ -47,93 +77,57 @@ class ConvSpec(NamedTuple):
     groups: int
 
 
-def layout(spec: ConvSpec | None) -> tuple[bool, int]:
-    """Where a weight has its output channels: whether it is transposed, and its groups. None is a linear layer."""
-    return (spec.transposed, spec.groups) if spec else (False, 1)
-
-
 def fold_dtype(weight: Tensor) -> torch.dtype:
     """The dtype to fold in: at least float32, because folding in half precision adds 20 to 40 % to the error."""
-    return torch.promote_types(torch.float32, weight.dtype)
+    dtype = weight.dtype
+    return dtype if dtype is torch.float32 else torch.promote_types(torch.float32, dtype)
 
 
 def fold_conv_bn(
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    *,
-    transposed: bool = False,
-    groups: int = 1,
-    dtype: torch.dtype | None = None,
+    operands: Operands, spec: ConvSpec | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """Fold frozen BatchNorm statistics and affine parameters into a convolution's weight and bias.
 
     Args:
-        weight: Convolution or linear weight; shapes as in the module's docstring.
-        bias: Convolution bias ``(C_out,)``, or None for zero.
-        gamma: BatchNorm scale ``(C_out,)``, or None for one.
-        beta: BatchNorm shift ``(C_out,)``, or None for zero.
-        running_mean: Running mean ``(C_out,)``.
-        running_var: Running variance ``(C_out,)``.
-        eps: BatchNorm's epsilon.
-        transposed: Whether ``weight`` has the layout of a transposed convolution.
-        groups: The convolution's groups; they matter for a transposed weight only.
-        dtype: Dtype of the results; None for ``weight.dtype``. The fold itself runs in float32 or above.
+        operands: What is folded.
+        spec: Geometry of the convolution: a transposed one has its output channels elsewhere. None is a linear layer.
+        dtype: Dtype of the results; None for that of the weight. The fold itself runs in float32 or above.
 
     Returns:
-        The folded weight, shaped as ``weight``, and the folded bias ``(C_out,)``, by differentiable operations.
+        The folded weight, shaped as the weight, and the folded bias ``(C_out,)``, by differentiable operations.
     """
-    _, _, shift, folded = fold_steps(weight, bias, gamma, beta, running_mean, running_var, eps, (transposed, groups))
-    return cast(folded, dtype or weight.dtype), cast(shift, dtype or weight.dtype)
+    _, shift, folded = fold_steps(operands, spec)
+    dtype = dtype or operands.weight.dtype
+    return folded.to(dtype), shift.to(dtype)
 
 
-def fold_steps(
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    layout: tuple[bool, int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fold_steps(operands: Operands, spec: ConvSpec | None) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the equations of the module's docstring, in the dtype of the fold.
 
-    The arguments are those of `fold_conv_bn`, and the layout of the weight, from the function `layout`. Returned are
-    ``s``; the same, shaped for the weight; ``b'``; and ``w'``.
+    Returned are ``s``, shaped for the weight; ``b'``; and ``w'``. The arguments are those of `fold_conv_bn`.
 
     Autograd saves ``r`` and ``s``, and nothing else but parameters and buffers: ``b'`` is a sum of products with ``s``.
     """
-    rstd = reciprocal_std(running_var, eps, fold_dtype(weight))
+    weight, bias, gamma, beta, mean, var, eps = operands
+    dtype = fold_dtype(weight)
+    rstd = ((var if var.dtype is dtype else var.to(dtype)) + eps).rsqrt()
     scale = rstd if gamma is None else gamma * rstd
-    shift = torch.addcmul(torch.zeros_like(rstd) if beta is None else beta, running_mean, scale, value=-1)
+    shift = torch.addcmul(torch.zeros_like(rstd) if beta is None else beta, mean, scale, value=-1)
     if bias is not None:
         shift = torch.addcmul(shift, bias, scale)
-    factor = per_channel(scale, weight, layout)
-    return scale, factor, shift, scaled(weight, factor)
+    factor = per_channel(scale, weight, spec)
+    return factor, shift, scaled(weight, factor)
 
 
-def reciprocal_std(running_var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """``r`` of the equations, ``(C_out,)``, in ``dtype``."""
-    return (cast(running_var, dtype) + eps).rsqrt()
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a tensor. Most have the dtype already, and a call of ``to`` takes half as long as a product."""
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)
-
-
-def per_channel(scale: Tensor, weight: Tensor, layout: tuple[bool, int]) -> Tensor:
+def per_channel(scale: Tensor, weight: Tensor, spec: ConvSpec | None) -> Tensor:
     """Shape ``scale`` ``(C_out,)`` for `scaled`."""
-    transposed, groups = layout
-    kernel = [1] * (weight.dim() - 2)
-    if not transposed:
-        return scale.view(-1, 1, *kernel)
-    return scale.view(1, -1, *kernel) if groups == 1 else scale.view(groups, 1, -1, *kernel)
+    if spec is None or not spec.transposed:
+        return scale.view(_FIRST[weight.dim()])
+    kernel = _FIRST[weight.dim()][2:]
+    return scale.view(1, -1, *kernel) if spec.groups == 1 else scale.view(spec.groups, 1, -1, *kernel)
+
+
+_FIRST = {dims: (-1, *[1] * (dims - 1)) for dims in range(2, 6)}  # one value for each index of dim 0
 
 
 def scaled(weight: Tensor, factor: Tensor) -> Tensor:

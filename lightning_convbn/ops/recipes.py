@@ -13,9 +13,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from lightning_convbn.compat import FakeTensor, inside_transform, replace_saved, storage_id, version_of
+from lightning_convbn.compat import (
+    FakeTensor,
+    has_tangent,
+    inside_transform,
+    is_jit_traced,
+    replace_saved,
+    storage_id,
+    version_of,
+)
 from lightning_convbn.ops.fold import ConvSpec
 
 Recipe = Callable[[], Tensor]
@@ -77,9 +84,9 @@ def takes_recipes(output: Tensor) -> bool:
     derivative of the recipe itself would be wanted there. Nor may they for other subclasses of Tensor, whose nodes may
     save something else. ``torch.jit.trace`` would record what a recipe is made of.
     """
-    if not output.requires_grad or type(output) not in (Tensor, FakeTensor) or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if not output.requires_grad or type(output) not in (Tensor, FakeTensor) or is_jit_traced():
         return False
-    return not inside_transform() and unpack_dual(output).tangent is None
+    return not inside_transform() and not has_tangent(output)
 
 
 def replace_saved_by_conv(

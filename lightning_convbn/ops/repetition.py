@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_convbn.ops.autocast import autocast_dtype, in_autocast
+from lightning_convbn.ops.autocast import dtype_of_autocast, in_autocast
 from lightning_convbn.ops.elementwise import Function
 from lightning_convbn.ops.recipes import Source
 
@@ -42,7 +42,7 @@ class Repetition:
     ) -> None:
         self._compute, self._constants, self._parts = compute, constants, parts
         self._fixed, self._index = fixed, index
-        self._device, self._autocast = device, autocast_dtype(device)
+        self._device, self._autocast = device, dtype_of_autocast(device)
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         """Call the function again, on these tensors."""

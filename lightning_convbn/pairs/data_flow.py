@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import nn
 
-from lightning_convbn.compat import outside_fake_mode
-from lightning_convbn.layers.marks import Applied
-from lightning_convbn.layers.supported_layers import conv_layer, is_norm
-from lightning_convbn.layers.swap import class_name
+from lightning_convbn.layers.supported_layers import CONVOLUTIONS, conv_layer, is_norm
 from lightning_convbn.pairs import reasons
-
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-)
 
 # Users of a convolution's output that are no module and no function.
 RETURNED = "the caller, as it is returned"
@@ -34,49 +20,15 @@ READER_OF_ATTRIBUTE = "whoever reads the attribute `{name}`"
 
 WHOLE_MODEL = "the model"  # the name of a model that can't be traced, among those of its parts
 
-METADATA = ("shape", "ndim", "dtype", "device")
-"""Attributes of a convolution's output that folding leaves unchanged. Whoever reads them reads no values."""
-
-TAKES_ONLY_THE_SHAPE = ("reshape_as", "view_as", "expand_as")
-"""Functions that read nothing but the shape of their second argument."""
-
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is a convolution or a BatchNorm, also of a subclass. Its forward is not looked into."""
-    return is_norm(module) or isinstance(module, _CONVOLUTIONS) or conv_layer(module) is not None
+    return is_norm(module) or isinstance(module, CONVOLUTIONS) or conv_layer(module) is not None
 
 
 def is_inside(name: str, of: str) -> bool:
     """Whether a qualified name is that of a module inside of another one, which may be `WHOLE_MODEL`."""
     return of == WHOLE_MODEL or f"{name}.".startswith(f"{of}.")
-
-
-def dims_behind_views(module: nn.Module, views: Sequence[Applied]) -> int | None:
-    """Return the dimensions of a view of a linear layer's output whose channels are the layer's features, else None.
-
-    LeViT has ``bn(linear(x).flatten(0, 1))``, and point clouds ``bn(linear(x).transpose(1, 2))``. The views are tried
-    on two outputs of three dimensions, in which each value is the number of its feature.
-
-    Args:
-        module: The layer.
-        views: What is applied to its output, without any size of a batch.
-    """
-    if not isinstance(module, nn.Linear):
-        return None
-    dims = None
-    with outside_fake_mode():
-        features = torch.arange(module.out_features, device="cpu")
-        for sizes in ((2, 3), (5, 7)):
-            view = features.expand(*sizes, -1)
-            try:
-                for func, args, kwargs in views:
-                    view = func(view, *args, **kwargs)
-            except (RuntimeError, IndexError, TypeError):  # they need other dimensions, or name the size of a batch
-                return None
-            dims = view.dim()
-            if dims < 2 or view.shape[1] != len(features) or not bool((view.transpose(1, -1) == features).all()):
-                return None
-    return dims
 
 
 @dataclass
@@ -91,7 +43,6 @@ class DataFlow:
         norms: Convolution -> the BatchNorms that use its output.
         readers: Convolution or BatchNorm -> words for whoever reads values of its parameters or buffers from outside.
         dims: BatchNorm -> the dimensions of its input; unknown without data.
-        reshaped: BatchNorm whose input is a view of a linear layer's output -> the dimensions of that view.
         unseen: BatchNorm that could not be observed -> why.
         untraced: Names of the modules that could not be traced, so that only their children were.
         drawing: Names of the modules whose forward draws random numbers itself, and may branch by them.
@@ -104,7 +55,6 @@ class DataFlow:
     norms: dict[nn.Module, list[nn.Module]] = field(default_factory=lambda: defaultdict(list))
     readers: dict[nn.Module, list[str]] = field(default_factory=lambda: defaultdict(list))
     dims: dict[nn.Module, int] = field(default_factory=dict)
-    reshaped: dict[nn.Module, int] = field(default_factory=dict)
     unseen: dict[nn.Module, str] = field(default_factory=dict)
     untraced: list[str] = field(default_factory=list)
     drawing: list[str] = field(default_factory=list)
@@ -128,7 +78,7 @@ class DataFlow:
 
         names = {originals[module]: name for module, name in self.names.items()}
         flow = DataFlow(names, untraced=self.untraced, drawing=self.drawing)
-        for name in ("calls", "sources", "users", "norms", "readers", "dims", "reshaped", "unseen"):
+        for name in ("calls", "sources", "users", "norms", "readers", "dims", "unseen"):
             getattr(flow, name).update({originals[key]: original(value) for key, value in getattr(self, name).items()})
         return flow
 
@@ -161,7 +111,7 @@ class DataFlow:
             return reasons.NO_CONVOLUTION.format(source=source)
         name = self.names[source]
         if not is_leaf(source) or is_norm(source):
-            return reasons.NO_CONVOLUTION.format(source=f"`{name}` ({class_name(source)})")
+            return reasons.NO_CONVOLUTION.format(source=f"`{name}` ({type(source).__name__})")
         others = [*self.users[source], *(f"`{self.names[norm]}`" for norm in self.norms[source] if norm is not bn)]
         if others:
             return reasons.SECOND_CONSUMER.format(conv=name, user=others[0])

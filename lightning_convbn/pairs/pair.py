@@ -24,8 +24,6 @@ class ConvBNPairs(Sequence[ConvBNPair]):
     Attributes:
         unpaired: The BatchNorms that are in no pair: qualified name -> why it is not folded.
         unfrozen: Those of ``unpaired`` that are not frozen either.
-        reshaped: Those BatchNorms of pairs whose input is a view of a linear layer's output, as in LeViT: qualified
-            name -> how many dimensions that view has.
         unfused: Those BatchNorms of pairs that a Deploy copy keeps: qualified name -> why.
         untraced: Modules that could not be traced. A pair inside of them is proven by the forward of their children,
             and not by how they call these children.
@@ -36,14 +34,12 @@ class ConvBNPairs(Sequence[ConvBNPair]):
         pairs: Iterable[ConvBNPair],
         unpaired: Mapping[str, str] | None = None,
         unfrozen: Iterable[str] = (),
-        reshaped: Mapping[str, int] | None = None,
         untraced: Iterable[str] = (),
         unfused: Mapping[str, str] | None = None,
     ) -> None:
         self._pairs = tuple(ConvBNPair(*pair) for pair in pairs)
         self.unpaired = dict(unpaired or {})
         self.unfrozen = frozenset(unfrozen)
-        self.reshaped = {pair.bn: reshaped[pair.bn] for pair in self._pairs if reshaped and pair.bn in reshaped}
         self.untraced = frozenset(untraced)
         self.unfused = {pair.bn: unfused[pair.bn] for pair in self._pairs if unfused and pair.bn in unfused}
 
@@ -63,7 +59,7 @@ class ConvBNPairs(Sequence[ConvBNPair]):
         """Compare the pairs, the reasons, and which BatchNorms are unfrozen."""
         if not isinstance(other, ConvBNPairs):
             return NotImplemented
-        compared = ("_pairs", "unpaired", "unfrozen", "reshaped")
+        compared = ("_pairs", "unpaired", "unfrozen")
         return all(getattr(self, name) == getattr(other, name) for name in compared)
 
     __hash__ = None  # type: ignore[assignment]
@@ -75,7 +71,7 @@ class ConvBNPairs(Sequence[ConvBNPair]):
             reasons: Qualified name of a BatchNorm -> why. Names that are in no pair do not matter.
         """
         unfused = {**reasons, **self.unfused}
-        return ConvBNPairs(self._pairs, self.unpaired, self.unfrozen, self.reshaped, self.untraced, unfused)
+        return ConvBNPairs(self._pairs, self.unpaired, self.unfrozen, self.untraced, unfused)
 
     @property
     def frozen(self) -> dict[str, str]:
@@ -92,7 +88,6 @@ class ConvBNPairs(Sequence[ConvBNPair]):
             [pair for pair in self if pair.bn not in bns],
             {**self.unpaired, **bns},
             self.unfrozen - bns.keys(),
-            self.reshaped,
             self.untraced,
             self.unfused,
         )
@@ -105,7 +100,7 @@ class ConvBNPairs(Sequence[ConvBNPair]):
         """
         pairs = self.unfold(bns)
         unfrozen = self.unfrozen | bns.keys()
-        return ConvBNPairs(pairs, pairs.unpaired, unfrozen, pairs.reshaped, pairs.untraced, pairs.unfused)
+        return ConvBNPairs(pairs, pairs.unpaired, unfrozen, pairs.untraced, pairs.unfused)
 
     def count_by_reason(self) -> dict[str, int]:
         """Count the BatchNorms in no pair by reason. Reasons that differ only in a qualified name count as one."""

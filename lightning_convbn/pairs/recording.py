@@ -14,41 +14,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
 from lightning_convbn.compat import TorchDispatchMode
-from lightning_convbn.layers.marks import VIEWS, Applied
+from lightning_convbn.layers.marks import name_of, reads_values
 from lightning_convbn.layers.supported_layers import is_norm
-from lightning_convbn.layers.swap import class_name
 from lightning_convbn.pairs.data_flow import (
-    METADATA,
     PUT_INTO_ARGUMENT,
     READER_OF_ATTRIBUTE,
     RETURNED,
-    TAKES_ONLY_THE_SHAPE,
+    WHOLE_MODEL,
     DataFlow,
-    dims_behind_views,
     is_leaf,
 )
 from lightning_convbn.pairs.shadow import Shadow
 from lightning_convbn.pairs.side_effects import (
     leaves_in_attributes,
     leaves_of,
+    random_states,
     reentrant_checkpoints_reported,
     side_effects_undone,
     tensors_of,
 )
-
-READS_NO_VALUES = {
-    *METADATA,
-    "size",
-    "dim",
-    "ndimension",
-    "is_floating_point",
-    "is_cuda",
-    "requires_grad",
-    "is_nested",
-}
 
 
 def record_data_flow(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> DataFlow:
@@ -68,7 +55,11 @@ def record_data_flow(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[st
         reporting = reentrant_checkpoints_reported(recorder.record_reentrance)
         with warnings.catch_warnings(), reporting, recorder.watching(plain), recorder, _OperatorRecorder(recorder):
             warnings.simplefilter("ignore")  # the real pass gives its warnings itself
-            output = plain.forward(*inputs, **kwargs)
+            before = random_states()
+            with shadow.running():
+                output = plain.forward(*inputs, **kwargs)
+        if not model.training and random_states() != before:  # in training a dropout draws, in eval who branches by it
+            data_flow.drawing.append(WHOLE_MODEL)
         for leaf in leaves_of(output):
             recorder.record_use(leaf, RETURNED)
         for leaf in leaves_of((inputs, kwargs)):
@@ -87,7 +78,6 @@ class _Recorder(TorchFunctionMode):
         # Tensor id -> the tensor and the convolution that computed it. The tensor is held, so its id stays its own.
         self._outputs: dict[int, tuple[Tensor, nn.Module]] = {}
         self._makers: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # tensor id -> words for what computed it
-        self._views: dict[int, tuple[Applied, ...]] = {}  # id of a view of a linear layer's output -> how it is made
         self._depth = 0  # how many watched modules are running, one inside the other
 
     @contextmanager
@@ -132,12 +122,6 @@ class _Recorder(TorchFunctionMode):
                 self._data_flow.norms[conv].append(bn)
         source = self._source(given[0]) if given else None
         self._data_flow.dims[bn] = given[0].dim() if given else 0
-        if source is not None and id(given[0]) in self._views:
-            dims = dims_behind_views(source, self._views[id(given[0])])
-            if dims is None:
-                source = None
-            else:
-                self._data_flow.reshaped[bn] = dims
         self._data_flow.sources[bn].append(self._maker(given) if source is None else source)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -145,7 +129,7 @@ class _Recorder(TorchFunctionMode):
             if is_norm(module):
                 if self._source(output) is not None:
                     output = output.detach()  # a class of the user's own may return its input: the output needs an id
-                self._record_maker(output, f"`{self._data_flow.names[module]}` ({class_name(module)})")
+                self._record_maker(output, f"`{self._data_flow.names[module]}` ({type(module).__name__})")
             else:
                 self._outputs[id(output)] = output, module
         self._depth -= 1
@@ -168,29 +152,15 @@ class _Recorder(TorchFunctionMode):
         if self._depth > 0:
             return func(*args, **kwargs)
         name = name_of(func)
-        linear = self._source(args[0]) if args and isinstance(args[0], Tensor) else None
-        if func in VIEWS and not kwargs and isinstance(linear, nn.Linear):
-            return self._view(func, linear, args)
-        if name not in READS_NO_VALUES:
-            for position, argument in enumerate((*args, *kwargs.values())):
-                if position == 1 and name in TAKES_ONLY_THE_SHAPE:
-                    continue
+        arguments = (*args, *kwargs.values())
+        for position, argument in enumerate(arguments):
+            if reads_values(name, position, len(arguments)):
                 for leaf in leaves_of(argument):
                     self.record_use(leaf, f"`{name}`")
         output = func(*args, **kwargs)
         if isinstance(output, Tensor):
             self._record_maker(output, f"`{name}`")
         return output
-
-    def _view(self, func: Callable[..., Tensor], linear: nn.Module, args: tuple[Any, ...]) -> Tensor:
-        """Make a view of a linear layer's output, as LeViT does. Who uses it uses the layer's output."""
-        self._depth += 1  # the view itself is no use of the output
-        view = func(*args)
-        self._depth -= 1
-        self._outputs[id(view)] = view, linear
-        self._views[id(view)] = (*self._views.get(id(args[0]), ()), (func, args[1:], {}))
-        self._record_maker(view, f"`{name_of(func)}`")
-        return view
 
 
 class _OperatorRecorder(TorchDispatchMode):
@@ -204,14 +174,7 @@ class _OperatorRecorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for leaf in leaves_of((args, kwargs)):
-            self._recorder.record_use(leaf, f"`{func}`")
+        if reads_values(func.overloadpacket.__name__):
+            for leaf in leaves_of((args, kwargs)):
+                self._recorder.record_use(leaf, f"`{func}`")
         return func(*args, **kwargs)
-
-
-def name_of(func: Callable[..., Any]) -> str:
-    """Return the name of a function, or of the attribute that a getter reads."""
-    name = getattr(func, "__name__", "")
-    if name in ("__get__", "__set__"):
-        return str(getattr(getattr(func, "__self__", None), "__name__", name))
-    return name or str(resolve_name(func))

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import random
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -21,11 +22,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_convbn.compat import COMPILED_CALL, HOOKS, outside_fake_mode
-from lightning_convbn.layers.swap import restore_class
+from lightning_convbn.layers.state import State, detach
 from lightning_convbn.pairs.side_effects import is_trainer
+from lightning_convbn.text import first_line
 
 _SHARED = (type, ModuleType, FunctionType, BuiltinFunctionType, torch.dtype, torch.device, torch.Size, torch.fx.Proxy)
+_OF_PASSES = ("fold", "check", "look")  # what a `State` remembers of passes
 _CONTAINERS = (list, tuple, set, frozenset, dict, deque)
+
+
+class LacksHooksError(ValueError):
+    """The forward of a shadow has failed, and the shadow lacks hooks that the model has."""
 
 
 class Shadow:
@@ -48,8 +55,25 @@ class Shadow:
     def restore(self) -> nn.Module:
         """Make the modules of the shadow plain ones, and return it."""
         for module in self.model.modules():
-            restore_class(module)
+            detach(module)
         return self.model
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the forward of the shadow within this.
+
+        Raises:
+            LacksHooksError: In the place of what the forward raises, if it may need a hook that the shadow lacks.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not self._copies.left_out_hooks:
+                raise
+            raise LacksHooksError(
+                "model: its forward fails without its hooks, which run in real passes alone: "
+                f"{type(error).__name__}: {first_line(error)}. Make a hook a method of the model"
+            ) from error
 
     def inputs(self, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Copy the arguments of a forward, with their tensors: the forward may write into them."""
@@ -66,6 +90,7 @@ class _Copies:
 
     def __init__(self, *, tensors: bool = False) -> None:
         self._tensors = tensors
+        self.left_out_hooks = False
         self._made: dict[int, tuple[Any, Any]] = {}  # id -> the original, which keeps its id, and its copy
 
     def of(self, value: Any) -> Any:
@@ -78,6 +103,8 @@ class _Copies:
             return self._remember(value, value if shared and not self._tensors else _copied_tensor(value))
         if isinstance(value, _SHARED) or value is None or is_trainer(value):
             return value
+        if isinstance(value, State):
+            return self._state(value)
         if isinstance(value, nn.Module):
             return value if isinstance(value, torch.jit.ScriptModule) or self._tensors else self._module(value)
         if isinstance(value, _CONTAINERS):
@@ -103,12 +130,20 @@ class _Copies:
         for name, value in vars(module).items():
             if name in HOOKS:
                 attributes[name] = OrderedDict((key, self.of(hook)) for key, hook in value.items() if _is_own(hook))
+                self.left_out_hooks |= len(attributes[name]) < len(value)
             else:
                 attributes[name] = None if name == COMPILED_CALL else self.of(value)
         if type(module).__name__ == "OptimizedModule":  # its forward is the compiled one of the model inside
             del attributes["forward"]
             made.__class__ = _Uncompiled
         return made  # type: ignore[no-any-return]
+
+    def _state(self, state: State) -> State:
+        """Copy the state of a converted module, without what it remembers of passes. Nobody checks a shadow."""
+        made: State = self._remember(state, object.__new__(type(state)))
+        vars(made).update({name: self.of(value) for name, value in vars(state).items() if name not in _OF_PASSES})
+        vars(made).update({name: None for name in _OF_PASSES if name in vars(state)})
+        return made
 
     def _container(self, value: Any) -> Any:
         if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -138,6 +173,8 @@ class _Copies:
             return self._remember(value, copy.deepcopy(value))
         if not hasattr(value, "__dict__") and not isinstance(value, random.Random):
             return value
+        if hasattr(value, "__del__"):  # a copy of a handle would close it when it goes
+            return self._remember(value, value)
         try:
             made = copy.copy(value)
             if made is value:  # there is one such object only: a logger, say

@@ -15,15 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from lightning_convbn.compat import without_global_hooks
+
 
 @contextmanager
 def side_effects_undone(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
     """Undo what a forward pass does outside of the model: random states are put back.
 
-    What it does to the model itself is no matter: a `Shadow` of it runs, or a copy. The cache of autocast is emptied
-    before and after. Else a weight that is cast here, without gradients or without data, would be used again in the
-    next training step. ``torch.compile`` is switched off: the hooks and modes that watch a pass can't be compiled, and
-    each would cause a recompilation.
+    What it does to the model itself is no matter: a `Shadow` of it runs, or a copy. Hooks of all modules are not
+    called: they see real passes alone. The cache of autocast is emptied before and after. Else a weight that is cast
+    here, without gradients or without data, would be used again in the next training step. ``torch.compile`` is
+    switched off: the hooks and modes that watch a pass can't be compiled, and each would cause a recompilation.
 
     Args:
         model: The module that runs.
@@ -40,6 +42,7 @@ def side_effects_undone(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping
             numpy = sys.modules["numpy"]
             stack.callback(numpy.random.set_state, numpy.random.get_state())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(without_global_hooks())
         stack.callback(torch.clear_autocast_cache)
         torch.clear_autocast_cache()
         yield

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_convbn.layers.marks import VIEWS, Applied
+from lightning_convbn.layers.marks import name_of, reads_values
 from lightning_convbn.layers.supported_layers import is_norm
-from lightning_convbn.layers.swap import class_name
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.data_flow import (
-    METADATA,
     READER_OF_ATTRIBUTE,
     RETURNED,
-    TAKES_ONLY_THE_SHAPE,
     WHOLE_MODEL,
     DataFlow,
-    dims_behind_views,
     is_leaf,
 )
-from lightning_convbn.pairs.recording import READS_NO_VALUES, name_of
 from lightning_convbn.pairs.shadow import Shadow
 from lightning_convbn.pairs.side_effects import (
     leaves_in_attributes,
@@ -90,7 +84,7 @@ class _EagerReads(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name, kwargs = name_of(func), kwargs or {}
-        if name not in READS_NO_VALUES:
+        if reads_values(name):
             for leaf in leaves_of((args, kwargs)):
                 self._data_flow.record_read(leaf, f"`{name}`")
         return func(*args, **kwargs)
@@ -120,7 +114,7 @@ def _trace(module: nn.Module, data_flow: DataFlow, why: str) -> None:
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             name = data_flow.names[module] or WHOLE_MODEL
             data_flow.untraced.append(name)
-            why = reasons.UNTRACED.format(name=name, cls=class_name(module), error=first_line(error))
+            why = reasons.UNTRACED.format(name=name, cls=type(module).__name__, error=first_line(error))
         for child in module.children():
             _trace(child, data_flow, why)
         return
@@ -154,49 +148,16 @@ def _record_call(root: nn.Module, node: fx.Node, data_flow: DataFlow) -> None:
     data_flow.calls[module] += 1
     if is_norm(module):
         source = node.all_input_nodes[0]
-        viewed, views = _behind_views(source)
-        if views and viewed.op == "call_module":
-            dims = dims_behind_views(root.get_submodule(str(viewed.target)), views)
-            if dims is not None:
-                source = viewed
-                data_flow.reshaped[module] = dims
         data_flow.sources[module].append(
             root.get_submodule(str(source.target)) if source.op == "call_module" else _described(source, name)
         )
     else:
-        for user, used in _users(node):
+        for user in node.users:
             used_by = root.get_submodule(str(user.target)) if user.op == "call_module" else None
             if used_by is not None and is_norm(used_by):
                 data_flow.norms[module].append(used_by)
-            elif _reads_values(user, used):
+            elif _reads_values(user, node):
                 data_flow.users[module].append(_described(user, name))
-
-
-def _users(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Yield each node that uses the output of a call, or a view of it, and which of them it uses."""
-    for user in node.users:
-        if _is_view(user):
-            yield from _users(user)
-        else:
-            yield user, node
-
-
-def _behind_views(node: fx.Node) -> tuple[fx.Node, list[Applied]]:
-    """Return what a node is a view of, and how that is made; the node itself and nothing if it is no view."""
-    views: list[Applied] = []
-    while _is_view(node):
-        views.insert(0, (_function(node), node.args[1:], {}))
-        (node,) = node.all_input_nodes
-    return node, views
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether a node is a view of another one, by numbers that do not depend on a batch."""
-    return _function(node) in VIEWS and not node.kwargs and node.all_input_nodes == [node.args[0]]
-
-
-def _function(node: fx.Node) -> Any:
-    return getattr(torch.Tensor, str(node.target), None) if node.op == "call_method" else node.target
 
 
 def _defaults(module: nn.Module) -> dict[str, object]:
@@ -207,11 +168,15 @@ def _defaults(module: nn.Module) -> dict[str, object]:
 
 def _reads_values(user: fx.Node, node: fx.Node) -> bool:
     """Whether a user of a convolution's output reads values of it. Folding changes them, but not shape or dtype."""
-    if user.op == "call_method":
-        return user.target not in ("size", "dim", "ndimension") and not (
-            user.target in TAKES_ONLY_THE_SHAPE and user.args[0] is not node
-        )
-    return not (user.op == "call_function" and user.target is getattr and user.args[1] in METADATA)
+    if user.op not in ("call_method", "call_function"):
+        return True
+    name = user.target if isinstance(user.target, str) else name_of(user.target)
+    if user.target is getattr:
+        name = str(user.args[1])
+    return (
+        any(reads_values(name, position, len(user.args)) for position, given in enumerate(user.args) if given is node)
+        or node not in user.args
+    )  # it is in a list, or has a name
 
 
 def _described(node: fx.Node, root: str) -> str:

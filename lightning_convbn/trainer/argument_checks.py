@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 
 from lightning_convbn.exporting.argument_checks import check_suffix
-from lightning_convbn.layers.swap import Mode, Recompute
+from lightning_convbn.layers.state import Mode, Recompute
 from lightning_convbn.memory.budget import checked_budget
 from lightning_convbn.modes import RECOMPUTE, RECOMPUTING_MODES, check_choice, check_recompute
 

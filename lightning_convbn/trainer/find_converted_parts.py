@@ -9,8 +9,8 @@ from typing import cast
 
 from torch import nn
 
+from lightning_convbn.layers.state import Recompute
 from lightning_convbn.layers.supported_layers import is_norm
-from lightning_convbn.layers.swap import Recompute
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.lightning_api import LightningModule
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_convbn.compat import inside_transform
-from lightning_convbn.layers.swap import UncopiedHook
+from lightning_convbn.layers.state import UncopiedHook
 
 ForwardHook = Callable[[tuple[Any, ...], dict[str, Any]], None]
 

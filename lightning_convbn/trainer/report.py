@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lightning_convbn.blocks.find import Blocks
-from lightning_convbn.layers.swap import Mode
+from lightning_convbn.layers.state import Mode
 from lightning_convbn.memory.use import as_mib
 from lightning_convbn.pairs.reasons import UNTRAINED
 from lightning_convbn.trainer.converted_part import ConvertedPart

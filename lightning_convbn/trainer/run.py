@@ -8,7 +8,7 @@ from weakref import WeakSet
 
 from torch import nn
 
-from lightning_convbn.layers.swap import Mode
+from lightning_convbn.layers.state import Mode
 from lightning_convbn.pairs.find import find_untrained
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.export_at_end import FitExport
@@ -77,6 +77,8 @@ class Run:
         """
         mode = self._callback.mode if self.trainer.current_epoch >= self._callback.start_epoch else "train"
         parts = self._find_parts()
+        for part in parts:
+            part.begin_batch()
         if self._budget is not None:
             self._budget.begin_batch()
         if self._now != (mode, True) or any(part.state_has_changed() for part in parts):

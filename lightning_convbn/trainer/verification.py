@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lightning_convbn.compat import inside_transform
-from lightning_convbn.layers.marks import Marked, has_watching_hooks, plain_output
-from lightning_convbn.layers.norms import FoldedNorm, frozen_batch_norm
-from lightning_convbn.layers.swap import swap_of
+from lightning_convbn.compat import inside_transform, is_watched
+from lightning_convbn.layers.marks import Mark, plain_output
+from lightning_convbn.layers.norms import normalised
+from lightning_convbn.layers.state import Pair, pair_of
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.output_deviation import deviation_of, tolerance_of
 
@@ -42,38 +42,36 @@ class Verification:
     def start(self) -> None:
         """Compare from now on."""
         self.running = True
-        for bn in self._names:
-            if isinstance(bn, FoldedNorm):
-                bn.__dict__["_check"] = self
+        for pair in filter(None, map(pair_of, self._names)):
+            pair.check = self
 
     def stop(self) -> None:
         """Compare no more."""
         self.running = False
-        for bn in self._names:
-            bn.__dict__.pop("_check", None)
+        for pair in filter(None, map(pair_of, self._names)):
+            pair.check = None
 
-    def compare(self, bn: nn.Module, folded: Tensor, marked: Marked) -> Tensor:
+    def compare(self, pair: Pair, marked: Mark, folded: Tensor) -> Tensor:
         """Return a folded output if it equals Eval mode's, else Eval mode's.
 
         Args:
-            bn: The BatchNorm that returns it.
+            pair: The pair that puts it out.
+            marked: The mark: the plain output can be computed from it.
             folded: The folded output.
-            marked: The same, marked: the plain output can be computed from it.
         """
         if inside_transform():  # no number can be read there
             return folded
-        expected = frozen_batch_norm(bn, plain_output(marked, noted=False))
+        expected = normalised(pair.bn, plain_output(marked, noted=False))
         deviation = deviation_of([folded.detach()], [expected.detach()])
-        name = self._names[bn]
+        name = self._names[pair.bn]
         self.compared.add(name)
         self.deviation = deviation if self.deviation is None else max(self.deviation, deviation)
-        if deviation <= tolerance_of(bn, [folded]):
+        if deviation <= tolerance_of(pair.bn, [folded]):
             return folded
         self.wrong[name] = reasons.CHANGED_OUTPUT.format(deviation=deviation)
         return expected
 
-    def note_plain(self, bn: nn.Module) -> None:
+    def note_plain(self, pair: Pair) -> None:
         """Note that a BatchNorm has not got the output of its convolution, or that others have got it, too."""
-        swap = swap_of(bn)
-        hooked = swap is not None and swap.conv is not None and has_watching_hooks(swap.conv[0], bn)
-        self.unused[self._names[bn]] = reasons.HOOKED if hooked else reasons.OTHER_AT_RUN_TIME
+        hooked = is_watched(pair.conv, pair.bn)
+        self.unused[self._names[pair.bn]] = reasons.HOOKED if hooked else reasons.OTHER_AT_RUN_TIME

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from zlib import crc32
 
 import torch
 import torchvision
 from fuzz.network import Layer
+from fuzz.unseen import derived
 from lightning.pytorch.plugins.layer_sync import _BatchNormXd
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -84,6 +86,8 @@ SPECIAL_CONVOLUTIONS = ("subclass", "Conv2dSame") if timm_layers is not None els
 
 def make(layer: Layer, x: Tensor) -> nn.Module:
     """Build the module that a layer is for an input."""
+    if layer.name == "derived":
+        return derived(make(replace(layer, name=""), x))
     match layer.kind:
         case "conv" | "transposed":
             return make_conv(layer, x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from fuzz.drawing import draw_network
+from fuzz.drawing_unseen import with_unseen
 from fuzz.network import Action, Network, Scenario
 
 
@@ -50,7 +51,7 @@ def draw_scenario(seed: int) -> Scenario:
     """Draw a scenario: the same one for the same seed."""
     random = Random(seed)
     network = draw_network(random)
-    return Scenario(
+    scenario = Scenario(
         network,
         draw_actions(random, network),
         seed,
@@ -59,3 +60,4 @@ def draw_scenario(seed: int) -> Scenario:
         random.random() < 0.5,
         random.choice(["float64"] * 18 + ["float32", "autocast"]),
     )
+    return with_unseen(scenario)

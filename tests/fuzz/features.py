@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from fuzz.building import ACTIVATIONS, SPECIAL_NORMS
 from fuzz.network import Layer, Network, Scenario
 from fuzz.operations import FUNCTIONS, GUARDS, OPERATIONS
+from fuzz.unseen import EVERY_MODULE, UNSEEN
 
 # What every run of some hundred scenarios must hold at least once.
 EXPECTED = {
@@ -27,6 +28,9 @@ EXPECTED = {
     *(f"look {look}" for look in ("", "trace", "record")),
     *(f"trained {policy}" for policy in ("all", "none", "norms", "convs", "some")),
     *(f"precision {name}" for name in ("float64", "float32", "autocast")),
+    *(f"unseen {name}" for name in UNSEEN),
+    *(f"hook of every module {kind}" for kind in EVERY_MODULE),
+    *("conv derived", "norm derived"),
     *("recompute", "no_grad", "part of a Sequential", "shared", "tap"),
 }
 
@@ -37,6 +41,7 @@ def features_of(scenario: Scenario) -> Counter[str]:
     found.update([f"trained {scenario.trained}", f"precision {scenario.precision}"])
     for action in scenario.actions:
         found[f"action {action.do}"] += 1
+        found[f"hook of every module {action.every_module}"] += 1
         if action.do == "mode":
             found.update([f"mode {action.mode}", f"look {action.look}"])
             found["recompute"] += action.recompute != "none"
@@ -59,7 +64,7 @@ def features_of_network(network: Network) -> Iterator[str]:
     for step in network.steps:
         yield f"step {step.op}"
         yield f"guard {step.guard}"
-        yield from [f"function {step.name}"] * (step.op == "function")
+        yield from [f"{step.op} {step.name}"] * (step.op in ("function", "unseen"))
         yield from ["no_grad"] * step.no_grad + ["part of a Sequential"] * ("." in step.layer)
     for layer in network.layers.values():
         yield from features_of_layer(layer)

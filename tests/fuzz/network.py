@@ -25,7 +25,8 @@ class Layer(Short):
 
     Attributes:
         kind: "conv", "transposed", "norm", "act", "drop", "pool", "seq" or "block".
-        name: Of a norm or an activation, its class; of a convolution, what is special ("weight_norm", "subclass" ...).
+        name: Of a norm or an activation, its class; of a convolution, what is special ("weight_norm", "subclass" ...);
+            "derived" for a class that inherits all of its own.
         out: Channels of a convolution's output; 0 for those of its input.
         parts: The layers of a Sequential.
         body: The network inside of a block.
@@ -108,6 +109,7 @@ class Action(Short):
         look: Of a mode, how pairs are found: "" by ``pairs=None``, "trace", or "record" (with example inputs).
         grad: Of a run: "grad" with a backward pass, "no_grad" or "inference".
         domain: The argument of the forward, or the attribute's value.
+        every_module: Of a run, the kind of hook that all modules have in the meantime.
     """
 
     do: str
@@ -119,6 +121,7 @@ class Action(Short):
     domain: int = 0
     layer: str = ""
     training: bool = False
+    every_module: str = ""
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fuzz.network import Network, Step
+from fuzz.unseen import ask, compute, unseen
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -174,6 +175,9 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "append": append,
     "gate": gate,
     "pool": pool,
+    "unseen": unseen,
+    "ask": ask,
+    "compute": compute,
     "function": lambda frame, step, x: FUNCTIONS[step.name](x),
     "add": lambda frame, step, x, y: x + y,
     "add_": lambda frame, step, x, y: x.add_(y),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from fuzz.interpreter import KEYS
 from fuzz.network import Action, Scenario
+from fuzz.unseen import hook_of_every_module
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
@@ -58,21 +59,29 @@ def run(model: nn.Module, scenario: Scenario, action: Action) -> Outcome:
     random.seed(scenario.seed)
     leaves, given = draw_inputs(scenario, action)
     inference = torch.inference_mode(action.grad == "inference")
-    with inference, torch.set_grad_enabled(action.grad == "grad"), autocast(scenario):
-        output = model(*arguments_of(scenario, given), action.domain)
-    outcome: Outcome = {"random state": (torch.get_rng_state().tolist(), random.getstate())}
-    note(outcome, "output", output)
-    note(outcome, "given", given)
-    note(outcome, "kept", [module.kept for module in model.modules() if hasattr(module, "kept")])
-    note(outcome, "history", [module.history for module in model.modules() if hasattr(module, "history")])
-    if action.grad == "grad":
-        differentiate(output)
+    seen: list[Any] = []
+    with hook_of_every_module(action.every_module, seen):
+        with inference, torch.set_grad_enabled(action.grad == "grad"), autocast(scenario):
+            output = model(*arguments_of(scenario, given), action.domain)
+        outcome: Outcome = {"random state": (torch.get_rng_state().tolist(), random.getstate())}
+        taken_down(outcome, model, output, given)
+        if action.grad == "grad":
+            differentiate(output)
+    note(outcome, "seen", seen)
     for name, parameter in model.named_parameters():
         outcome[f"gradient.{name}"] = taken_gradient(parameter)
     for number, leaf in enumerate(leaves):
         outcome[f"input gradient.{number}"] = taken_gradient(leaf)
     note(outcome, "buffer", dict(model.named_buffers()))
     return outcome
+
+
+def taken_down(outcome: Outcome, model: nn.Module, output: Any, given: Any) -> None:
+    """Write down what a forward has left, before the backward pass."""
+    note(outcome, "output", output)
+    note(outcome, "given", given)
+    note(outcome, "kept", [module.kept for module in model.modules() if hasattr(module, "kept")])
+    note(outcome, "history", [module.history for module in model.modules() if hasattr(module, "history")])
 
 
 def autocast(scenario: Scenario) -> torch.autocast:

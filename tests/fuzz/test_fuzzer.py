@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fuzz import network
+from fuzz import network, trial
 from fuzz.drawing_scenarios import draw_scenario
 from fuzz.interpreter import build
 from fuzz.network import Action, Layer, Network, Scenario, Step
@@ -16,7 +16,7 @@ from fuzz.trial import try_scenario
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from lightning_convbn.layers import torch_convolutions
+from lightning_convbn import ConvBNPairs
 
 PAIR = Network(
     steps=(Step("call", (0,), "a"), Step("call", (1,), "b")), layers={"a": Layer("conv"), "b": Layer("norm")}
@@ -70,13 +70,17 @@ MISTAKES: dict[str, Mistake] = {
 
 
 def plant(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every folded Conv2d make a mistake."""
-    right = torch_convolutions.TuneConv2d.forward
+    """Let every folded Conv2d make a mistake from its switch on."""
+    right = trial.switch
 
-    def forward(self: nn.Module, input: Tensor) -> Tensor:
-        return mistake(self, input, right(self, input))
+    def switch(model: nn.Module, action: Action, pairs: ConvBNPairs | None) -> ConvBNPairs:
+        chosen = right(model, action, pairs)
+        for conv in [model.get_submodule(pair.conv) for pair in chosen if action.mode == "tune"]:
+            if isinstance(conv, nn.Conv2d):
+                conv.register_forward_hook(lambda module, args, output: mistake(module, args[0], output))
+        return chosen
 
-    monkeypatch.setattr(torch_convolutions.TuneConv2d, "forward", forward)
+    monkeypatch.setattr(trial, "switch", switch)
 
 
 def test_a_pair_is_folded_and_right() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from zlib import crc32
@@ -14,7 +15,7 @@ from fuzz.building import randomize
 from fuzz.checks import compare_given, compare_histories, compare_modules, inside_norm, raises, scramble
 from fuzz.interpreter import Interpreter, build
 from fuzz.models import build_model
-from fuzz.network import Action, Scenario
+from fuzz.network import Action, Network, Scenario, Step
 from fuzz.outcomes import Outcome, Wrong, arguments_of, autocast, compare, draw_inputs, finite, run
 from fuzz.recomputation import compare_recomputation
 from torch import nn
@@ -30,6 +31,8 @@ REFUSALS = {
     "computes its weight anew in every forward": "fuse_for_deploy can't fold into weight_norm for good",
     "can't be folded for good by its code alone": "fuse_for_deploy wants example inputs of what can't be traced",
 }
+# An error that names both layers is right, too, where a function takes values and graph past Python's eyes.
+NAMES_LAYERS = re.compile(r"(Conv|Linear)\w*\(.*BatchNorm")
 
 
 class Ended(Exception):
@@ -179,11 +182,17 @@ class Trial:
             text = f"{type(error).__name__}: {error}".partition("\n")[0]
             if twin is not None and raises(twin):
                 raise Ended(f"plain PyTorch raises, too: {text}") from error
-            if any(refusal in text for refusal in REFUSALS):
+            if self.is_refusal(text):
+                self.ours.zero_grad()
                 self.attempt("set_mode after a refusal", lambda: set_mode(self.ours, "train"))
                 self.compare_restored()
                 raise Ended(text) from error
             raise Wrong(f"{what} raises {type(error).__name__}", text) from error
+
+    def is_refusal(self, text: str) -> bool:
+        """Whether an error says what a user can act on, and is one that we know."""
+        hidden = any(step.op == "unseen" for step in steps_of(self.scenario.network))
+        return any(refusal in text for refusal in REFUSALS) or (hidden and NAMES_LAYERS.search(text) is not None)
 
     def compare_restored(self) -> None:
         """After a switch to "train", everything is as found."""
@@ -261,7 +270,8 @@ class Trial:
 
     def do_fuse(self, action: Action) -> None:
         """A Deploy copy computes what the twin computes in its eval state."""
-        if raises(lambda: copy.deepcopy(self.twin)):
+        asks = any(step.op == "ask" for step in steps_of(self.scenario.network))  # for classes that it does not have
+        if asks or raises(lambda: copy.deepcopy(self.twin)):
             return
         pairs = self.pairs if action.domain and not self.ours.training else None
         action = replace(action, domain=0)  # a copy is right for the defaults of optional arguments
@@ -300,6 +310,14 @@ class Trial:
             for name, parameter in model.named_parameters():
                 if crc32(name.encode()) % 3 == 0:
                     parameter.requires_grad_(not parameter.requires_grad)
+
+
+def steps_of(network: Network) -> Iterator[Step]:
+    """Yield the steps of a network and of those inside of it."""
+    yield from network.steps
+    for layer in network.layers.values():
+        if layer.body is not None:
+            yield from steps_of(layer.body)
 
 
 def switch(model: nn.Module, action: Action, pairs: ConvBNPairs | None) -> ConvBNPairs:

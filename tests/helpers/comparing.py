@@ -12,8 +12,6 @@ from torch.utils._pytree import tree_leaves
 from helpers.networks import images
 from lightning_convbn import ConvBNPairs, Mode, conv_bn_mode
 
-PLAIN = {*vars(nn.Conv2d(1, 1, 1)), *vars(nn.BatchNorm2d(1))}  # what such modules have if nobody converts them
-
 # How much two ways to compute the same may differ in float64, relative to the norm. One rounding is at most 2**-53, so
 # these are 9 thousand and 9 hundred thousand of them. The rounding errors of sums of K products in L layers grow as the
 # root of K * L, which is at most 1224 here (K = 4608, L = 325). A wrong fold, a cast to float32 on the way (2**-24), or
@@ -45,12 +43,6 @@ def gradients(output: Tensor, *wanted: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad((output * probe).sum(), wanted)
 
 
-def attributes_of(module: nn.Module) -> set[str]:
-    """Name the attributes of a module. What a converted one needs to be restored is left out."""
-    converted = type(module).__module__.startswith("lightning_convbn")
-    return {name for name in vars(module) if not converted or name in PLAIN or not name.startswith("_")}
-
-
 class Snapshot(NamedTuple):
     """All that a switch there and back must bring back."""
 
@@ -68,7 +60,7 @@ class Snapshot(NamedTuple):
         return cls(
             str(model),
             [type(module) for module in modules],
-            [attributes_of(module) for module in modules],
+            [set(vars(module)) for module in modules],
             [module.training for module in modules],
             [id(parameter) for parameter in model.parameters()],
             {name: tensor.clone().numpy().tobytes() for name, tensor in model.state_dict().items()},

@@ -155,14 +155,6 @@ def hook_on_the_norm(net: Layers, x: Tensor) -> Tensor:
     return output
 
 
-def hook_for_all_modules(net: Layers, x: Tensor) -> Tensor:
-    seen: list[Tensor] = []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(output))
-    output = net(x)
-    handle.remove()
-    return output + seen[0].mean() + seen[1].mean()
-
-
 def hook_on_gradients(net: Layers, x: Tensor) -> Tensor:
     net[0].register_full_backward_hook(lambda module, inputs, outputs: (3 * inputs[0],))
     net[4].register_full_backward_pre_hook(lambda module, outputs: (2 * outputs[0],))
@@ -214,7 +206,6 @@ USES: list[Use] = [
     hook_that_returns_another_tensor,
     hook_that_stores,
     hook_on_the_norm,
-    hook_for_all_modules,
     hook_on_gradients,
 ]
 
@@ -237,30 +228,6 @@ def test_a_convolution_that_was_replaced_is_normalised(mode: Any) -> None:
     assert_close([converted(image)], [plain(image)], 1e-12)
 
 
-@pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("index", [0, 1])
-@pytest.mark.parametrize("mode", ["tune", "deploy"])
-def test_a_forward_that_was_wrapped_on_the_module_stays_in_force(mode: Any, index: int, before: bool) -> None:
-    """As accelerate, quantisation and tiling do; the statistics stay frozen."""
-
-    def wrap(net: Layers) -> None:
-        inner = net[index].forward
-        net[index].forward = lambda *args: inner(*args) + 1
-
-    plain, converted = layers(), layers().train()
-    if before:
-        wrap(converted)
-    set_mode(converted, mode)
-    if not before:
-        wrap(converted)
-    wrap(plain)
-    image = images(2, 3, 8, 8, dtype=torch.float64)
-    assert_close([converted(image)], [plain(image)], 1e-10)
-    assert_close([*converted.buffers()], [*plain.buffers()], 0)
-    set_mode(converted, "train")
-    assert_close([converted.eval()(image)], [plain(image)], 1e-10)
-
-
 def test_a_write_to_the_input_before_the_output_is_read_is_an_error_that_names_the_layer() -> None:
     net = layers()
     set_mode(net, "tune")
@@ -269,15 +236,6 @@ def test_a_write_to_the_input_before_the_output_is_read_is_an_error_that_names_t
     image.add_(1)
     with pytest.raises(RuntimeError, match=r"Conv2d\(3, 4, .*its input or its weight was written or replaced since"):
         output.mean()
-
-
-def test_a_checkpoint_with_reentrance_between_both_is_an_error_that_says_the_fix() -> None:
-    net = layers()
-    set_mode(net, "tune")
-    image = images(2, 3, 8, 8, dtype=torch.float64).requires_grad_()
-    output: Any = checkpoint(net[0], image, use_reentrant=True)
-    with pytest.raises(RuntimeError, match="use_reentrant=False"):
-        net[1](output)
 
 
 def test_what_a_mark_says_of_shape_and_dtype_needs_no_computation() -> None:
@@ -293,7 +251,6 @@ def test_what_a_mark_says_of_shape_and_dtype_needs_no_computation() -> None:
     )
     flat: Any = torch.ones(2 * 4 * 8 * 8)
     assert flat.view_as(output).shape == flat.reshape_as(output).shape == torch.ones(1).expand_as(output).shape
-    assert output._plain is None
 
 
 def test_only_gamma_trained_never_keeps_more_than_eval() -> None:

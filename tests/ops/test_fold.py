@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,10 +16,16 @@ from helpers.networks import images
 from torch import Tensor
 
 from lightning_convbn.memory import count_saved_bytes
-from lightning_convbn.ops.convolution import conv_bn
+from lightning_convbn.ops import convolution, fold
+from lightning_convbn.ops.autocast import autocast_dtype
 from lightning_convbn.ops.fold import ConvSpec, fold_conv_bn
 
 EPS = 1e-3
+
+
+def conv_bn(input: Tensor, *operands: Any) -> Tensor:
+    *tensors, eps, spec = operands
+    return convolution.conv_bn(input, fold.Operands(*tensors, eps), spec, autocast_dtype(input))
 
 
 class Operands(NamedTuple):
@@ -282,7 +288,7 @@ def test_gradients_of_trainable_statistics_are_right() -> None:
 def test_folded_weight_and_bias_give_the_normalised_output(case: str) -> None:
     operands, spec = draw(case)
     transposed, groups = (spec.transposed, spec.groups) if spec else (False, 1)
-    weight, bias = fold_conv_bn(*operands[1:], EPS, transposed=transposed, groups=groups)
+    weight, bias = fold_conv_bn(fold.Operands(*operands[1:], EPS), spec)
     output = (
         F.linear(operands.input, weight, bias)
         if spec is None
@@ -295,9 +301,9 @@ def test_folded_weight_and_bias_give_the_normalised_output(case: str) -> None:
 def test_half_precision_is_folded_in_single_precision(dtype: torch.dtype) -> None:
     operands, _ = draw("linear")
     half = [None if tensor is None else tensor.to(dtype) for tensor in operands[1:]]
-    expected = fold_conv_bn(*[None if tensor is None else tensor.float() for tensor in half], EPS)
-    assert_close(fold_conv_bn(*half, EPS, dtype=torch.float32), expected, 1e-6)
-    assert_close(fold_conv_bn(*half, EPS), [tensor.to(dtype) for tensor in expected], 1e-6)
+    expected = fold_conv_bn(fold.Operands(*[None if tensor is None else tensor.float() for tensor in half], EPS))
+    assert_close(fold_conv_bn(fold.Operands(*half, EPS), dtype=torch.float32), expected, 1e-6)
+    assert_close(fold_conv_bn(fold.Operands(*half, EPS)), [tensor.to(dtype) for tensor in expected], 1e-6)
 
 
 @pytest.mark.parametrize("changed", ["mean", "var"])
