@@ -43,7 +43,7 @@ class ConvBNModeCallback(Callback):
 
     Args:
         mode: What training runs in: ``"tune"``, ``"eval"``, or ``"train"`` for ordinary BatchNorm.
-        eval_mode: What validation, test and predict run in: ``"deploy"`` (folded once per run), ``"eval"`` or
+        eval_mode: What validation, test and predict run in: ``"deploy"`` (folded in every pass), ``"eval"`` or
             ``"tune"``.
         target: What to convert: a path as ``"backbone"``, or several as ``["model.encoder", "model.neck"]``. None is
             ``backbone`` if it has a BatchNorm, else every child that has one.

@@ -38,10 +38,10 @@ __all__ = [
     "changes_input",
     "compiled_by_lightning",
     "fake_tensor_mode",
-    "forward_hooks_of",
     "has_gradient_hooks",
     "has_statistics",
     "has_tangent",
+    "hooks_of",
     "in_graph",
     "inside_transform",
     "is_any_autocast_on",
@@ -66,7 +66,7 @@ __all__ = [
     "versions_of",
     "watches_input",
     "watches_output",
-    "with_forward_hooks",
+    "with_hooks",
     "without_global_hooks",
     "without_modes",
     "without_torch_function",
@@ -109,13 +109,16 @@ def saved_by(node: Any, name: str) -> Tensor | None:
     return getattr(node, f"_saved_{name}", None)
 
 
-def replace_saved(node: Any, name: str, recipe: Callable[[], Tensor]) -> bool:
+_RAW = "_raw_saved_"
+
+
+def replace_saved(node: Any, name: str, recipe: Callable[[Any], Tensor]) -> bool:
     """Have a node of the autograd graph keep a recipe in the place of a tensor that it has saved.
 
     Args:
         node: A ``grad_fn``.
         name: What the node calls the tensor: ``weight`` of its attribute ``_raw_saved_weight``.
-        recipe: Computes the tensor. It must not hold ``node``.
+        recipe: Computes the tensor, whatever it is given. It must not hold ``node``.
 
     Returns:
         Whether the recipe is in place. It is not if the node has saved nothing there or is of another kind, as those
@@ -124,7 +127,7 @@ def replace_saved(node: Any, name: str, recipe: Callable[[], Tensor]) -> bool:
     """
     try:
         # `id` packs the tensor: the hook must return something, and the recipe needs nothing of it.
-        getattr(node, f"_raw_saved_{name}").register_hooks(id, lambda _: recipe())
+        getattr(node, _RAW + name).register_hooks(id, recipe)
     except (AttributeError, RuntimeError):
         return False
     return True
@@ -276,22 +279,23 @@ def _see(hooks: dict[int, Any]) -> bool:
 def without_global_hooks() -> Iterator[None]:
     """Call no hooks of all modules (``register_module_forward_hook`` and the like) in a ``with`` block."""
     places = [value for name, value in vars(of_all_modules).items() if name.startswith("_global") and "hooks" in name]
-    with with_forward_hooks([(place, {}) for place in places]):
+    with with_hooks([(place, {}) for place in places]):
         yield
 
 
-ForwardHooks = list[tuple["OrderedDict[int, Any]", dict[int, Any]]]
+Hooks = list[tuple["OrderedDict[int, Any]", dict[int, Any]]]
 
 
-def forward_hooks_of(modules: Iterable[nn.Module]) -> ForwardHooks:
-    """Return where modules have the hooks that run before and after their forward, and which are there now."""
-    places = (place for module in modules for place in (module._forward_pre_hooks, module._forward_hooks))
+def hooks_of(modules: Iterable[nn.Module]) -> Hooks:
+    """Return where modules have their hooks, and which are there now."""
+    names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    places = (getattr(module, name) for module in modules for name in names)
     return [(place, dict(place)) for place in places]
 
 
 @contextmanager
-def with_forward_hooks(hooks: ForwardHooks) -> Iterator[None]:
-    """Have the hooks that `forward_hooks_of` has returned, and no others, in a ``with`` block."""
+def with_hooks(hooks: Hooks) -> Iterator[None]:
+    """Have the hooks that `hooks_of` has returned, and no others, in a ``with`` block."""
     now = [dict(place) for place, _ in hooks]
     _put(hooks)
     try:

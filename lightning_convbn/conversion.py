@@ -118,11 +118,23 @@ def _pair(conv: nn.Module, bn: nn.Module, mode: Mode, recompute: Recompute, flag
     pair = pair_of(bn)
     if pair is None or pair.conv is not conv:
         pair = Pair(conv, bn, conv_layer(conv), norm_layer(bn), flag)
-    pair.mode, pair.recompute, pair.fold = mode, recompute, None
+    pair.mode, pair.recompute, pair.fold, pair.keeps_fold = mode, recompute, None, True
     attach(bn, pair, {**FREEZING, "forward": norm_forward})
     bn.training = False
     if mode != "eval":
         attach(conv, pair, {"forward": conv_forward})
+
+
+def keep_no_fold(model: nn.Module) -> None:
+    """Have a model in Deploy mode fold in every pass, until the next switch.
+
+    A kept fold does not see a write that PyTorch does not count, such as an average of weights that is put in place
+    through ``.data`` for a part of an evaluation.
+    """
+    for module in model.modules():
+        pair = pair_of(module)
+        if pair is not None:
+            pair.keeps_fold = False
 
 
 def _checked_blocks(model: nn.Module, pairs: ConvBNPairs, recompute: Recompute | Sequence[str]) -> Sequence[str]:

@@ -42,7 +42,7 @@ def test_a_saved_tensor_is_replaced_by_a_recipe(output_of: Any, name: str) -> No
     node = output_of(x, w).grad_fn
     saved = compat.saved_by(node, name)
     assert saved is not None
-    assert compat.replace_saved(node, name, lambda: saved.detach() + 1)
+    assert compat.replace_saved(node, name, lambda _: saved.detach() + 1)
     replaced = compat.saved_by(node, name)
     assert replaced is not None
     assert torch.equal(replaced, saved + 1)

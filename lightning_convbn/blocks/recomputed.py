@@ -15,18 +15,18 @@ from lightning_convbn.blocks import reasons
 from lightning_convbn.blocks.look import Look, look_at
 from lightning_convbn.compat import (
     changes_input,
-    forward_hooks_of,
+    hooks_of,
     in_graph,
     inside_transform,
     other_saved_tensor_hooks,
     tree_flatten,
     tree_unflatten,
     versions_of,
-    with_forward_hooks,
+    with_hooks,
 )
 from lightning_convbn.layers.marks import Mark
 from lightning_convbn.layers.state import Mode, Recompute, State, state_of
-from lightning_convbn.ops.convolution import HAS_DISTRIBUTED
+from lightning_convbn.ops.convolution import is_distributed
 
 _CONSTANTS = (int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
@@ -59,17 +59,17 @@ class FirstRun(NamedTuple):
     modules: tuple[nn.Module, ...]
     modes: tuple[Any, ...]  # of each module: what `set_mode` has made of it
     flags: tuple[bool, ...]  # of each module: its training flag
-    hooks: Any  # those that run before and after the forward of a module
+    hooks: Any  # of all modules
     tensors: tuple[Tensor, ...]  # parameters and buffers
     versions: tuple[int, ...] | None
 
     @classmethod
     def of(cls, block: nn.Module) -> FirstRun:
         """Describe a block now. DDP writes buffers into themselves before each forward pass, so they don't count."""
-        buffers = () if HAS_DISTRIBUTED and torch.distributed.is_initialized() else block.buffers()
+        buffers = () if is_distributed() else block.buffers()
         modules, tensors = tuple(block.modules()), (*block.parameters(), *buffers)
         flags = tuple(module.training for module in modules)
-        return cls(modules, _modes_of(modules), flags, forward_hooks_of(modules), tensors, versions_of(tensors))
+        return cls(modules, _modes_of(modules), flags, hooks_of(modules), tensors, versions_of(tensors))
 
     @contextmanager
     def again(self, block: nn.Module) -> Iterator[None]:
@@ -80,7 +80,7 @@ class FirstRun(NamedTuple):
         """
         now = FirstRun.of(block)
         self._check_same(block, now)
-        with with_forward_hooks(self.hooks):
+        with with_hooks(self.hooks):
             for module, flag in zip(self.modules, self.flags, strict=True):
                 module.training = flag
             try:

@@ -1,13 +1,8 @@
-"""Adds up the kept bytes by block and by section.
-
-A block is a convolution with its BatchNorm, or any other module. A section is all blocks that share the first part of
-their name, such as ``layer1``. A section that holds more than half of all bytes is divided by the next part.
-"""
+"""Adds up the kept bytes by block. A block is a convolution with its BatchNorm, or any other module."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -29,41 +24,18 @@ def sum_by_block(model: nn.Module, pairs: ConvBNPairs, by_module: Mapping[Varian
     Returns:
         The blocks that keep something in at least one variant, in the order of the model.
     """
-    bn_of = {pair.conv: pair.bn for pair in pairs} | {pair.bn: pair.bn for pair in pairs}
     conv_of = {pair.bn: pair.conv for pair in pairs}
-    modules = dict(model.named_modules())
+    block_of = {pair.conv: pair.conv for pair in pairs} | conv_of
     sums: dict[str, dict[Variant, int]] = {}
     for variant, sizes in by_module.items():
         for name, size in sizes.items():
-            key = next((bn_of[outer] for outer in _from_innermost(name) if outer in bn_of), name)
-            sums.setdefault(key, dict.fromkeys(by_module, 0))[variant] += size
-    order = {name: number for number, name in enumerate([INPUT, *modules])}
-    first = {key: conv_of.get(key, key) for key in sums}
-    sections = _sections({first[key]: max(sizes.values()) for key, sizes in sums.items()})
+            first = next((block_of[outer] for outer in _from_innermost(name) if outer in block_of), name)
+            sums.setdefault(first, dict.fromkeys(by_module, 0))[variant] += size
+    bn_of = {pair.conv: pair.bn for pair in pairs}
+    ordered = [first for first in (INPUT, *dict(model.named_modules())) if first in sums]
     return [
-        Block(
-            name=_label(key, conv_of),
-            section=sections[first[key]] or OWN_FORWARD,
-            about=_about(key, modules, pairs, conv_of),
-            saved_bytes=sums[key],
-        )
-        for key in sorted(sums, key=lambda key: order[first[key]])
-    ]
-
-
-def sum_by_section(blocks: Sequence[Block], variants: Sequence[Variant]) -> list[Block]:
-    """Add up the blocks of each section."""
-    members: dict[str, list[Block]] = {}
-    for block in blocks:
-        members.setdefault(block.section, []).append(block)
-    return [
-        Block(
-            name=section,
-            section=section,
-            about=f"{len(within)} block{'s' * (len(within) > 1)}",
-            saved_bytes={variant: sum(block.saved_bytes[variant] for block in within) for variant in variants},
-        )
-        for section, within in members.items()
+        Block(_label(first, bn_of.get(first)), _about(first, bn_of.get(first), model, pairs), sums[first])
+        for first in ordered
     ]
 
 
@@ -73,36 +45,19 @@ def _from_innermost(name: str) -> list[str]:
     return [".".join(words[:length]) for length in range(len(words), 0, -1)]
 
 
-def _label(key: str, conv_of: Mapping[str, str]) -> str:
-    if key not in conv_of:
-        return key or OWN_FORWARD
-    conv = conv_of[key]
-    (conv_parent, _, _), (bn_parent, _, bn_name) = conv.rpartition("."), key.rpartition(".")
-    return f"{conv} + {bn_name if conv_parent == bn_parent else key}"
+def _label(first: str, bn: str | None) -> str:
+    if bn is None:
+        return first or OWN_FORWARD
+    (parent, _, _), (bn_parent, _, bn_name) = first.rpartition("."), bn.rpartition(".")
+    return f"{first} + {bn_name if parent == bn_parent else bn}"
 
 
-def _about(key: str, modules: Mapping[str, nn.Module], pairs: ConvBNPairs, conv_of: Mapping[str, str]) -> str:
-    if key not in modules:
+def _about(first: str, bn: str | None, model: nn.Module, pairs: ConvBNPairs) -> str:
+    if first == INPUT:
         return "the batch itself"
-    described = type(modules[key]).__name__
-    if key in conv_of:
-        return f"{type(modules[conv_of[key]]).__name__} and {described}, folded"
-    if key in pairs.unpaired:
-        return f"{described}, {'unfrozen' if key in pairs.unfrozen else 'frozen'}: {pairs.unpaired[key]}"
+    described = type(model.get_submodule(first)).__name__
+    if bn is not None:
+        return f"{described} and {type(model.get_submodule(bn)).__name__}, folded"
+    if first in pairs.unpaired:
+        return f"{described}, {'unfrozen' if first in pairs.unfrozen else 'frozen'}: {pairs.unpaired[first]}"
     return described
-
-
-def _sections(sizes: Mapping[str, int]) -> dict[str, str]:
-    """Return the section of each qualified name."""
-    depths = dict.fromkeys(sizes, 1)
-    while True:
-        sections = {name: ".".join(name.split(".")[:depth]) for name, depth in depths.items()}
-        totals: Counter[str] = Counter()
-        for name, section in sections.items():
-            totals[section] += sizes[name]
-        large = {section for section, total in totals.items() if 2 * total > sum(sizes.values())}
-        divisible = [name for name, section in sections.items() if section in large and name != section]
-        if not divisible:
-            return sections
-        for name in divisible:
-            depths[name] += 1

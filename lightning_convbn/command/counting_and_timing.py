@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,22 +20,17 @@ from lightning_convbn.command.model_checks import (
     runs_abstractly,
 )
 from lightning_convbn.command.results import RECOMPUTES, TITLES, VARIANTS, Measurement, Variant, VariantResult
+from lightning_convbn.command.terminal import Job, run_jobs
 from lightning_convbn.compat import tree_map
 from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
-from lightning_convbn.layers.state import Mode, Recompute
 from lightning_convbn.layers.supported_layers import takes_other_dimensions
 from lightning_convbn.memory.budget import fixed_bytes
 from lightning_convbn.memory.largest_batch import largest_batch
-from lightning_convbn.memory.measure import (
-    forward_and_backward,
-    measure_memory_abstractly,
-    measure_memory_of_call,
-)
+from lightning_convbn.memory.measure import forward_and_backward, measure_memory_abstractly
 from lightning_convbn.memory.optimizers import Optimizer
-from lightning_convbn.memory.use import MemoryUse, as_mib
 from lightning_convbn.modes import set_mode
 from lightning_convbn.pairs.find import find_conv_bn_pairs, find_recorded_pairs
-from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
+from lightning_convbn.pairs.pair import ConvBNPairs
 from lightning_convbn.text import first_line
 
 
@@ -46,7 +43,7 @@ class ModelMeasurer:
     Args:
         model: Any module. It is moved to ``device`` and ``dtype``.
         inputs: What it is called with.
-        dtype: Dtype of the parameters, the buffers, and the inputs whose dtype was not given.
+        dtype: Dtype of the floats: parameters, buffers and inputs.
         device: The device to run on.
         optimizer: The optimizer whose state and step are in the peak.
         freeze: Names of modules or parameters. Their parameters want no gradient.
@@ -66,176 +63,125 @@ class ModelMeasurer:
         freeze: Sequence[str] = (),
     ) -> None:
         check_has_batchnorm(model)
-        self.model = model.eval().to(device=device, dtype=dtype)
-        self.inputs = inputs
-        self.dtype = dtype
-        self.device = device
-        self.optimizer: Optimizer = optimizer
-        self.freeze = freeze
         check_names(model, freeze)
-        call = check_takes(model, inputs, dtype, device)
-        self.pairs = find_conv_bn_pairs(model)
-        if self.pairs.untraced:
-            self.pairs = find_recorded_pairs(model, *call)
-        elif any(takes_other_dimensions(*self._modules_of(pair)) for pair in self.pairs):
-            self.pairs = find_recorded_pairs(model, *self._small_call(call))
+        self.model = model.eval().to(device=device, dtype=dtype)
+        self.inputs = inputs.to(dtype, device)
+        check_takes(model, self.inputs)
+        self.pairs = self._find_pairs()
         self.deploy_copy = fuse_for_deploy(model, pairs=self.pairs)
+        for part in (self.model, self.deploy_copy):
+            for name, parameter in part.named_parameters():
+                if is_within(name, freeze):
+                    parameter.requires_grad_(False)
+        self.found = Measurement(self.pairs, self.inputs, dtype, device, optimizer)
+        self._by_module: dict[Variant, Mapping[str, int]] = {}
+        self._timed: list[Variant] = []  # without those that ran out of memory
 
-    def measure(
-        self, variants: Sequence[Variant], *, rounds: int, budget: int | None, progress: Callable[[str], None]
-    ) -> Measurement:
+    def measure(self, variants: Sequence[Variant], *, rounds: int, budget: int | None) -> Measurement:
         """Measure variants. Eval is always measured, because the others are compared with it.
 
         Args:
             variants: What to measure.
             rounds: How often to time a step of each variant. 0 times none.
             budget: The bytes that the largest batch must fit into, or None. It needs inputs that have a batch.
-            progress: Called with the next piece of work, `count_progress_steps` times.
 
         Returns:
             What was measured. The model is in Train mode again.
         """
         chosen = [variant for variant in VARIANTS if variant in ("eval", *variants)]
-        found = Measurement(self.pairs, self.inputs, self.dtype, self.device, self.optimizer)
-        self._freeze(found, chosen)
-        self._count(found, chosen, progress, with_peak=self.device.type == "cuda" and rounds > 0)
+        jobs: list[Job] = [(f"counting {TITLES[variant]}", partial(self._count, variant)) for variant in chosen]
         if budget is not None:
-            for variant in chosen:
-                progress(f"searching the largest batch of {TITLES[variant]}")
-                found.variants[variant].largest_batch = self._largest_batch(variant, budget, found)
-        self._time(found, rounds, progress)
+            search = "searching the largest batch of"
+            jobs += [(f"{search} {TITLES[variant]}", partial(self._search, variant, budget)) for variant in chosen]
+        if rounds:
+            self._timed = chosen
+            jobs += [("warming up", partial(self._time, 0))]
+            jobs += [
+                (f"timing round {number} of {rounds}", partial(self._time, number)) for number in range(1, rounds + 1)
+            ]
+        run_jobs(jobs)
         set_mode(self.model, "train")
-        return found
+        self.found.blocks = sum_by_block(self.model, self.pairs, self._by_module)
+        return self.found
 
-    def _modules_of(self, pair: ConvBNPair) -> tuple[nn.Module, nn.Module]:
-        return self.model.get_submodule(pair.conv), self.model.get_submodule(pair.bn)
+    def _find_pairs(self) -> ConvBNPairs:
+        """Find the pairs, and run the model only if a trace does not tell: on two samples, if it takes them."""
+        pairs = find_conv_bn_pairs(self.model)
+        layers = [[self.model.get_submodule(name) for name in pair] for pair in pairs]
+        if not pairs.untraced and not any(takes_other_dimensions(*pair) for pair in layers):
+            return pairs
+        few = self.inputs if self.inputs.batch is None else self.inputs.with_batch(min(self.inputs.batch, 2))
+        inputs = few if runs_abstractly(self.model, few.call()) else self.inputs
+        return find_recorded_pairs(self.model, *inputs.call(writable=True))
 
-    def _small_call(self, call: Call) -> Call:
-        """Return the arguments for two samples, if the model takes them, else ``call``."""
-        if self.inputs.batch is None:
-            return call
-        small = self.inputs.with_batch(min(self.inputs.batch, 2)).make(self.dtype, self.device)
-        return small if runs_abstractly(self.model, small) else call
-
-    def _freeze(self, found: Measurement, chosen: Sequence[Variant]) -> None:
-        """Freeze the parameters that were named, and note the peaks without that."""
-        if not self.freeze:
-            return
-        peaks = {variant: self._use(variant, self.inputs).peak_bytes for variant in chosen}
-        before = ", ".join(f"{TITLES[name]} {as_mib(peak)}" for name, peak in peaks.items() if peak is not None)
-        frozen = [parameter for name, parameter in self.model.named_parameters() if is_within(name, self.freeze)]
-        count = sum(parameter.numel() for parameter in frozen if parameter.requires_grad)
-        found.notes.append(
-            f"--freeze {' '.join(self.freeze)}: {count:,} parameters want no gradient. Without it, the peak of a step: "
-            f"{before}."
-        )
-        for model in (self.model, self.deploy_copy):
-            for name, parameter in model.named_parameters():
-                if is_within(name, self.freeze):
-                    parameter.requires_grad_(False)
-
-    def _variant(self, variant: Variant) -> tuple[nn.Module, Mode, ConvBNPairs, Recompute]:
-        """Return the module to run, its mode, its pairs and what it recomputes."""
+    def _variant(self, variant: Variant) -> tuple[nn.Module, dict[str, Any]]:
+        """Return the module to run, and the arguments that set its mode."""
         if variant == "deploy-copy":
-            return self.deploy_copy, "train", ConvBNPairs([]), "none"  # Train mode does not convert any module
-        mode: Mode = "eval" if variant == "eval" else "tune"
-        return self.model, mode, self.pairs, RECOMPUTES.get(variant, "none")
+            return self.deploy_copy, {"mode": "train", "pairs": ConvBNPairs([])}  # Train mode does not convert anything
+        mode = "eval" if variant == "eval" else "tune"
+        return self.model, {"mode": mode, "pairs": self.pairs, "recompute": RECOMPUTES.get(variant, "none")}
 
-    def _use(self, variant: Variant, inputs: Inputs, *, allow_real_run: bool = True) -> MemoryUse:
-        """Count a variant, without data if it can."""
-        model, mode, pairs, recompute = self._variant(variant)
-        return measure_memory_abstractly(
-            model,
-            *inputs.make(self.dtype, self.device),
-            mode=mode,
-            pairs=pairs,
-            recompute=recompute,
-            optimizer=self.optimizer,
-            allow_real_run=allow_real_run,
-        )
+    def _count(self, variant: Variant) -> None:
+        """Count the peak and the kept bytes, without data if the model allows it."""
+        model, mode = self._variant(variant)
+        use = measure_memory_abstractly(model, *self.inputs.call(), optimizer=self.found.optimizer, **mode)
+        self._by_module[variant] = use.saved_by_module
+        self.found.variants[variant] = VariantResult(use.saved_bytes, fixed_bytes(model), use.peak_bytes)
+        if use.peak_bytes is None:
+            self._note(variant, "no peak, because its backward pass fails")
 
-    def _count(
-        self, found: Measurement, chosen: Sequence[Variant], progress: Callable[[str], None], *, with_peak: bool
-    ) -> None:
-        """Count the peak and the kept bytes of each variant, and the kept bytes of each block."""
-        by_module: dict[Variant, Mapping[str, int]] = {}
-        for variant in chosen:
-            progress(f"counting {TITLES[variant]}")
-            use = self._use(variant, self.inputs)
-            by_module[variant] = use.saved_by_module
-            fixed = fixed_bytes(self._variant(variant)[0])
-            found.variants[variant] = VariantResult(use.saved_bytes, fixed, use.peak_bytes)
-            if use.peak_bytes is None:
-                found.notes.append(f"{TITLES[variant]}: no peak, because its backward pass fails")
-            if with_peak:
-                found.variants[variant].peak_allocated_bytes = self._peak(variant, found)
-        found.blocks = sum_by_block(self.model, self.pairs, by_module)
-
-    def _peak(self, variant: Variant, found: Measurement) -> int | None:
-        model, mode, pairs, recompute = self._variant(variant)
-        try:
-            use = measure_memory_of_call(
-                model, *self.inputs.make(self.dtype, self.device), mode=mode, pairs=pairs, recompute=recompute
-            )
-        except torch.OutOfMemoryError as error:
-            found.notes.append(f"{TITLES[variant]}: no peak, {first_line(error)}")
-            return None
-        return use.peak_allocated_bytes
-
-    def _largest_batch(self, variant: Variant, budget: int, found: Measurement) -> int | None:
+    def _search(self, variant: Variant, budget: int) -> None:
+        """Search the largest batch, without data."""
+        (model, mode), result = self._variant(variant), self.found.variants[variant]
         tried = self.inputs
 
         def needed(batch: int) -> int:
             nonlocal tried
             tried = self.inputs.with_batch(batch)
-            peak = self._use(variant, tried, allow_real_run=False).peak_bytes
+            asked = {"optimizer": self.found.optimizer, "allow_real_run": False, **mode}
+            peak = measure_memory_abstractly(model, *tried.call(), **asked).peak_bytes
             if peak is None:
                 raise RuntimeError("its backward pass fails")
             return peak
 
         try:
-            largest = largest_batch(needed, budget - found.variants[variant].fixed_bytes)
-            why_none = "a larger batch takes no more bytes"
+            result.largest_batch = largest_batch(needed, budget - result.fixed_bytes)
+            why = "a larger batch takes no more bytes"
         except Exception as error:  # a user's forward may raise anything if a tensor has no data
-            largest = None
-            why = f"{type(error).__name__}: {first_line(error)}"
-            why_none = f"the model can't run on tensors without data, on the input {tried}: {why}"
-        if largest is None:
-            found.notes.append(f"{TITLES[variant]}: no largest batch, because {why_none}")
-        return largest
+            why = f"the model can't run on tensors without data, on the input {tried}: "
+            why += f"{type(error).__name__}: {first_line(error)}"
+        if result.largest_batch is None:
+            self._note(variant, f"no largest batch, because {why}")
 
-    def _time(self, found: Measurement, rounds: int, progress: Callable[[str], None]) -> None:
-        """Time steps in interleaved rounds. A disturbance of the machine then affects all variants alike."""
-        call = self.inputs.make(self.dtype, self.device, dense=True)
-        running = list(found.variants)
-        for number in range(rounds + 1 if rounds else 0):
-            progress(f"timing round {number} of {rounds}" if number else "warming up")
-            for variant in running[:] if number % 2 else running[::-1]:
-                model, mode, pairs, recompute = self._variant(variant)
-                set_mode(model, mode, pairs=pairs, recompute=recompute)
-                try:
-                    seconds = step_seconds(model, tree_map(lambda leaf: leaf, call), self.device)  # own containers
-                except torch.OutOfMemoryError as error:
-                    found.notes.append(f"{TITLES[variant]}: not timed, {first_line(error)}")
-                    found.variants[variant].step_seconds.clear()
-                    running.remove(variant)
-                else:
-                    if number:  # round 0 warms up
-                        found.variants[variant].step_seconds.append(seconds)
+    def _time(self, number: int) -> None:
+        """Time a step of each variant, in turn, so that a disturbance of the machine affects all alike."""
+        call = self.inputs.call(writable=True)
+        for variant in self._timed[:] if number % 2 else self._timed[::-1]:
+            (model, mode), result = self._variant(variant), self.found.variants[variant]
+            set_mode(model, **mode)
+            try:
+                seconds, peak = run_step(model, tree_map(lambda leaf: leaf, call), self.found.device)  # own containers
+            except torch.OutOfMemoryError as error:
+                self._note(variant, f"not timed, {first_line(error)}")
+                result.step_seconds.clear()
+                self._timed.remove(variant)
+            else:
+                result.step_seconds += [seconds] if number else []  # round 0 warms up
+                result.peak_allocated_bytes = peak
+
+    def _note(self, variant: Variant, text: str) -> None:
+        self.found.notes.append(f"{TITLES[variant]}: {text}")
 
 
-def count_progress_steps(variants: Sequence[Variant], *, rounds: int, budget: int | None) -> int:
-    """Count how often `ModelMeasurer.measure` calls ``progress``."""
-    chosen = len({"eval", *variants})
-    return chosen + (chosen if budget is not None else 0) + (rounds + 1 if rounds else 0)
-
-
-def step_seconds(model: nn.Module, call: Call, device: torch.device) -> float:
-    """Return the seconds that one forward and backward pass takes on a device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
+def run_step(model: nn.Module, call: Call, device: torch.device) -> tuple[float, int | None]:
+    """Run a forward and a backward pass. Return its seconds and, on CUDA, the most bytes that it allocated at once."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        forward_and_backward(model, *call)
+        return time.perf_counter() - started, None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before, started = torch.cuda.memory_allocated(device), time.perf_counter()
     forward_and_backward(model, *call)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - started, torch.cuda.max_memory_allocated(device) - before

@@ -17,3 +17,8 @@ def errors_in_one_line() -> Iterator[None]:
         yield
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise CommandError(first_line(error)) from error
+
+
+def summary(error: BaseException) -> str:
+    """Return the class and the first line of an error that a user's code raised, and how to see the rest."""
+    return f"{type(error).__name__}: {first_line(error)} (--traceback shows where)"

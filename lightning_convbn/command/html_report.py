@@ -1,128 +1,126 @@
-"""Writes the page of ``measure --html``: what each block keeps, and peak against step time.
-
-The style and the script are in `html_report.html`.
-"""
+"""Writes the page of ``measure --html`` with plotly: the table, peak against step time, and what each block keeps."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
-from string import Template
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-from lightning_convbn.command.bytes_per_block import sum_by_section
-from lightning_convbn.command.results import TITLES, Block, Measurement, Variant
-from lightning_convbn.command.trade_off import as_svg, points_of
+from lightning_convbn.command.errors import CommandError
+from lightning_convbn.command.plot import COLOURS
+from lightning_convbn.command.results import TITLES, Measurement
 from lightning_convbn.memory.use import MIB
 
+_ROW, _POINTS, _GAP, _BAR = 44, 320, 120, 6  # heights in pixels
+_LONGEST_NAME = 45
 
-def render_report(
-    title: str, found: Measurement, *, facts: str, notes: Sequence[str], command: str, versions: str, budget: str
-) -> str:
-    """Return the page as HTML. All texts are escaped, and the browser runs no script but the page's own.
+
+def check_plotly() -> None:
+    """Raise a `CommandError` if plotly is missing."""
+    if find_spec("plotly") is None:
+        raise CommandError("--html needs plotly; pip install plotly")
+
+
+def write_report(path: Path, title: str, lines: Sequence[str], found: Measurement) -> None:
+    """Write one page that needs no network. All names are escaped.
 
     Args:
+        path: The file.
         title: What was measured.
-        found: What was found.
-        facts: Input, device and number of folded BatchNorms, in one line.
-        notes: Sentences that explain the numbers and say what could not be measured.
-        command: The command that was typed.
-        versions: The versions that were used.
-        budget: The budget as it was typed. Empty if there was none.
+        lines: What stands below the title.
+        found: What was found. Peak against step time is left out if nothing was timed.
     """
-    template = (files("lightning_convbn.command") / "html_report.html").read_text(encoding="utf-8")
-    variants = list(found.variants)
-    points = points_of(found)
-    (script,) = re.findall(r"<script>(.*)</script>", template, re.DOTALL)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return Template(template).substitute(
-        script_hash=f"sha256-{digest}",
-        title=escape(title),
-        facts=escape(facts),
-        cards="\n".join(_card(variant, found, budget) for variant in variants),
-        trade_off=as_svg(points) if points else "",
-        legend="".join(f'<li class="{variant}">{TITLES[variant]}</li>' for variant in variants),
-        columns=_columns(variants),
-        blocks=_rows(found.blocks, variants),
-        sections=_rows(sum_by_section(found.blocks, variants), variants),
-        notes="".join(f"<li>{escape(note)}</li>" for note in notes),
-        command=escape(command),
-        versions=escape(versions),
+    from plotly.subplots import make_subplots
+
+    bars = max(_BAR * (len(found.variants) + 1) * len(found.blocks), _POINTS)
+    heights = [_ROW * (len(found.variants) + 2), *([_POINTS] if found.points() else []), bars]
+    total = sum(heights) + _GAP * (len(heights) - 1)
+    figure = make_subplots(
+        rows=len(heights),
+        row_heights=heights,
+        vertical_spacing=_GAP / total,
+        specs=[[{"type": "table"}], *[[{"type": "xy"}]] * (len(heights) - 1)],
+    )
+    figure.add_trace(_table(found), row=1, col=1)
+    if found.points():
+        _add_points(figure, found)
+    _add_blocks(figure, found, row=len(heights), top=(bars + _GAP / 2) / total)
+    text = "<br>".join(
+        [f"<b>{_literal(title)}</b>", *(f'<span style="font-size:13px">{_literal(line)}</span>' for line in lines)]
+    )
+    top = 70 + 20 * len(lines)
+    figure.update_layout(
+        template="plotly_white",
+        title={"text": text, "x": 0, "xref": "paper", "y": 1, "yanchor": "top", "pad": {"t": 20}},
+        height=total + top + 60,
+        margin={"t": top, "b": 60, "l": 20, "r": 20},
+        legend={"orientation": "h", "y": 1 - (heights[0] + 10) / total, "yanchor": "top"},
+    )
+    figure.write_html(path, include_plotlyjs=True, config={"displaylogo": False})
+
+
+def _table(found: Measurement) -> Any:
+    from plotly import graph_objects
+
+    titles, rows = found.as_table()
+    columns = [*zip(*rows, strict=True)]
+    looks = {"height": _ROW, "align": ["left", *["right"] * (len(titles) - 1)]}
+    widths = [6 + max(map(len, column)) for column in columns]
+    return graph_objects.Table(
+        header={"values": titles, **looks}, cells={"values": columns, **looks}, columnwidth=widths
     )
 
 
-def _card(variant: Variant, found: Measurement, budget: str) -> str:
-    """Return the box with the numbers of one variant."""
-    result, change, ratio = found.variants[variant], found.kept_change(variant), found.step_time_ratio(variant)
-    details = []
-    if change is not None:
-        details.append(("Kept, against Eval", f"{change:+.1f} %".replace("-", "−")))
-    if result.peak_bytes is not None:
-        details.append(("Peak of a step", f"{result.peak_bytes / MIB:,.1f} MiB"))
-    peak_change = found.peak_change(variant)
-    if peak_change is not None:
-        details.append(("Peak, against Eval", f"{peak_change:+.1f} %".replace("-", "−")))
-    if result.peak_allocated_bytes is not None:
-        details.append(("Peak of the allocator", f"{result.peak_allocated_bytes / MIB:,.1f} MiB"))
-    if result.median_seconds is not None and variant == "eval":
-        details.append(("Step time", f"{1000 * result.median_seconds:,.1f} ms"))
-    if ratio is not None and variant != "eval":
-        details.append(("Step time / Eval’s", f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"))
-    if result.largest_batch is not None:
-        details.append((f"Largest batch in {budget}", f"{result.largest_batch:,}"))
-    rows = "".join(f"<dt>{escape(term)}</dt><dd>{escape(value)}</dd>" for term, value in details)
-    kept = f'<p class="kept">{result.saved_bytes / MIB:,.1f}<small>MiB kept</small></p>'
-    return f'<article class="card {variant}"><h3>{TITLES[variant]}</h3>{kept}<dl>{rows}</dl></article>'
+def _add_points(figure: Any, found: Measurement) -> None:
+    for variant, peak, time in found.points():
+        figure.add_scatter(
+            x=[peak],
+            y=[time],
+            mode="markers",
+            marker={"color": COLOURS[variant], "size": 11},
+            legendgroup=variant,
+            showlegend=False,
+            name=TITLES[variant],
+            hovertemplate="%{x:,.1f} MiB, %{y:,.1f} ms",
+            row=2,
+            col=1,
+        )
+    figure.update_xaxes(title="peak of a step, MiB", rangemode="tozero", row=2, col=1)
+    figure.update_yaxes(title="step time, ms", rangemode="tozero", row=2, col=1)
 
 
-def _columns(variants: Sequence[Variant]) -> str:
-    """Return the header of the table. A click on a header sorts by its column."""
-    order = '<th role="columnheader" scope="col" aria-sort="ascending"><button type="button">Block</button></th>'
-    bars = '<th class="bars" aria-hidden="true"></th>'
-    titles: dict[str, str] = {variant: TITLES[variant] for variant in variants}
-    if len(variants) > 1:
-        titles["saved"] = "Saved"
-    sizes = [
-        f'<th class="{name}" role="columnheader" scope="col" data-first="descending">'
-        f'<button type="button">{title}</button></th>'
-        for name, title in titles.items()
+def _add_blocks(figure: Any, found: Measurement, row: int, top: float) -> None:
+    """Add a bar for each variant of each block, and buttons for the order of the blocks."""
+    names = [_literal(block.name) for block in found.blocks]
+    for variant in found.variants:
+        figure.add_bar(
+            x=[block.saved_bytes[variant] / MIB for block in found.blocks],
+            y=names,
+            orientation="h",
+            marker={"color": COLOURS[variant]},
+            legendgroup=variant,
+            name=TITLES[variant],
+            customdata=[f"<b>{_literal(block.name)}</b><br>{_literal(block.about)}" for block in found.blocks],
+            hovertemplate="%{customdata}<br>%{x:,.3f} MiB",
+            row=row,
+            col=1,
+        )
+    ends = [
+        f"…{block.name[-_LONGEST_NAME:]}" if len(block.name) > _LONGEST_NAME else block.name for block in found.blocks
     ]
-    return "".join([order, bars, *sizes])
-
-
-def _rows(blocks: Sequence[Block], variants: Sequence[Variant]) -> str:
-    longest = max((size for block in blocks for size in block.saved_bytes.values()), default=0) or 1
-    return "\n".join(_row(number, block, variants, longest) for number, block in enumerate(blocks))
-
-
-def _row(number: int, block: Block, variants: Sequence[Variant], longest: int) -> str:
-    sizes = block.saved_bytes
-    bars = "".join(
-        f'<div class="bar {variant}" style="width:{100 * sizes[variant] / longest:.2f}%"></div>' for variant in variants
+    figure.update_xaxes(title="MiB kept for the backward pass", side="top", row=row, col=1)
+    figure.update_yaxes(
+        autorange="reversed", tickvals=names, ticktext=[*map(_literal, ends)], automargin=True, row=row, col=1
     )
-    cells = [
-        f'<td role="cell" data-label="{TITLES[variant]}" data-value="{sizes[variant]}">{_mib(sizes[variant])}</td>'
-        for variant in variants
-    ]
-    lines = [block.name, block.about, *(f"{TITLES[variant]}: {sizes[variant]:,} bytes" for variant in variants)]
-    if len(variants) > 1:
-        saved = sizes["eval"] - sizes[variants[1]]
-        cells.append(f'<td role="cell" class="saved" data-label="Saved" data-value="{saved}">{_mib(saved)}</td>')
-        if sizes["eval"]:
-            lines.append(f"{TITLES[variants[1]]} saves {100 * saved / sizes['eval']:.0f} %")
-    return (
-        f'<tr role="row" tabindex="-1" data-tip="{escape(chr(10).join(lines))}">'
-        f'<th role="rowheader" scope="row" data-value="{number}">{escape(block.name)}</th>'
-        f'<td class="bars" aria-hidden="true">{bars}</td>{"".join(cells)}</tr>'
-    )
+    axis = f"yaxis{row - 1 if row > 2 else ''}.categoryorder"
+    orders = {"order of the model": "trace", "largest first": "max descending"}
+    buttons = [{"label": name, "method": "relayout", "args": [{axis: order}]} for name, order in orders.items()]
+    place = {"x": 1, "xanchor": "right", "y": top, "yanchor": "middle"}
+    figure.update_layout(updatemenus=[{"type": "buttons", "direction": "right", "buttons": buttons, **place}])
 
 
-def _mib(size: int) -> str:
-    """Return a size in MiB with enough digits to compare. A small size that is not zero does not become zero."""
-    if size and abs(size) < MIB / 100:
-        return "&lt;0.01" if size > 0 else "&gt;−0.01"
-    digits = 1 if round(abs(size) / MIB, 2) >= 1 else 2
-    return f"{size / MIB:,.{digits}f}".replace("-", "−") if size else "0"
+def _literal(text: str) -> str:
+    """Escape what plotly would take for markup. It knows no entity for a quotation mark."""
+    return escape(text, quote=False)

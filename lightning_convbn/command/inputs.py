@@ -1,16 +1,17 @@
-"""What a forward is called with: `Inputs` has the shapes of all arguments, says them as text, and makes the tensors."""
+"""What a forward is called with, from the text of ``--input``, from a user's function, or from the model's example."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_convbn.command.errors import CommandError
-from lightning_convbn.command.option_values import dtype_name
+from lightning_convbn.command.model_argument import build, import_attribute
 from lightning_convbn.compat import tree_leaves, tree_map, tree_map_only
 from lightning_convbn.text import first_line
 
@@ -18,53 +19,35 @@ EXAMPLE = "example_input_array"  # Lightning's name
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the positional and the keyword arguments of a forward
 
 
-@dataclass(frozen=True)
-class TensorInput:
-    """A tensor that a forward gets.
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the short name of a dtype.
 
-    Attributes:
-        shape: Its shape.
-        dtype: Its dtype. None is the dtype of the model.
-        values: The values of an example. Without them, floats are random, and all others are 0: a valid index.
+    Example:
+        >>> dtype_name(torch.float32)
+        'float32'
     """
+    return str(dtype).removeprefix("torch.")
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None = None
-    values: Tensor | None = None
 
-    def make(self, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
-        """Make the tensor. What is no example shares the memory of its first sample, so a large batch takes no more."""
-        dtype = self.dtype or dtype
-        if self.values is not None and self.values.shape == self.shape:
-            return self.values.to(device, dtype)
-        if self.values is not None:
-            first = self.values[:1]
-        elif dtype.is_floating_point:
-            first = torch.randn(1, *self.shape[1:], generator=generator)
-        else:
-            first = torch.zeros(1, *self.shape[1:])
-        return first.to(device, dtype).expand(self.shape)
-
-    def __str__(self) -> str:
-        """Return the text that ``--input`` has for it, such as ``8x16:int64``."""
-        shape = "x".join(map(str, self.shape)) or "scalar"
-        return shape if self.dtype is None else f"{shape}:{dtype_name(self.dtype)}"
+_NUMBER = r"[1-9]\d*"
+_SHAPE = rf"{_NUMBER}(?:x{_NUMBER})*"
+_DTYPES = {dtype_name(dtype): dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of a forward, as `TensorInput` in lists, tuples and dicts.
+    """The arguments of a forward.
 
-    The batch is the first dimension of a tensor. A list has one entry for each sample, as torchvision's detectors take
-    it. All arguments must have the same batch to have one; tuples and dicts have that of their entries.
+    The batch is the first size of every tensor. A list has an entry for each sample, as torchvision's detectors take
+    it. A tensor of a batch may share the memory of one sample, so that a large batch takes no more than a small one.
 
     Attributes:
         args: Positional arguments.
         kwargs: Keyword arguments.
-        source: Where they come from, if not from options.
+        source: Where they come from, if not from shapes.
 
     Example:
-        >>> inputs = Inputs((TensorInput((8, 3, 32, 32)),), {"tokens": TensorInput((8, 5), torch.int64)})
+        >>> inputs = merged([parse_input("8x3x32x32"), parse_input("tokens=8x5:int64")])
         >>> print(inputs, inputs.batch)
         8x3x32x32 tokens=8x5:int64 8
         >>> print(inputs.with_batch(2))
@@ -72,127 +55,153 @@ class Inputs:
     """
 
     args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    kwargs: dict[str, Any] = field(default_factory=dict)
     source: str = ""
 
     @property
     def batch(self) -> int | None:
         """The batch. None if the arguments have no batch in common."""
-        sizes = set(self._batches().values())
+        leaves = tree_leaves((self.args, self.kwargs), is_leaf=_is_list)
+        sizes = {len(leaf) for leaf in leaves if isinstance(leaf, list) or (isinstance(leaf, Tensor) and leaf.dim())}
         return sizes.pop() if len(sizes) == 1 else None
 
     def check_batch(self, option: str) -> None:
         """Raise a `CommandError` that names ``option``, if the arguments have no batch in common."""
         if self.batch is None:
-            sizes = ", ".join(f"{name} {size}" for name, size in self._batches().items()) or "no tensor"
             raise CommandError(
                 f"{option} needs inputs of one batch, which is the first size of a tensor and the number of entries of "
-                f"a list; they have {sizes}: give all the same, or leave out {option.partition(' ')[0]}"
+                f"a list; they are {self}: give all the same batch, or leave out {option.partition(' ')[0]}"
             )
 
     def with_batch(self, batch: int) -> Inputs:
-        """Return inputs of the same samples in another batch. They must have a batch."""
+        """Return inputs of another batch: a tensor repeats its first sample, and a list its entries."""
 
         def resized(node: Any) -> Any:
-            if isinstance(node, list):
-                return [node[index % len(node)] for index in range(batch)] if node else node
-            if isinstance(node, TensorInput) and node.shape:
-                return TensorInput((batch, *node.shape[1:]), node.dtype, node.values)
+            if isinstance(node, list) and node:
+                return [node[index % len(node)] for index in range(batch)]
+            if isinstance(node, Tensor) and node.dim() and len(node) != batch:
+                return node[:1].expand(batch, *node.shape[1:])
             return node
 
-        args, kwargs = tree_map(resized, (self.args, self.kwargs), is_leaf=lambda node: isinstance(node, list))
-        return Inputs(args, kwargs, self.source)
+        args, kwargs = tree_map(resized, (self.args, self.kwargs), is_leaf=_is_list)
+        return replace(self, args=args, kwargs=kwargs)
 
-    def make(self, dtype: torch.dtype, device: torch.device, *, dense: bool = False) -> Call:
-        """Make the tensors, the same at each call.
+    def to(self, dtype: torch.dtype, device: torch.device) -> Inputs:
+        """Return these inputs on a device. Floats get the dtype."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            shares = tensor.dim() > 0 and tensor.stride(0) == 0
+            own = tensor.detach()[:1] if shares else tensor.detach()
+            return own.to(device, dtype if own.is_floating_point() else own.dtype).expand(tensor.shape)
+
+        args, kwargs = tree_map_only(Tensor, moved, (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
+
+    def call(self, *, writable: bool = False) -> Call:
+        """Return the arguments in containers of their own.
 
         Args:
-            dtype: That of floats whose dtype was not given.
-            device: The device of all.
-            dense: Whether each sample has memory of its own, as a forward may need that views its input or writes it.
-
-        Raises:
-            CommandError: If a tensor can't be made.
+            writable: Whether a forward may write to the tensors, or view them: each sample then has its own memory.
         """
-        generator = torch.Generator().manual_seed(0)
 
-        def made(leaf: TensorInput) -> Tensor:
-            tensor = leaf.make(dtype, device, generator)
-            return tensor.contiguous() if dense else tensor
+        def own(tensor: Tensor) -> Tensor:
+            return tensor.clone(memory_format=torch.contiguous_format) if writable else tensor
 
-        try:
-            call: Call = tree_map_only(TensorInput, made, (self.args, dict(self.kwargs)))
-        except (RuntimeError, TypeError, OverflowError) as error:
-            raise CommandError(f"the input {self} can't be made: {first_line(error)}; give a smaller one") from error
+        call: Call = tree_map_only(Tensor, own, (self.args, self.kwargs))
         return call
 
     def has_lists(self) -> bool:
-        """Whether an argument is a list, or holds one: its entries are the samples of the batch."""
-        nodes = tree_leaves((self.args, dict(self.kwargs)), is_leaf=lambda node: isinstance(node, list))
-        return any(isinstance(node, list) for node in nodes)
+        """Whether an argument is a list, or holds one."""
+        return any(map(_is_list, tree_leaves((self.args, self.kwargs), is_leaf=_is_list)))
 
-    def as_dict(self, dtype: torch.dtype) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return everything in types that JSON has."""
 
-        def plain(node: Any) -> Any:
-            if isinstance(node, TensorInput):
-                return {"shape": list(node.shape), "dtype": dtype_name(node.dtype or dtype)}
-            if isinstance(node, Mapping):
-                return {str(key): plain(value) for key, value in node.items()}
-            return [plain(value) for value in node] if isinstance(node, (list, tuple)) else str(node)
+        def plain(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return {"shape": list(leaf.shape), "dtype": dtype_name(leaf.dtype)}
+            return leaf if isinstance(leaf, (bool, int, float, str)) else str(leaf)
 
-        return {"args": plain(self.args), "kwargs": plain(self.kwargs), "source": self.source or None}
+        args, kwargs = tree_map(plain, (list(self.args), self.kwargs))
+        return {"args": args, "kwargs": kwargs, "source": self.source or None}
 
     def __str__(self) -> str:
-        """Return the texts that ``--input`` has for the arguments."""
-        texts = [_text(node) for node in self.args]
-        texts += [f"{name}={_text(node)}" for key, value in self.kwargs.items() for name, node in _entries(key, value)]
+        """Return the texts that ``--input`` has for tensors, and similar ones for containers."""
+        texts = [*map(_text, self.args), *(f"{name}={_text(value)}" for name, value in self.kwargs.items())]
         return " ".join(texts) + (f" ({self.source})" if self.source else "")
 
-    def _batches(self) -> dict[str, int]:
-        """Return the batch of each argument, by name."""
-        named = {f"input {number}": node for number, node in enumerate(self.args, 1)} | dict(self.kwargs)
-        return {name: size for key, value in named.items() for name, size in _batches(key, value)}
+
+def parse_input(text: str) -> Inputs:
+    """Return the argument that a value of ``--input`` gives, or those that its function returns."""
+    match = re.fullmatch(rf"(?:([^\W\d]\w*)=)?({_SHAPE})(?::(\w+))?", text)
+    if match is None:
+        if re.fullmatch(r"[^\W\d][\w.]*:[\w.]+", text) is None:
+            raise CommandError(
+                f"--input {text!r} is no shape, as 8x3 or tokens=8x16:int64, and no package.module:function"
+            )
+        return _of_example(build(text, import_attribute(text)), text)
+    name, shape, dtype = match.groups()
+    if dtype and dtype not in _DTYPES:
+        known = ", ".join(_DTYPES)
+        raise CommandError(f"--input {text!r}: the dtype must be one of {known}; floats get that of the model")
+    try:
+        tensor = _tensor(tuple(map(int, shape.split("x"))), _DTYPES.get(dtype))
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise CommandError(f"--input {text!r} can't be made: {first_line(error)}; give a smaller one") from error
+    return Inputs(kwargs={name: tensor}) if name else Inputs((tensor,))
+
+
+def merged(inputs: Sequence[Inputs]) -> Inputs:
+    """Return the arguments of all in one."""
+    args = tuple(arg for one in inputs for arg in one.args)
+    kwargs = {name: value for one in inputs for name, value in one.kwargs.items()}
+    return Inputs(args, kwargs, " ".join(filter(None, (one.source for one in inputs))))
+
+
+def images(batch: int, sample: tuple[int, ...]) -> Inputs:
+    """Return a batch of random samples."""
+    return Inputs((_tensor((batch, *sample)),))
+
+
+def sample_shape(size: str) -> tuple[int, ...]:
+    """Return the shape of one sample, without the batch, from ``--size``.
+
+    Example:
+        >>> sample_shape("224"), sample_shape("1x28x28")
+        ((3, 224, 224), (1, 28, 28))
+    """
+    if not re.fullmatch(_SHAPE, size):
+        raise CommandError(f"--size {size!r} is no number of pixels, as 224, and no shape without batch, as 1x28x28")
+    sizes = tuple(map(int, size.split("x")))
+    return (3, *sizes, *sizes) if len(sizes) == 1 else sizes
 
 
 def example_inputs(model: nn.Module) -> Inputs | None:
-    """Return the ``example_input_array`` of a LightningModule. As for Lightning, a dict is keyword arguments."""
+    """Return the ``example_input_array`` of a LightningModule."""
     example = getattr(model, EXAMPLE, None)
-    if example is None:
-        return None
-    tree = tree_map_only(Tensor, _of_example, example)
-    if isinstance(tree, dict):
-        return Inputs(kwargs=tree, source=EXAMPLE)
-    return Inputs(tuple(tree) if isinstance(tree, (list, tuple)) else (tree,), source=EXAMPLE)
+    return None if example is None else _of_example(example, EXAMPLE)
 
 
-def _of_example(tensor: Tensor) -> TensorInput:
-    return TensorInput(tuple(tensor.shape), None if tensor.is_floating_point() else tensor.dtype, tensor.detach())
+def _of_example(example: Any, source: str) -> Inputs:
+    """Return an example as Lightning reads it: a tuple or list of positional arguments, or a dict of keyword ones."""
+    if isinstance(example, Mapping):
+        return Inputs((), dict(example), source)
+    return Inputs(tuple(example) if isinstance(example, (list, tuple)) else (example,), {}, source)
 
 
-def _entries(name: str, node: Any) -> Iterator[tuple[str, Any]]:
-    """List what lies in dicts, by dotted names."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _entries(f"{name}.{key}", value)
-    else:
-        yield name, node
+def _tensor(shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    first = (1, *shape[1:])
+    sample = torch.randn(first, generator=generator) if dtype is None else torch.zeros(first, dtype=dtype)
+    return sample.expand(shape)
 
 
-def _batches(name: str, node: Any) -> Iterator[tuple[str, int]]:
-    for full_name, entry in _entries(name, node):
-        if isinstance(entry, list) and entry:
-            yield full_name, len(entry)
-        elif isinstance(entry, tuple):
-            for index, value in enumerate(entry):
-                yield from _batches(f"{full_name}[{index}]", value)
-        elif isinstance(entry, TensorInput) and entry.shape:
-            yield full_name, entry.shape[0]
+def _is_list(node: Any) -> bool:
+    return isinstance(node, list)
 
 
 def _text(node: Any) -> str:
-    if isinstance(node, Mapping):
-        return f"{{{','.join(f'{key}={_text(value)}' for key, value in node.items())}}}"
-    if isinstance(node, list):
-        return f"[{','.join(map(_text, node))}]"
-    return f"({','.join(map(_text, node))})" if isinstance(node, tuple) else str(node)
+    if isinstance(node, Tensor):
+        dtype = "" if node.is_floating_point() else f":{dtype_name(node.dtype)}"
+        return ("x".join(map(str, node.shape)) or "scalar") + dtype
+    return str(tree_map_only(Tensor, _text, node)).replace("'", "")

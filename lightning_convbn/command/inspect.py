@@ -9,53 +9,44 @@ import torch
 from torch import nn
 
 from lightning_convbn.command.errors import CommandError, errors_in_one_line
-from lightning_convbn.command.input_options import INPUT_HELP, add_input, read_inputs
-from lightning_convbn.command.inputs import Inputs, example_inputs
+from lightning_convbn.command.inputs import EXAMPLE, Inputs, dtype_name
 from lightning_convbn.command.model_argument import load_model
 from lightning_convbn.command.model_checks import check_has_batchnorm, check_takes, dtype_of
-from lightning_convbn.command.notes_below_tables import folded_count, input_facts, notes_on_model
+from lightning_convbn.command.options import add_command, add_json, given_inputs
 from lightning_convbn.command.output_files import STDOUT, check_output_files, write_json
 from lightning_convbn.command.results import count_batchnorms
-from lightning_convbn.command.shared_options import add_command, add_json
-from lightning_convbn.command.terminal import print_notes, print_status, print_table
+from lightning_convbn.command.terminal import print_status
 from lightning_convbn.pairs.find import find_conv_bn_pairs, find_recorded_pairs
 from lightning_convbn.pairs.pair import ConvBNPairs
 
-EXAMPLES = f"""\
-examples:
+EXAMPLES = """\
   lightning-convbn inspect torchvision:resnet50
   lightning-convbn inspect timm:efficientnet_b0 --json pairs.json
   lightning-convbn inspect my_project.models:build --size 224
-  lightning-convbn inspect my_project.models:two_inputs --input image=2x3x224x224 --input depth=2x1x224x224
 With an input it also runs a forward pass, which proves pairs that can't be traced.
-
-{INPUT_HELP}"""
-
-
+"""
 CPU = torch.device("cpu")  # where the forward pass runs
 
 
 def add_parser(commands: Any) -> None:
     """Add the sub-command and its options to the parser."""
-    parser = add_command(
-        commands, "inspect", "list which BatchNorms are folded, frozen and unfrozen, and why", EXAMPLES
-    )
-    add_input(parser, batch=2, with_default=False)
+    purpose = "list which BatchNorms are folded, frozen and unfrozen, and why"
+    parser = add_command(commands, "inspect", purpose, EXAMPLES)
     add_json(parser)
     parser.set_defaults(run=inspect_model)
 
 
 def inspect_model(options: Namespace) -> None:
     """Print a row for each BatchNorm, or JSON."""
-    inputs = read_inputs(options)
     check_output_files(options)
     model = load_model(options.model, options.checkpoint_class, options.trust_checkpoint)
     check_has_batchnorm(model)
-    inputs = inputs or example_inputs(model)
+    inputs = given_inputs(model, options)
+    inputs = None if inputs is None else inputs.to(dtype_of(model), CPU)
     try:
         pairs = _find_pairs(model, inputs)
     except CommandError as error:
-        if inputs is None or not inputs.source:
+        if inputs is None or inputs.source != EXAMPLE:
             raise
         print_status(f"{error}; the model was looked at without it")
         inputs, pairs = None, find_conv_bn_pairs(model)
@@ -63,11 +54,10 @@ def inspect_model(options: Namespace) -> None:
     if options.json != STDOUT:
         if inputs is not None:
             print(f"{options.model}: {input_facts(inputs, dtype_of(model), CPU)}\n")
-        _print_pairs(pairs, unfrozen)
-        print_notes(notes_on_model(model))
+        print(f"{pairs}\n\n{folded_count(pairs)}, {len(pairs.frozen)} frozen, {len(unfrozen)} unfrozen")
     write_json(
         options,
-        inputs=None if inputs is None else inputs.as_dict(dtype_of(model)),
+        inputs=None if inputs is None else inputs.as_dict(),
         batchnorms=count_batchnorms(pairs),
         folded=[pair._asdict() for pair in pairs],
         frozen=pairs.frozen,
@@ -75,17 +65,20 @@ def inspect_model(options: Namespace) -> None:
     )
 
 
+def input_facts(inputs: Inputs, dtype: torch.dtype, device: torch.device) -> str:
+    """Return the inputs, dtype and device in one line."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return f"input {inputs}, {dtype_name(dtype)}, {name}"
+
+
+def folded_count(pairs: ConvBNPairs) -> str:
+    """Return how many BatchNorms are folded, for example ``2 of 3 BatchNorms folded``."""
+    return f"{len(pairs)} of {len(pairs) + len(pairs.unpaired)} BatchNorms folded"
+
+
 def _find_pairs(model: nn.Module, inputs: Inputs | None) -> ConvBNPairs:
     if inputs is None:
         return find_conv_bn_pairs(model)
-    check_takes(model, inputs, dtype_of(model), CPU)
     with errors_in_one_line():
-        return find_recorded_pairs(model, *inputs.make(dtype_of(model), CPU, dense=True))
-
-
-def _print_pairs(pairs: ConvBNPairs, unfrozen: dict[str, str]) -> None:
-    rows = [("folded", pair.bn, f"into {pair.conv}") for pair in pairs]
-    rows += [("frozen", bn, reason) for bn, reason in pairs.frozen.items()]
-    rows += [("unfrozen", bn, reason) for bn, reason in unfrozen.items()]
-    print_table(("state", "BatchNorm", "how or why"), rows)
-    print(f"\n{folded_count(pairs)}, {len(pairs.frozen)} frozen, {len(unfrozen)} unfrozen")
+        check_takes(model, inputs)
+        return find_recorded_pairs(model, *inputs.call(writable=True))

@@ -6,12 +6,13 @@ import argparse
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 
 from lightning_convbn.command import export, inspect, measure
 from lightning_convbn.command.errors import CommandError
-from lightning_convbn.command.shared_options import MODEL_HELP
-from lightning_convbn.command.versions import installed_version
+from lightning_convbn.command.options import MODEL_HELP
+from lightning_convbn.command.output_files import installed_version
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,12 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         1
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = build_parser().parse_args(arguments)
-    options.typed = shlex.join(["lightning-convbn", *arguments])
     try:
+        options = build_parser().parse_args(arguments)
+        options.typed = shlex.join(["lightning-convbn", *arguments])
         options.run(options)
         sys.stdout.flush()
     except CommandError as error:
+        if "--traceback" in arguments and error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
         print(f"lightning-convbn: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -48,7 +51,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {installed_version('lightning-convbn')}")
     commands = parser.add_subparsers(required=True, metavar="inspect|measure|export")
-    inspect.add_parser(commands)
-    measure.add_parser(commands)
-    export.add_parser(commands)
+    for command in (inspect, measure, export):
+        command.add_parser(commands)
     return parser

@@ -1,7 +1,4 @@
-"""Builds the model that the argument MODEL names.
-
-MODEL is ``torchvision:resnet50``, ``timm:...``, ``package.module:factory``, or the path of a checkpoint.
-"""
+"""Builds the model that the argument MODEL names."""
 
 from __future__ import annotations
 
@@ -15,13 +12,12 @@ import warnings
 from collections.abc import Iterable
 from operator import attrgetter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_convbn.command.errors import CommandError
+from lightning_convbn.command.errors import CommandError, summary
 from lightning_convbn.exporting.checkpoint_file import load_only_weights
 from lightning_convbn.text import first_line
 
@@ -46,32 +42,68 @@ def load_model(spec: str, checkpoint_class: str | None = None, trust_checkpoint:
         >>> load_model("torch.nn:Identity")
         Identity()
     """
-    is_checkpoint = spec.endswith(".ckpt")
-    if checkpoint_class is not None and not is_checkpoint:
-        raise CommandError(f"--class is for a Lightning checkpoint (*.ckpt); MODEL is {spec!r}")
-    if trust_checkpoint and not is_checkpoint:
-        raise CommandError(f"--trust-checkpoint is for a Lightning checkpoint (*.ckpt); MODEL is {spec!r}")
+    if spec.endswith(".ckpt"):
+        return _model(spec, _from_checkpoint(spec, checkpoint_class, trust=trust_checkpoint))
+    for option, given in (("--class", checkpoint_class), ("--trust-checkpoint", trust_checkpoint)):
+        if given:
+            raise CommandError(f"{option} is for a Lightning checkpoint (*.ckpt); MODEL is {spec!r}")
     source, _, name = spec.partition(":")
-    if is_checkpoint:
-        model = _from_checkpoint(spec, checkpoint_class, trust=trust_checkpoint)
-    elif not source or not name:
+    if not source or not name:
         raise CommandError(f"unknown model {spec!r}: say where it is from; MODEL is {FORMS}")
-    elif source == "torchvision":
-        model = _from_torchvision(name)
-    elif source == "timm":
-        model = _from_timm(name)
-    else:
-        model = _from_factory(spec, _attribute(spec))
-    return model.eval()
+    if source == "torchvision":
+        return _model(spec, _from_torchvision(name))
+    return _model(spec, _from_timm(name) if source == "timm" else build(spec, import_attribute(spec)))
 
 
-def has_random_weights(spec: str) -> bool:
-    """Whether ``spec`` names a model of a library, which is built with random weights."""
-    return spec.startswith(("torchvision:", "timm:"))
+def build(spec: str, found: Any) -> Any:
+    """Return what ``spec`` names: a module or another value itself, and what a function or class returns.
+
+    Args:
+        spec: What an error names.
+        found: A value, or a callable without required arguments.
+    """
+    if isinstance(found, nn.Module) or not callable(found):
+        return found
+    try:
+        return found()
+    except Exception as error:  # a user's factory may raise anything
+        raise CommandError(f"{spec} could not be built: {summary(error)}") from error
 
 
-def _from_torchvision(name: str) -> nn.Module:
-    models = _library("torchvision.models")
+def import_attribute(spec: str) -> Any:
+    """Import what ``package.module:name`` names. The current directory comes first, as for ``python -m``."""
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
+        raise CommandError(f"{spec!r} is not of the form package.module:name")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    module = _import(module_name)
+    try:
+        return attrgetter(name)(module)
+    except AttributeError as error:
+        raise _unknown(module_name, name, (public for public in vars(module) if public[0] != "_")) from error
+
+
+def _import(module_name: str) -> Any:
+    try:
+        return importlib.import_module(module_name)
+    except Exception as error:  # importing a user's module may raise anything
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is None:
+            raise CommandError(f"{module_name} can't be imported: {summary(error)}") from error
+        if f"{module_name}.".startswith(f"{missing}."):
+            raise CommandError(f"no module {missing!r}: it is neither installed nor in {os.getcwd()}") from error
+        raise CommandError(f"{module_name} needs {missing!r}; pip install what provides it") from error
+
+
+def _model(spec: str, found: object) -> nn.Module:
+    if not isinstance(found, nn.Module):
+        raise CommandError(f"{spec} gives a {type(found).__name__}, not a torch.nn.Module")
+    return found.eval()
+
+
+def _from_torchvision(name: str) -> Any:
+    models = _import("torchvision.models")
     if name not in models.list_models():
         raise _unknown("torchvision", name, models.list_models())
     builder = models.get_model_builder(name)
@@ -79,25 +111,17 @@ def _from_torchvision(name: str) -> nn.Module:
     options = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a later version will choose other initial values
-        return _built(f"torchvision:{name}", lambda: builder(weights=None, **options))
+        return build(f"torchvision:{name}", lambda: builder(weights=None, **options))
 
 
-def _from_timm(name: str) -> nn.Module:
-    timm = _library("timm")
+def _from_timm(name: str) -> Any:
+    timm = _import("timm")
     if not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())
-    return _built(f"timm:{name}", lambda: timm.create_model(name, pretrained=False))
+    return build(f"timm:{name}", lambda: timm.create_model(name, pretrained=False))
 
 
-def _from_factory(spec: str, found: object) -> nn.Module:
-    if isinstance(found, nn.Module):
-        return found
-    if not callable(found):
-        raise CommandError(f"{spec} is a {type(found).__name__}, neither a model nor a callable that returns one")
-    return _built(spec, found)
-
-
-def _from_checkpoint(path: str, checkpoint_class: str | None, *, trust: bool) -> nn.Module:
+def _from_checkpoint(path: str, checkpoint_class: str | None, *, trust: bool) -> Any:
     if checkpoint_class is None:
         raise CommandError(
             f"{path} is a Lightning checkpoint, which does not say how its model is built; "
@@ -105,13 +129,14 @@ def _from_checkpoint(path: str, checkpoint_class: str | None, *, trust: bool) ->
         )
     if not Path(path).is_file():
         raise CommandError(f"no checkpoint {path!r} in {os.getcwd()}")
-    found = _attribute(checkpoint_class)
+    found = import_attribute(checkpoint_class)
     if not hasattr(found, "load_from_checkpoint"):
         raise CommandError(f"--class {checkpoint_class} is not a LightningModule class: it has no load_from_checkpoint")
     file = path if trust else _only_weights(path)
     # Before 2.6 Lightning has no such argument, and it unpickles everything.
-    options = {"weights_only": not trust} if _takes_weights_only(found.load_from_checkpoint) else {}
-    return _built(path, lambda: found.load_from_checkpoint(file, map_location="cpu", **options))
+    takes = inspect.signature(found.load_from_checkpoint).parameters
+    options = {"weights_only": not trust} if "weights_only" in takes else {}
+    return build(path, lambda: found.load_from_checkpoint(file, map_location="cpu", **options))
 
 
 def _only_weights(path: str) -> io.BytesIO:
@@ -136,53 +161,6 @@ def _only_weights(path: str) -> io.BytesIO:
     torch.save(checkpoint, file)
     file.seek(0)
     return file
-
-
-def _takes_weights_only(load: Any) -> bool:
-    return "weights_only" in inspect.signature(load).parameters
-
-
-def _built(spec: str, build: Any) -> nn.Module:
-    try:
-        model = build()
-    except Exception as error:  # a user's factory may raise anything
-        raise CommandError(f"{spec} could not be built: {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise CommandError(f"{spec} returns a {type(model).__name__}, not a torch.nn.Module")
-    return model
-
-
-def _library(module: str) -> ModuleType:
-    package = module.partition(".")[0]
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise CommandError(
-            f"{package}:NAME needs {package}, which can't be imported ({error}); pip install {package}"
-        ) from error
-
-
-def _attribute(spec: str) -> Any:
-    """Import what ``package.module:name`` names. The current directory comes first, as for ``python -m``."""
-    module_name, _, name = spec.partition(":")
-    if not module_name or not name:
-        raise CommandError(f"{spec!r} is not of the form package.module:name")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
-            raise CommandError(
-                f"no module {error.name!r}, neither installed nor in {os.getcwd()}; MODEL is {FORMS}"
-            ) from error
-        raise CommandError(f"{module_name} needs {error.name!r}; pip install what provides it") from error
-    except Exception as error:  # importing a user's module may raise anything
-        raise CommandError(f"{module_name} can't be imported: {type(error).__name__}: {first_line(error)}") from error
-    try:
-        return attrgetter(name)(module)
-    except AttributeError as error:
-        raise _unknown(module_name, name, (public for public in vars(module) if public[0] != "_")) from error
 
 
 def _unknown(source: str, name: str, known: Iterable[str]) -> CommandError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -10,13 +9,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_convbn.command.errors import CommandError
-from lightning_convbn.command.inputs import Call, Inputs
-from lightning_convbn.command.option_values import dtype_name
+from lightning_convbn.command.errors import CommandError, summary
+from lightning_convbn.command.inputs import Call, Inputs, dtype_name
 from lightning_convbn.layers.supported_layers import is_norm
 from lightning_convbn.memory.measure import measure_memory_abstractly
 from lightning_convbn.pairs.pair import ConvBNPairs
-from lightning_convbn.text import first_line
 
 
 def check_has_batchnorm(model: nn.Module) -> None:
@@ -28,25 +25,22 @@ def check_has_batchnorm(model: nn.Module) -> None:
         raise CommandError(f"{type(model).__name__} is lazy (`{lazy}`): let the factory run one batch through it")
 
 
-def check_takes(model: nn.Module, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> Call:
-    """Return the arguments that ``inputs`` describes. Raise a `CommandError` if the model's forward does not take them.
+def check_takes(model: nn.Module, inputs: Inputs) -> None:
+    """Raise a `CommandError` if a model's forward fails on inputs.
 
-    The model runs on tensors without data first. If that fails, it runs on the arguments.
+    It runs on tensors without data first. If that fails, it runs on the inputs.
     """
-    if runs_abstractly(model, inputs.make(dtype, device)):
-        return inputs.make(dtype, device)
-    _check_names_of_arguments(model, inputs)
-    args, kwargs = inputs.make(dtype, device, dense=True)
+    if runs_abstractly(model, inputs.call()):
+        return
+    args, kwargs = inputs.call(writable=True)
     try:
         with torch.no_grad(), suppress(torch.OutOfMemoryError):  # the shape is right, even if memory is too small
             model(*args, **kwargs)
     except Exception as error:  # a user's forward may raise anything
         raise CommandError(
-            f"{type(model).__name__} can't take the input {inputs}, {dtype_name(dtype)}: "
-            f"{type(error).__name__}: {first_line(error)}; --input gives any other, as 8x3 or image=8x3x224x224 "
-            "(--size N is an image, 3 × N × N)"
+            f"{type(model).__name__} can't take the input {inputs}, {dtype_name(dtype_of(model))}: {summary(error)}; "
+            "--input gives any other, as 8x3 or image=8x3x224x224 (--size N is an image, 3 × N × N)"
         ) from error
-    return inputs.make(dtype, device)  # the forward may have changed its containers
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
@@ -61,18 +55,6 @@ def runs_abstractly(model: nn.Module, call: Call) -> bool:
         measure_memory_abstractly(model, *call, mode="train", pairs=ConvBNPairs([]), allow_real_run=False)
         return True
     return False
-
-
-def _check_names_of_arguments(model: nn.Module, inputs: Inputs) -> None:
-    """Raise a `CommandError` if the signature of the forward does not take arguments of these names and this number."""
-    signature = inspect.signature(model.forward)
-    try:
-        signature.bind(*inputs.args, **inputs.kwargs)
-    except TypeError as error:
-        raise CommandError(
-            f"the forward of {type(model).__name__} can't take the input {inputs}: {error}; "
-            f"its arguments are {', '.join(signature.parameters) or 'none'}; --input NAME=SHAPE gives one"
-        ) from error
 
 
 def check_names(model: nn.Module, names: Sequence[str]) -> None:

@@ -1,16 +1,13 @@
-"""Draws the picture of ``measure --plot``: what each section of the model keeps, and peak against step time."""
+"""Draws the picture of ``measure --plot``: peak against step time, and what the largest blocks keep."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_convbn.command.bytes_per_block import sum_by_section
 from lightning_convbn.command.errors import CommandError
-from lightning_convbn.command.results import TITLES, Block, Measurement, Variant
-from lightning_convbn.command.trade_off import draw_points, points_of
+from lightning_convbn.command.results import TITLES, Measurement, Variant
 from lightning_convbn.memory.use import MIB
 
 if TYPE_CHECKING:
@@ -23,8 +20,7 @@ COLOURS: dict[Variant, str] = {
     "tune-blocks": "#7c3aed",
     "deploy-copy": "#94a3b8",
 }
-
-TRADE_OFF_HEIGHT = 3.5  # inches
+MOST_BLOCKS = 20  # that a picture shows
 
 
 def check_plottable(path: Path) -> None:
@@ -39,9 +35,7 @@ def check_plottable(path: Path) -> None:
 
 
 def write_plot(path: Path, title: str, found: Measurement) -> None:
-    """Draw the bytes that each section of the model keeps, one bar for each variant; and peak against step time.
-
-    The second is left out if nothing was timed.
+    """Write the picture. Peak against step time is left out if nothing was timed.
 
     Args:
         path: The file. `check_plottable` has accepted it. The suffix chooses the format.
@@ -50,40 +44,46 @@ def write_plot(path: Path, title: str, found: Measurement) -> None:
     """
     from matplotlib.figure import Figure
 
-    variants = list(found.variants)
-    sections = sum_by_section(found.blocks, variants)
-    points = points_of(found)
-    heights = [1.5 + 0.16 * (len(variants) + 1) * len(sections), *([TRADE_OFF_HEIGHT] if points else [])]
-    figure = Figure(figsize=(9, sum(heights)), layout="constrained", dpi=150)
-    axes, *others = figure.subplots(len(heights), squeeze=False, height_ratios=heights).flat
-    for other in others:
-        draw_points(other, points, COLOURS)
-    for place, variant in enumerate(variants):
-        total = found.variants[variant].saved_bytes / MIB
-        _draw_bars(axes, sections, variant, place, len(variants), f"{TITLES[variant]}, {total:,.1f} MiB kept in total")
-    axes.set_yticks(range(len(sections)), [_literal(section.name) for section in sections])
-    axes.invert_yaxis()
-    axes.set_xlabel("MiB kept for the backward pass")
-    axes.margins(x=0.08, y=0.01)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="#e2e8f0")
-    axes.set_axisbelow(True)
+    bars = 1 + 0.1 * (len(found.variants) + 1) * min(len(found.blocks), MOST_BLOCKS)
+    heights = [3.2, bars] if found.points() else [bars]
+    figure = Figure(figsize=(9, 0.8 + sum(heights)), layout="constrained", dpi=150)
+    *others, blocks = figure.subplots(len(heights), squeeze=False, height_ratios=heights).flat
+    _draw_blocks(blocks, found)
+    for axes in others:
+        _draw_points(axes, found)
+    for axes in (*others, blocks):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", color="#e2e8f0")
+        axes.set_axisbelow(True)
     figure.suptitle(_literal(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
-    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+    figure.legend(*blocks.get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path)
 
 
-def _draw_bars(
-    axes: Axes, sections: Sequence[Block], variant: Variant, place: int, variant_count: int, label: str
-) -> None:
-    """Draw the bars of one variant. Each bar has its size in MiB at its end."""
-    sizes = [section.saved_bytes[variant] / MIB for section in sections]
-    height = 0.8 / variant_count
-    rows = [row + (place - (variant_count - 1) / 2) * height for row in range(len(sections))]
-    bars = axes.barh(rows, sizes, height * 0.9, color=COLOURS[variant], label=label)
-    texts = [f"{size:,.{1 if size >= 1 else 2}f}" for size in sizes]
-    axes.bar_label(bars, texts, padding=3, fontsize=7, color="#475569")
+def _draw_points(axes: Axes, found: Measurement) -> None:
+    for variant, peak, time in found.points():
+        axes.scatter([peak], [time], color=COLOURS[variant])
+    _, peaks, times = zip(*found.points(), strict=True)
+    axes.set(
+        xlabel="peak of a step, MiB", ylabel="step time, ms", xlim=(0, 1.1 * max(peaks)), ylim=(0, 1.1 * max(times))
+    )
+
+
+def _draw_blocks(axes: Axes, found: Measurement) -> None:
+    """Draw a bar for each variant of each of the largest blocks, in the order of the model."""
+    largest = sorted(found.blocks, key=lambda block: max(block.saved_bytes.values()), reverse=True)[:MOST_BLOCKS]
+    blocks = [block for block in found.blocks if block in largest]
+    height = 0.8 / len(found.variants)
+    for place, (variant, result) in enumerate(found.variants.items()):
+        rows = [row - 0.4 + (place + 0.5) * height for row in range(len(blocks))]
+        sizes = [block.saved_bytes[variant] / MIB for block in blocks]
+        label = f"{TITLES[variant]}, {result.saved_bytes / MIB:,.1f} MiB in all blocks"
+        axes.barh(rows, sizes, height, color=COLOURS[variant], label=label)
+    axes.set_yticks(range(len(blocks)), [_literal(block.name) for block in blocks], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    which = f"the {len(blocks)} blocks that keep most" if len(blocks) < len(found.blocks) else "all blocks"
+    axes.set_xlabel(f"MiB kept for the backward pass, {which}")
 
 
 def _literal(text: str) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from lightning_convbn.command.inputs import Inputs
-from lightning_convbn.command.option_values import dtype_name
+from lightning_convbn.command.inputs import Inputs, dtype_name
 from lightning_convbn.layers.state import Recompute
 from lightning_convbn.memory.optimizers import Optimizer
+from lightning_convbn.memory.use import MIB, as_mib
 from lightning_convbn.pairs.pair import ConvBNPairs
 
 # What is compared: two modes of the model, Tune mode with recomputation, and the model's Deploy copy.
@@ -24,7 +25,7 @@ TITLES: dict[Variant, str] = {
     "tune-blocks": "Tune + blocks",
     "deploy-copy": "Deploy copy",
 }
-RECOMPUTES: dict[Variant, Recompute] = {"tune-elementwise": "elementwise", "tune-blocks": "blocks"}
+RECOMPUTES: dict[Variant, Recompute] = {"tune": "none", "tune-elementwise": "elementwise", "tune-blocks": "blocks"}
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,11 @@ class Block:
 
     Attributes:
         name: The qualified names of its modules.
-        section: The section of the model that it lies in; see `bytes_per_block.py`.
         about: The classes of its modules, and whether its BatchNorm is folded, frozen or unfrozen.
         saved_bytes: Variant -> bytes that were allocated in it and are kept for the backward pass.
     """
 
     name: str
-    section: str
     about: str
     saved_bytes: dict[Variant, int]
 
@@ -53,9 +52,8 @@ class VariantResult:
         fixed_bytes: Bytes of the parameters and the buffers.
         peak_bytes: The most bytes that are alive at once in a step, beyond ``fixed_bytes``: inputs, forward pass,
             backward pass, gradients, and the optimizer that was named. None if the backward pass fails.
-        peak_allocated_bytes: On CUDA, the most bytes that are allocated at once in forward and backward pass. Bytes
-            that were allocated before do not count. None on other devices, without rounds, and if the device ran out
-            of memory.
+        peak_allocated_bytes: On CUDA, if steps were timed, the most bytes that the allocator has given out at once in
+            a forward and a backward pass, beyond those before. None elsewhere, and if the device ran out of memory.
         step_seconds: Time of a forward and a backward pass in each round. Empty if nothing was timed.
         largest_batch: The largest batch that fits the budget. None without a budget, and if it can't be found.
     """
@@ -80,7 +78,7 @@ class Measurement:
     Attributes:
         pairs: The pairs, and why the other BatchNorms are not folded.
         inputs: What the model was called with.
-        dtype: Dtype of the parameters, the buffers, and the inputs whose dtype was not given.
+        dtype: Dtype of the floats: parameters, buffers and inputs.
         device: The device that the steps ran on.
         optimizer: The optimizer that is in the peak.
         variants: Variant -> what was measured of it.
@@ -97,20 +95,6 @@ class Measurement:
     blocks: list[Block] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def kept_change(self, variant: Variant) -> float | None:
-        """Return by how many percent the kept bytes differ from Eval's. None for Eval, and if Eval keeps nothing."""
-        reference = self.variants["eval"].saved_bytes
-        if variant == "eval" or not reference:
-            return None
-        return 100 * (self.variants[variant].saved_bytes / reference - 1)
-
-    def peak_change(self, variant: Variant) -> float | None:
-        """Return by how many percent the peak differs from Eval's. None for Eval, and if a peak is not known."""
-        own, reference = self.variants[variant].peak_bytes, self.variants["eval"].peak_bytes
-        if variant == "eval" or own is None or not reference:
-            return None
-        return 100 * (own / reference - 1)
-
     def step_time_ratio(self, variant: Variant) -> tuple[float, float, float] | None:
         """Return the median step time divided by Eval's, and the smallest and the largest ratio of a round."""
         own, reference = self.variants[variant], self.variants["eval"]
@@ -119,11 +103,40 @@ class Measurement:
         ratios = [seconds / other for seconds, other in zip(own.step_seconds, reference.step_seconds, strict=True)]
         return own.median_seconds / reference.median_seconds, min(ratios), max(ratios)
 
+    def points(self) -> list[tuple[Variant, float, float]]:
+        """Return the peak in MiB and the median step time in ms of each variant that was counted and timed."""
+        return [
+            (variant, result.peak_bytes / MIB, 1000 * result.median_seconds)
+            for variant, result in self.variants.items()
+            if result.peak_bytes is not None and result.median_seconds is not None
+        ]
+
+    def as_table(self) -> tuple[list[str], list[list[str]]]:
+        """Return the titles of the columns, and a row for each variant. A column without any number is left out."""
+        eval_ = self.variants["eval"]
+        columns: list[tuple[str, Callable[[Variant, VariantResult], str]]] = [
+            ("variant", lambda variant, _: TITLES[variant]),
+            ("kept for backward", lambda _, own: as_mib(own.saved_bytes)),
+            ("against Eval", lambda variant, own: _change(variant, own.saved_bytes, eval_.saved_bytes)),
+            ("peak of a step", lambda _, own: _size(own.peak_bytes)),
+            ("against Eval", lambda variant, own: _change(variant, own.peak_bytes, eval_.peak_bytes)),
+            ("peak of the allocator", lambda _, own: _size(own.peak_allocated_bytes)),
+            ("step time", lambda _, own: f"{1000 * own.median_seconds:.1f} ms" if own.median_seconds else "-"),
+            ("ratio to Eval (rounds)", lambda variant, _: _ratio(self.step_time_ratio(variant))),
+            ("largest batch", lambda _, own: "-" if own.largest_batch is None else str(own.largest_batch)),
+        ]
+        filled = [
+            (title, cells)
+            for title, cell in columns
+            if {*(cells := [cell(variant, own) for variant, own in self.variants.items()])} != {"-"}
+        ]
+        return [title for title, _ in filled], [list(row) for row in zip(*(cells for _, cells in filled), strict=True)]
+
     def as_dict(self) -> dict[str, Any]:
         """Return everything in types that JSON has."""
         return {
             "batchnorms": count_batchnorms(self.pairs),
-            "inputs": self.inputs.as_dict(self.dtype),
+            "inputs": self.inputs.as_dict(),
             "batch": self.inputs.batch,
             "dtype": dtype_name(self.dtype),
             "device": str(self.device),
@@ -142,3 +155,16 @@ def count_batchnorms(pairs: ConvBNPairs) -> dict[str, int]:
     """Count the BatchNorms that are folded, frozen and unfrozen."""
     total = len(pairs) + len(pairs.unpaired)
     return {"total": total, "folded": len(pairs), "frozen": len(pairs.frozen), "unfrozen": len(pairs.unfrozen)}
+
+
+def _size(size: int | None) -> str:
+    return "-" if size is None else as_mib(size)
+
+
+def _change(variant: Variant, own: int | None, reference: int | None) -> str:
+    """Return by how many percent a size differs from Eval's."""
+    return "-" if variant == "eval" or own is None or not reference else f"{100 * (own / reference - 1):+.1f} %"
+
+
+def _ratio(ratio: tuple[float, float, float] | None) -> str:
+    return "-" if ratio is None else f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"

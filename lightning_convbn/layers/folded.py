@@ -27,7 +27,7 @@ from lightning_convbn.layers.marks import Mark, mark, mark_plain, taken_off, unm
 from lightning_convbn.layers.norms import EPSILON, frozen_forward, normalised, run_after
 from lightning_convbn.layers.state import Pair, pair_of
 from lightning_convbn.ops.autocast import autocast, autocast_dtype, dtype_of_autocast
-from lightning_convbn.ops.convolution import conv_bn, folded_conv, output_numel
+from lightning_convbn.ops.convolution import conv_bn, conv_bn_in_graph, folded_conv, output_numel
 from lightning_convbn.ops.fold import ConvSpec, Operands, fold_conv_bn
 from lightning_convbn.ops.recomputable import follow
 
@@ -35,7 +35,7 @@ from lightning_convbn.ops.recomputable import follow
 def conv_forward(self: nn.Module, input: Tensor, output_size: Any = None) -> Tensor:
     """Return a mark that stands for the normalised output; or the plain output, where the pair can't be folded."""
     pair = pair_of(self)
-    if isinstance(input, Mark):
+    if type(input) is not Tensor and isinstance(input, Mark):
         input = unmarked(input)
     arguments = () if output_size is None else (output_size,)
     if pair is None:
@@ -157,11 +157,11 @@ def _deployed(
 # ------------------------------------------------------------------------------------------------------- in a graph
 # In a graph of a compiler or of a trace there are no marks: the convolution returns the folded output, and its
 # BatchNorm returns what it gets. That is right if both do so. But one of the two may be in a graph, and the other one
-# not: if it was compiled alone, or if a graph ends between the two. So it is decided once, when a graph is first made of
-# one of the two, and all graphs go by that. Equal layers share a graph, so each run of a graph notes it anew.
+# not: if it was compiled alone, or if a graph ends between the two. So it is decided once, when a graph is first made
+# of one of the two, and all graphs go by that. Equal layers share a graph, so each run of a graph notes it anew.
 #
-# - The convolution comes first: the pair is folded in graphs. If its BatchNorm then gets a tensor without a mark outside
-#   of a graph, nobody knows if that is normalised already, and an error says so.
+# - The convolution comes first: the pair is folded in graphs. If its BatchNorm then gets a tensor without a mark
+#   outside of a graph, nobody knows if that is normalised already, and an error says so.
 # - The BatchNorm comes first, so it was compiled without its convolution: in graphs the pair runs plainly.
 
 
@@ -178,7 +178,7 @@ def _in_graph(pair: Pair, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
     if input.dim() == pair.dims:
         padded, spec = pair.geometry(conv, input, *(arguments or (None,)))
         if not _eval_keeps_less(padded, operands, spec):
-            return conv_bn(padded, operands, spec, dtype_of_autocast(input.device.type))
+            return conv_bn_in_graph(padded, operands, spec, dtype_of_autocast(input.device.type))
     plain: Tensor = type(conv).forward(conv, input, *arguments)
     return normalised(bn, plain)
 

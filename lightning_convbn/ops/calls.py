@@ -231,6 +231,13 @@ def _dropout_rate(
 
 
 def _window(
-    dims: int, input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, **_: Any
+    dims: int,
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    *_: Any,
+    **__: Any,
 ) -> Window:
     return Window.of(dims, kernel_size, stride, padding, dilation)

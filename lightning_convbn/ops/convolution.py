@@ -14,6 +14,8 @@ So a pair keeps its input and two values for each output channel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +30,9 @@ from lightning_convbn.ops.fold import ConvSpec, Operands, fold_conv_bn, fold_ste
 from lightning_convbn.ops.recipes import Recipe, Source, replace_saved_by_conv, shape_of, takes_recipes, unwritten
 from lightning_convbn.ops.recomputable import Recomputable, recipe_of, step_aside_for_other_hooks, unmark
 
-HAS_DISTRIBUTED = torch.distributed.is_available()
+is_distributed: Callable[[], bool] = (
+    torch.distributed.is_initialized if torch.distributed.is_available() else bool  # which is False
+)
 
 
 def conv_bn(input: Tensor, operands: Operands, spec: ConvSpec | None, lower: torch.dtype | None = None) -> Tensor:
@@ -51,17 +55,21 @@ def conv_bn(input: Tensor, operands: Operands, spec: ConvSpec | None, lower: tor
     Returns:
         The normalised output, ``(N, C_out, *spatial)`` or ``(N, C_out)``.
     """
-    if torch.compiler.is_compiling():
-        operand, dtype = autocast(input, operands.weight.dtype, lower)
-        return convolve(operand, *_fold_in_graph(operands, spec, dtype), spec)
-    if type(input) is Tensor or not isinstance(input, Recomputable):
-        return _conv_bn(input, operands, spec, lower)
-    if has_torch_function(operands[:-1]):
+    if type(input) is not Tensor and isinstance(input, Recomputable):
+        if not has_torch_function(operands[:-1]):
+            with without_torch_function():
+                step_aside_for_other_hooks(input)
+                return _conv_bn(input, operands, spec, lower)
         unmark(input)  # another subclass of Tensor handles the functions from here on
-        return _conv_bn(input, operands, spec, lower)
-    with without_torch_function():
-        step_aside_for_other_hooks(input)
-        return _conv_bn(input, operands, spec, lower)
+    return _conv_bn(input, operands, spec, lower)
+
+
+def conv_bn_in_graph(
+    input: Tensor, operands: Operands, spec: ConvSpec | None, lower: torch.dtype | None = None
+) -> Tensor:
+    """Compute the same within a graph that is compiled, traced or exported. The arguments are those of `conv_bn`."""
+    operand, dtype = autocast(input, operands.weight.dtype, lower)
+    return convolve(operand, *_fold_in_graph(operands, spec, dtype), spec)
 
 
 def folded_conv(input: Tensor, weight: Tensor, bias: Tensor, spec: ConvSpec | None) -> Tensor:
@@ -94,7 +102,7 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec 
 
 def _conv_bn(input: Tensor, operands: Operands, spec: ConvSpec | None, lower: torch.dtype | None) -> Tensor:
     """Fold, convolve once, and leave recipes in the graph."""
-    if HAS_DISTRIBUTED and torch.distributed.is_initialized():
+    if is_distributed():
         mean, var = operands.running_mean.clone(), operands.running_var.clone()
         operands = operands._replace(running_mean=mean, running_var=var)
     weight = operands.weight
@@ -110,30 +118,29 @@ def _conv_bn(input: Tensor, operands: Operands, spec: ConvSpec | None, lower: to
     if not operand.requires_grad:
         weight_recipe = shape_of(folded)
     elif weight.requires_grad:
-        weight_recipe = _weight_recipe(weight, factor, dtype)
+        weight_recipe = partial(_folded_again, weight, version_of(weight), factor, dtype)
     else:
         weight_recipe = _frozen_weight_recipe(operands, spec, dtype)
-    input_recipe = recipe_of(input, dtype) if folded.requires_grad else shape_of(operand)
+    input_recipe = None
+    if not folded.requires_grad:
+        input_recipe = shape_of(operand)
+    elif type(input) is not Tensor:
+        input_recipe = recipe_of(input, dtype)
     replace_saved_by_conv(output, input_recipe, weight_recipe, spec)
     return output
 
 
-def _weight_recipe(weight: Tensor, factor: Tensor, dtype: torch.dtype) -> Recipe:
-    """Return the recipe of a folded weight that is trained: its gradient needs ``factor``, so this is kept anyway."""
-    version = version_of(weight)
-
-    def recipe() -> Tensor:
-        folded = scaled(unwritten(weight, version), factor)
-        return folded if folded.dtype is dtype else folded.to(dtype)
-
-    return recipe
+def _folded_again(weight: Tensor, version: int | None, factor: Tensor, dtype: torch.dtype, _: object) -> Tensor:
+    """Compute a folded weight that is trained: its gradient needs ``factor``, so this is kept anyway."""
+    folded = scaled(unwritten(weight, version), factor)
+    return folded if folded.dtype is dtype else folded.to(dtype)
 
 
 def _frozen_weight_recipe(operands: Operands, spec: ConvSpec | None, dtype: torch.dtype) -> Recipe:
     """Return the recipe of a folded weight that is not trained: of it nothing is kept."""
     sources = [None if operand is None else Source(operand) for operand in operands[:-1]]
 
-    def recipe() -> Tensor:
+    def recipe(_: object = None) -> Tensor:
         tensors: Any = (None if source is None else source.value() for source in sources)
         return fold_conv_bn(Operands(*tensors, operands.eps), spec, dtype)[0]
 

@@ -2,9 +2,9 @@
 
 Autograd saves tensors for the backward pass. Some of them can be computed again, cheaply and with the same bits: a
 folded weight is a product of a parameter and a vector, a SiLU's output is a function of its input. Others are saved for
-their shape alone. In the place of such a tensor the graph keeps a *recipe*: a function without arguments that returns
-the tensor. The forward pass is plain operations and knows nothing of it. So double backward, `torch.func`, tracing and
-export need no code of their own: where they are at work, autograd saves the tensors themselves.
+their shape alone. In the place of such a tensor the graph keeps a *recipe*: a function that returns the tensor. The
+forward pass is plain operations and knows nothing of it. So double backward, `torch.func`, tracing and export need no
+code of their own: where they are at work, autograd saves the tensors themselves.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lightning_convbn.compat import (
 )
 from lightning_convbn.ops.fold import ConvSpec
 
-Recipe = Callable[[], Tensor]
+Recipe = Callable[..., Tensor]  # autograd gives it one argument, of which it needs nothing
 
 
 class Source:
@@ -74,7 +74,7 @@ def unwritten(tensor: Tensor, version: int | None) -> Tensor:
 def shape_of(tensor: Tensor) -> Recipe:
     """Return the recipe of a tensor that is saved for its shape alone: one value, expanded."""
     shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
-    return lambda: torch.empty(1, dtype=dtype, device=device).expand(shape)
+    return lambda _=None: torch.empty(1, dtype=dtype, device=device).expand(shape)
 
 
 def takes_recipes(output: Tensor) -> bool:
@@ -94,9 +94,10 @@ def replace_saved_by_conv(
 ) -> None:
     """Have the node of a convolution, or of a linear layer, keep recipes of its input and its weight."""
     node = output.grad_fn
+    if weight_recipe is not None:
+        if spec is not None:
+            replace_saved(node, "weight", weight_recipe)
+        else:
+            replace_saved(node, "mat2", lambda _: weight_recipe(None).t())  # a linear layer saves it transposed
     if input_recipe is not None:
         replace_saved(node, "mat1" if spec is None else "input", input_recipe)
-    if weight_recipe is not None and spec is None:
-        replace_saved(node, "mat2", lambda: weight_recipe().t())  # a linear layer saves it transposed
-    elif weight_recipe is not None:
-        replace_saved(node, "weight", weight_recipe)

@@ -134,7 +134,7 @@ def recipe_of(tensor: Tensor, dtype: torch.dtype) -> Recipe | None:
     if value is None or (tensor.dtype is not dtype and not value.can_be_had(tensor.numel() * dtype.itemsize)):
         return None
     holder = value.save(tensor)
-    return holder if tensor.dtype is dtype else lambda: holder().to(dtype)
+    return holder if tensor.dtype is dtype else lambda _=None: holder().to(dtype)
 
 
 def step_aside_for_other_hooks(*args: object) -> bool:

@@ -265,7 +265,7 @@ class Holder:
         self.sees_bits = False  # whether it has no more than where the function was clipped
         value.users += 1
 
-    def __call__(self) -> Tensor:
+    def __call__(self, _: object = None) -> Tensor:
         """Return what the node has saved."""
         return self.value.get()
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from lightning_convbn.compat import has_statistics
 from lightning_convbn.layers.norms import affine_of
@@ -101,6 +102,8 @@ def _proven(model: nn.Module, flow: DataFlow) -> ConvBNPairs:
             why = _read_elsewhere((found, bn), flow)
             if random := [of for of in flow.drawing if is_inside(flow.names[found], of)]:
                 why = reasons.RANDOM.format(name=random[0])
+            if parametrize.is_parametrized(found):
+                why = reasons.PARAMETRIZED.format(name=flow.names[found])
             if why is not None:
                 unfused[name] = why
     return ConvBNPairs(pairs, unpaired, unfrozen, flow.untraced, unfused)

@@ -26,6 +26,7 @@ OTHER_INPUT = "gets an input of {given} dimensions from `{conv}` ({conv_cls}), w
 OTHER_CHANNELS = "`{conv}` gives {given} channels, not the {wanted} that it has"
 GRADIENTS_ASKED = "without gradients its input does not come from `{conv}`"
 READ_ELSEWHERE = "a Deploy copy would change the parameters of `{name}`, which are also read by {user}"
+PARAMETRIZED = "a Deploy copy would have to fold for good what `{name}` computes anew in every forward"
 RANDOM = "a Deploy copy can't be right for every branch: the forward of `{name}` draws random numbers"
 CHANGED_OUTPUT = "folded, it changed the output by {deviation:.1e}"
 OTHER_AT_RUN_TIME = "in the first batch it got something else than its convolution's output, or others read that too"

@@ -173,7 +173,10 @@ class _Copies:
             return self._remember(value, copy.deepcopy(value))
         if not hasattr(value, "__dict__") and not isinstance(value, random.Random):
             return value
-        if hasattr(value, "__del__"):  # a copy of a handle would close it when it goes
+        is_operator = callable(value) and type(value).__module__.startswith(
+            "torch."
+        )  # those of `torch.ops` have no end
+        if is_operator or hasattr(value, "__del__"):  # a copy of a handle would close it when it goes
             return self._remember(value, value)
         try:
             made = copy.copy(value)

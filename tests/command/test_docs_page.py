@@ -19,11 +19,17 @@ class TestDocs:
     PAGE = (ROOT / "docs" / "use" / "inspect-and-measure.md").read_text()
     BLOCKS = re.findall(r"```console\n\$ lightning-convbn (.*)\n((?:.*\n)*?)```", PAGE)
 
-    @pytest.mark.parametrize(("typed", "shown"), BLOCKS, ids=[typed for typed, _ in BLOCKS])
+    @pytest.mark.parametrize(
+        ("typed", "shown"),
+        [
+            pytest.param(typed, shown, id=typed, marks=[pytest.mark.slow] if "--budget" in typed else [])
+            for typed, shown in BLOCKS
+        ],
+    )
     def test_every_command_of_the_page_says_what_the_page_shows(
         self, typed: str, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(counting_and_timing, "step_seconds", lambda *_: 1.0)  # times are nobody else's
+        monkeypatch.setattr(counting_and_timing, "run_step", lambda *_: (1.0, None))  # times are nobody else's
         monkeypatch.delitem(sys.modules, "models", raising=False)
         (source,) = re.findall(r"```python\n(.*?)```", self.PAGE, re.DOTALL)
         Path("models.py").write_text(source)

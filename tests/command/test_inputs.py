@@ -1,4 +1,4 @@
-"""What a model is called with: `--input` in all its forms, and the example of a LightningModule."""
+"""What a model is called with: shapes, a function of the user's, and the example of a LightningModule."""
 
 from __future__ import annotations
 
@@ -10,16 +10,7 @@ import torch
 from helpers.command_line import refusal, run_json, write_module
 from helpers.comparing import assert_close
 from helpers.networks import images
-from helpers.other_inputs import (
-    Captioned,
-    OneDict,
-    OneList,
-    Scales,
-    TwoImages,
-    Unbatched,
-    WithExample,
-    write_checkpoint,
-)
+from helpers.other_inputs import Captioned, OneDict, OneList, TwoImages, Unbatched, WithExample, write_checkpoint
 from lightning.pytorch import LightningModule
 
 from lightning_convbn import measure_memory
@@ -35,10 +26,10 @@ def count(capsys: pytest.CaptureFixture[str], module: LightningModule, *argument
     return run_json(capsys, "measure", *write_checkpoint(module), *COUNT, *arguments)
 
 
-def assert_counted(found: Any, module: LightningModule, *args: Any, **kwargs: Any) -> None:
+def assert_counted(found: Any, module: LightningModule, *args: Any) -> None:
     """Check that the command has found what `measure_memory` finds for these arguments."""
     for mode in ("eval", "tune"):
-        use = measure_memory(module.eval(), *args, mode=mode, **kwargs)  # type: ignore[arg-type]
+        use = measure_memory(module.eval(), *args, mode=mode)  # type: ignore[arg-type]
         assert found["variants"][mode]["saved_bytes"] == use.saved_bytes > 0
         assert found["variants"][mode]["peak_bytes"] == use.peak_bytes
 
@@ -48,49 +39,32 @@ def tensor(*shape: int, dtype: str = "float32") -> dict[str, Any]:
     return {"shape": list(shape), "dtype": dtype}
 
 
-class TestForms:
+class TestShapes:
     @pytest.mark.parametrize(
         ("arguments", "args", "kwargs"),
         [
             (TWO, [], {"image": tensor(4, 3, 8, 8), "depth": tensor(4, 1, 8, 8)}),
             (["--input", "4x3x8x8", "--input", "4x1x8x8"], [tensor(4, 3, 8, 8), tensor(4, 1, 8, 8)], {}),
             (["--input", "depth=4x1x8x8", "--input", "4x3x8x8"], [tensor(4, 3, 8, 8)], {"depth": tensor(4, 1, 8, 8)}),
+            ([*TWO, "--batch-size", "6"], [], {"image": tensor(6, 3, 8, 8), "depth": tensor(6, 1, 8, 8)}),
         ],
+        ids=["by name", "by position", "both", "with another batch"],
     )
-    def test_several_tensors_by_name_and_by_position(
+    def test_several_tensors(
         self, arguments: list[str], args: Any, kwargs: Any, capsys: pytest.CaptureFixture[str]
     ) -> None:
         found = count(capsys, TwoImages(), *arguments)
         assert found["inputs"] == {"args": args, "kwargs": kwargs, "source": None}
-        assert found["batch"] == 4
         assert found["batchnorms"]["folded"] == 2
-        assert_counted(found, TwoImages(), images(4, 3, 8, 8), images(4, 1, 8, 8))
-
-    def test_dotted_names_are_one_dict(self, capsys: pytest.CaptureFixture[str]) -> None:
-        found = count(capsys, OneDict(), "--input", "batch.image=4x3x8x8", "--input", "batch.mask=4x1x8x8")
-        assert found["inputs"]["kwargs"] == {"batch": {"image": tensor(4, 3, 8, 8), "mask": tensor(4, 1, 8, 8)}}
-        assert_counted(found, OneDict(), {"image": images(4, 3, 8, 8), "mask": images(4, 1, 8, 8)})
-
-    @pytest.mark.parametrize("name", ["", "images="])
-    def test_a_list_has_an_entry_for_each_sample(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-        found = count(capsys, OneList(), "--input", f"{name}[3x8x8,3x8x8]")
-        given = [tensor(3, 8, 8)] * 2
-        assert found["inputs"]["kwargs" if name else "args"] == ({"images": given} if name else [given])
-        assert found["batch"] == 2
-        assert_counted(found, OneList(), [*images(2, 3, 8, 8)])
-
-    def test_each_entry_of_a_tuple_has_the_batch(self, capsys: pytest.CaptureFixture[str]) -> None:
-        found = count(capsys, Scales(), "--input", "(4x2x16x16, 4x3x8x8)")
-        assert found["batch"] == 4
-        assert_counted(found, Scales(), (images(4, 2, 16, 16), images(4, 3, 8, 8)))
+        batch = found["batch"]
+        assert_counted(found, TwoImages(), images(batch, 3, 8, 8), images(batch, 1, 8, 8))
 
     def test_a_shape_may_have_one_dimension(self, capsys: pytest.CaptureFixture[str]) -> None:
         found = count(capsys, Unbatched(), "--input", "3")
         assert found["inputs"]["args"] == [tensor(3)]
-        assert found["batchnorms"]["folded"] == 1
         assert_counted(found, Unbatched(), torch.randn(3))
 
-    def test_what_is_no_float_is_zero(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_what_is_no_float_is_zero_and_floats_have_the_dtype(self, capsys: pytest.CaptureFixture[str]) -> None:
         write_module("captioned", "from helpers.other_inputs import Captioned\nnet = Captioned()")
         arguments = ["--input", "4x3x8x8", "--input", "mode=4x5:int64", "--dtype", "float64", "--rounds", "1"]
         found = run_json(capsys, "measure", "captioned:net", *arguments)
@@ -102,49 +76,61 @@ class TestForms:
         assert net.words
         assert all(torch.equal(seen, words) and seen.dtype == words.dtype for seen in net.words)
 
+    @pytest.mark.parametrize(("shape", "folded"), [("8x3", ["1"]), ("8x4x3", [])])
+    def test_pairs_of_linear_layers_go_by_the_shape(
+        self, shape: str, folded: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write_module("rows", "net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))")
+        found = run_json(capsys, "inspect", "rows:net", "--input", shape)
+        assert [pair["bn"] for pair in found["folded"]] == folded
+        assert run_json(capsys, "measure", "rows:net", "--input", shape, *COUNT)["batchnorms"]["folded"] == len(folded)
+
+
+class TestFunctions:
+    def test_it_may_return_anything(self, capsys: pytest.CaptureFixture[str]) -> None:
+        write_module(
+            "batches",
+            "def of_dict(): return ({'image': torch.ones(4, 3, 8, 8), 'mask': torch.ones(4, 1, 8, 8)},)\n"
+            "def of_list(): return ([torch.ones(3, 8, 8), torch.ones(3, 8, 8)],)\n"
+            "two = {'image': torch.ones(2, 3, 8, 8), 'depth': torch.ones(2, 1, 8, 8)}",
+        )
+        found = count(capsys, OneDict(), "--input", "batches:of_dict")
+        assert found["inputs"]["args"] == [{"image": tensor(4, 3, 8, 8), "mask": tensor(4, 1, 8, 8)}]
+        assert found["inputs"]["source"] == "batches:of_dict"
+        assert_counted(found, OneDict(), {"image": images(4, 3, 8, 8), "mask": images(4, 1, 8, 8)})
+        found = count(capsys, OneList(), "--input", "batches:of_list")
+        assert found["inputs"]["args"] == [[tensor(3, 8, 8)] * 2]
+        assert_counted(found, OneList(), [*images(2, 3, 8, 8)])
+        assert count(capsys, TwoImages(), "--input", "batches:two")["batch"] == 2
+
     def test_a_detector_takes_a_list(self, capsys: pytest.CaptureFixture[str]) -> None:
         write_module(
             "detectors",
             "from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn\n"
             "def small():\n"
             "    sizes = {'min_size': 64, 'max_size': 64}\n"
-            "    return fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, **sizes)",
+            "    return fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, **sizes)\n"
+            "def images(): return ([torch.rand(3, 64, 64), torch.rand(3, 48, 64)],)",
         )
-        found = run_json(capsys, "measure", "detectors:small", *COUNT, "--input", "[3x64x64,3x48x64]")
-        assert found["inputs"]["args"] == [[tensor(3, 64, 64), tensor(3, 48, 64)]]
+        found = run_json(capsys, "measure", "detectors:small", *COUNT, "--input", "detectors:images")
         assert found["batchnorms"]["folded"] == found["batchnorms"]["total"] > 30
         assert found["variants"]["tune"]["peak_bytes"] < found["variants"]["eval"]["peak_bytes"]
 
 
-class TestOutputs:
-    def test_tensors_in_any_output_are_counted(self, capsys: pytest.CaptureFixture[str]) -> None:
-        plain = run_json(capsys, "measure", "helpers.other_inputs:Wrapped", *COUNT, "--size", "8")["variants"]
-        for kind in ("InDataclass", "InMapping"):
-            wrapped = run_json(capsys, "measure", f"helpers.other_inputs:{kind}", *COUNT, "--size", "8")["variants"]
-            assert [wrapped[mode]["saved_bytes"] for mode in wrapped] == [plain[mode]["saved_bytes"] for mode in plain]
-            assert [wrapped[mode]["peak_bytes"] for mode in wrapped] == [plain[mode]["peak_bytes"] for mode in plain]
-
-
 class TestLargestBatch:
-    def test_all_inputs_get_the_batch(self, capsys: pytest.CaptureFixture[str]) -> None:
-        found = count(capsys, TwoImages(), *TWO, "--budget", "1MiB")["variants"]["tune"]
-        fits, too_large = (
-            measure_memory(TwoImages().eval(), images(batch, 3, 8, 8), images(batch, 1, 8, 8), mode="tune").peak_bytes
-            for batch in (found["largest_batch"], found["largest_batch"] + 1)
-        )
-        assert fits is not None
-        assert too_large is not None
-        assert fits <= MIB - found["fixed_bytes"] < too_large
+    @pytest.mark.parametrize("kind", ["tensors", "list"])
+    def test_all_inputs_get_the_batch(self, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+        write_module("batches", "def of_list(): return ([torch.ones(3, 8, 8)],)")
+        module: LightningModule = TwoImages() if kind == "tensors" else OneList()
+        given = TWO if kind == "tensors" else ["--input", "batches:of_list"]
+        found = count(capsys, module, *given, "--budget", "1MiB")["variants"]["tune"]
 
-    def test_a_list_gets_more_entries(self, capsys: pytest.CaptureFixture[str]) -> None:
-        found = count(capsys, OneList(), "--input", "[3x8x8]", "--budget", "1MiB")["variants"]["tune"]
-        fits, too_large = (
-            measure_memory(OneList().eval(), [*images(batch, 3, 8, 8)], mode="tune").peak_bytes
-            for batch in (found["largest_batch"], found["largest_batch"] + 1)
-        )
-        assert fits is not None
-        assert too_large is not None
-        assert fits <= MIB - found["fixed_bytes"] < too_large
+        def peak(batch: int) -> int:
+            many = [*images(batch, 3, 8, 8)]
+            args = [torch.stack(many), images(batch, 1, 8, 8)] if kind == "tensors" else [many]
+            return measure_memory(module.eval(), *args, mode="tune").peak_bytes or 0
+
+        assert peak(found["largest_batch"]) <= MIB - found["fixed_bytes"] < peak(found["largest_batch"] + 1)
 
     def test_what_has_no_batch_is_noted_with_what_was_tried(self, capsys: pytest.CaptureFixture[str]) -> None:
         notes = count(capsys, Unbatched(), "--input", "3", "--budget", "1GiB")["notes"]
@@ -160,35 +146,17 @@ class TestExample:
         ("example", "said"),
         [
             ({"image": IMAGE, "depth": DEPTH}, "image=2x3x8x8 depth=2x1x8x8"),
-            ((IMAGE, DEPTH), "2x3x8x8 2x1x8x8"),
             ([IMAGE, DEPTH.double()], "2x3x8x8 2x1x8x8"),
         ],
-        ids=["dict", "tuple", "list"],
-    )
-    @pytest.mark.parametrize(
-        "command", [["inspect"], ["measure", *COUNT, "--device", "cpu"]], ids=["inspect", "measure"]
+        ids=["dict", "list"],
     )
     def test_it_is_taken_and_said(
-        self,
-        command: list[str],
-        example: Any,
-        said: str,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
+        self, example: Any, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(WithExample, "example", example)
-        name, *options = command
-        assert main([name, *write_checkpoint(WithExample()), *options]) == 0
-        assert capsys.readouterr().out.startswith(f"last.ckpt: input {said} (example_input_array), float32, cpu\n")
-
-    def test_one_tensor_is_the_only_argument(self, capsys: pytest.CaptureFixture[str]) -> None:
-        write_module(
-            "boring",
-            "from helpers.tiny_training import BoringModule\nnet = BoringModule()\n"
-            "net.example_input_array = torch.zeros(2, 3, 16, 16)",
-        )
-        found = run_json(capsys, "measure", "boring:net", *COUNT)
-        assert found["inputs"] == {"args": [tensor(2, 3, 16, 16)], "kwargs": {}, "source": "example_input_array"}
+        for command, *options in (["inspect"], ["measure", *COUNT, "--device", "cpu"]):
+            assert main([command, *write_checkpoint(WithExample()), *options]) == 0
+            assert capsys.readouterr().out.startswith(f"last.ckpt: input {said} (example_input_array), float32, cpu")
 
     def test_its_values_are_used(self, capsys: pytest.CaptureFixture[str]) -> None:
         write_module(
@@ -204,8 +172,47 @@ class TestExample:
     def test_it_can_have_another_batch_and_an_option_wins(self, capsys: pytest.CaptureFixture[str]) -> None:
         found = count(capsys, WithExample(), "--batch-size", "5")
         assert found["inputs"]["kwargs"] == {"image": tensor(5, 3, 8, 8), "depth": tensor(5, 1, 8, 8)}
-        assert_counted(found, TwoImages(), images(5, 3, 8, 8), images(5, 1, 8, 8))
         assert count(capsys, WithExample(), *TWO)["inputs"]["source"] is None
+
+    def test_inspect_does_without_one_that_does_not_fit(self, capsys: pytest.CaptureFixture[str]) -> None:
+        write_module(
+            "stale",
+            "net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\n"
+            "net.example_input_array = torch.zeros(2, 5, 8, 8)",
+        )
+        assert main(["inspect", "stale:net"]) == 0
+        said = capsys.readouterr()
+        assert "1 of 1 BatchNorm" in said.out
+        assert "the model was looked at without it" in said.err
+        assert "can't take the input 2x5x8x8" in refusal(capsys, "measure", "stale:net")
+
+
+def test_tensors_in_any_output_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    def counted(kind: str) -> list[tuple[int, int]]:
+        found = run_json(capsys, "measure", f"helpers.other_inputs:{kind}", *COUNT, "--size", "8")["variants"]
+        return [(found[mode]["saved_bytes"], found[mode]["peak_bytes"]) for mode in found]
+
+    assert counted("InDataclass") == counted("InMapping") == counted("Wrapped")
+
+
+@pytest.mark.parametrize("command", ["measure", "inspect", "export"])
+def test_a_forward_may_read_write_view_and_empty_its_input(command: str) -> None:
+    write_module(
+        "rough",
+        "class Model(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\n"
+        "    def forward(self, batch):\n"
+        "        images = batch.pop('image') if isinstance(batch, dict) else batch\n"
+        "        if float(images.sum()) == 1.5: return images\n"
+        "        images.sub_(0.5)\n"
+        "        return self.net(images.view(-1, 3, 8, 8))\n"
+        "def batch(): return ({'image': torch.ones(2, 3, 8, 8)},)",
+    )
+    more = {"measure": ["--rounds", "2"], "inspect": [], "export": ["net.pt", "--static-batch"]}[command]
+    given = "2x3x8x8" if command == "export" else "rough:batch"
+    assert main([command, "rough:Model", *more, "--input", given]) == 0
 
 
 class TestOtherCommands:
@@ -222,77 +229,50 @@ class TestOtherCommands:
         batch = images(3, 3, 8, 8), images(3, 1, 8, 8)
         assert_close([torch.export.load("net.pt2").module()(*batch)["features"]], [module(*batch)["features"]], 1e-5)
 
-    def test_the_page_says_the_inputs(self) -> None:
-        assert main(["measure", *write_checkpoint(TwoImages()), *COUNT, *TWO, "--html", "page.html"]) == 0
-        assert "input image=4x3x8x8 depth=4x1x8x8, float32, " in Path("page.html").read_text()
-
 
 REFUSALS = {
-    "no shape": (["image=8y3"], "--input 'image=8y3': '8y3' is no shape, as 8x3 or 8x3x224x224"),
-    "no shape without a name": (["8,3"], "--input '8,3' is no shape, as 8x3 or 8x3x224x224"),
-    "no shape in a list": (["[3x8x8,]"], "--input '[3x8x8,]': '' is no shape"),
-    "unknown dtype": (["image=8x3:int65"], "there is no dtype 'int65'; give one of float32, "),
-    "no name": (["8=3x8"], "--input '8=3x8': '8' is no name; give it as image=8x3 or batch.image=8x3"),
-    "empty key": (["batch.=3x8"], "'batch.' is no name"),
-    "name given twice": (["depth=8x3", "depth=8x4"], "--input 'depth=8x4': depth was given before"),
-    "a whole and its entry": (["batch=8x3", "batch.image=8x4"], "batch was given as a whole before"),
-    "an entry and its whole": (["batch.image=8x4", "batch=8x3"], "--input 'batch=8x3': batch was given before"),
+    "no shape": (["--input", "image=8y3"], "--input 'image=8y3' is no shape, as 8x3 or tokens=8x16:int64, and no pack"),
+    "unknown dtype": (["--input", "image=8x3:int65"], "the dtype must be one of int64, "),
+    "too large": (["--input", "8x3x99999999999x99999999999"], "x99999999999' can't be made: "),
+    "no function": (["--input", "helpers.networks:no"], "helpers.networks has no 'no'"),
+    "function that fails": (["--input", "fails:batch"], "fails:batch could not be built: ValueError: no data"),
     "unknown name": (
-        ["image=8x3x8x8", "dept=8x1x8x8"],
-        "the forward of TwoImages can't take the input image=8x3x8x8 dept=8x1x8x8: ",
+        ["--input", "image=8x3x8x8", "--input", "dept=8x1x8x8"],
+        "TwoImages can't take the input image=8x3x8x8 dept=8x1x8x8, float32: TypeError: ",
     ),
-    "names of the forward": (["image=8x3x8x8", "dept=8x1x8x8"], "its arguments are image, depth, scale; --input NAME="),
-    "missing argument": (["image=8x3x8x8"], "missing a required argument: 'depth'; its arguments are image, depth"),
-    "too many": (["8x3x8x8"] * 4, "too many positional arguments"),
-    "given in both ways": (["8x3x8x8", "image=8x3x8x8"], "multiple values for argument 'image'"),
+    "missing argument": (["--input", "image=8x3x8x8"], "missing 1 required positional argument: 'depth'"),
     "wrong sizes": (
-        ["image=8x3x8x8", "depth=8x2x8x8"],
-        "TwoImages can't take the input image=8x3x8x8 depth=8x2x8x8, float32: RuntimeError: ",
+        ["--input", "8x3x8x8", "--input", "8x2x8x8"],
+        "can't take the input 8x3x8x8 8x2x8x8, float32: Runt",
     ),
 }
 
 
-@pytest.mark.parametrize(
-    "command", [["inspect"], ["measure"], ["export", "net.pt"]], ids=["inspect", "measure", "export"]
-)
+@pytest.mark.parametrize("command", ["inspect", "measure", "export"])
 @pytest.mark.parametrize(("given", "message"), REFUSALS.values(), ids=REFUSALS)
 def test_wrong_inputs_are_refused_in_one_line(
-    command: list[str], given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    command: str, given: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name, *path = command
-    inputs = [part for text in given for part in ("--input", text)]
-    assert message in refusal(capsys, name, "helpers.other_inputs:TwoImages", *path, *inputs)
+    write_module("fails", "def batch(): raise ValueError('no data')")
+    path = ["net.pt"] if command == "export" else []
+    assert message in refusal(capsys, command, "helpers.other_inputs:TwoImages", *path, *given)
+    assert not Path("net.pt").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([*TWO, "--size", "8"], "--input image=4x3x8x8 has the batch and all sizes: leave out --size 8"),
-        ([*TWO, "--batch-size", "2"], "leave out --batch-size 2"),
-        ([*TWO, "--input-shape", "8x3"], "leave out --input-shape 8x3"),
-        (
-            ["--input", "image=4x3x8x8", "--input", "depth=1x1x8x8", "--budget", "1GiB"],
-            "--budget 1GiB needs inputs of one batch, which is the first size of a tensor and the number of entries of "
-            "a list; they have image 4, depth 1: give all the same, or leave out --budget",
-        ),
-    ],
-)
-def test_measure_refuses_inputs_in_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert message in refusal(capsys, "measure", "helpers.other_inputs:TwoImages", *arguments)
-
-
-def test_an_example_without_a_batch_can_not_be_given_one(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(WithExample, "example", (torch.zeros(2, 3, 8, 8), torch.zeros(1, 1, 8, 8), torch.tensor(1.0)))
-    message = "--batch-size 4 needs inputs of one batch"
-    assert message in refusal(capsys, "measure", "helpers.other_inputs:WithExample", "--batch-size", "4")
+@pytest.mark.parametrize("option", [["--budget", "1GiB"], ["--batch-size", "4"]])
+def test_inputs_of_several_batches_have_none(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--input", "image=4x3x8x8", "--input", "depth=1x1x8x8"]
+    said = refusal(capsys, "measure", "helpers.other_inputs:TwoImages", *given, *option)
+    assert "needs inputs of one batch, which is the first size of a tensor and the number of entries of a list" in said
+    assert f"they are image=4x3x8x8 depth=1x1x8x8: give all the same batch, or leave out {option[0]}" in said
 
 
 def test_export_refuses_what_a_file_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--input", "image=2x3x8x8", "--input", "mode=2x4:int64"]
     assert "the input mode: a file has positional arguments" in refusal(
         capsys, "export", "helpers.other_inputs:Captioned", "net.pt", *arguments
+    )
+    write_module("batches", "def of_list(): return ([torch.ones(3, 8, 8)],)")
+    assert "have no batch that is the first size of every tensor; add --static-batch" in refusal(
+        capsys, "export", "helpers.other_inputs:OneList", "net.pt2", "--input", "batches:of_list"
     )

@@ -42,14 +42,6 @@ class TestInspect:
         assert "can't be traced" in run_json(capsys, "inspect", model)["frozen"]["bn"]
         assert run_json(capsys, "inspect", model, "--size", "8")["folded"] == [{"conv": "conv", "bn": "bn"}]
 
-    @pytest.mark.parametrize(("shape", "folded"), [("8x3", ["1"]), ("8x4x3", [])])
-    def test_an_input_may_have_any_shape(
-        self, shape: str, folded: list[str], capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        write_module("rows", "net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))")
-        found = run_json(capsys, "inspect", "rows:net", "--input-shape", shape)
-        assert [pair["bn"] for pair in found["folded"]] == folded
-
     @pytest.mark.parametrize(
         "model", ["torchvision:fasterrcnn_mobilenet_v3_large_320_fpn", "timm:mobilenetv3_small_050"]
     )
@@ -62,7 +54,6 @@ class TestInspect:
         out = capsys.readouterr().out
         (folded, total) = map(int, re.search(r"(\d+) of (\d+) BatchNorms folded, 0 frozen", out).groups())  # type: ignore[union-attr]
         assert folded == total > 30
-        assert ("With pretrained weights, torchvision builds" in out) == model.startswith("torchvision")
 
     def test_a_checkpoint_is_loaded_by_its_class(self, capsys: pytest.CaptureFixture[str]) -> None:
         module = BoringModule()

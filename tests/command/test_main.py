@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.command_line import SMALL, write_module
+from helpers.command_line import SMALL, refusal, write_module
 
 from lightning_convbn.command.main import build_parser, main
 
@@ -24,12 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
         ([], "required: inspect|measure|export"),
         (["measure"], "required: MODEL"),
         (["measure", *SMALL, "--variants", "trian"], "invalid choice: 'trian'"),
-        (["measure", *SMALL, "--batch-size", "0"], "invalid int, 1 or more, value: '0'"),
-        (["measure", *SMALL, "--rounds", "-1"], "invalid int, 0 or more, value: '-1'"),
+        (["measure", *SMALL, "--batch-size", "0"], "argument --batch-size: '0' is no whole number of 1 or more"),
+        (["measure", *SMALL, "--rounds", "-1"], "argument --rounds: '-1' is no whole number of 0 or more"),
         (["measure", *SMALL, "--variants", "deploy"], "invalid choice: 'deploy'"),
         (["measure", *SMALL, "--modes", "tune"], "unrecognized arguments: --modes tune"),
         (["export", *SMALL], "required: PATH"),
-        (["measure", *SMALL, "--input-shape", "8x3"], "--input-shape: not allowed with argument --size"),
+        (["measure", *SMALL, "--input", "8x3"], "argument --input: not allowed with argument --size"),
     ],
 )
 def test_wrong_usage_exits_by_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,6 +43,28 @@ def test_interruption_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     write_module("interrupted", "def net(): raise KeyboardInterrupt")
     assert main(["inspect", "interrupted:net"]) == 130
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_traceback_of_a_users_failing_model_is_shown_if_it_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    write_module(
+        "failing",
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.bn = nn.BatchNorm2d(3)\n"
+        "    def forward(self, x):\n"
+        "        return self.helper(self.bn(x))\n"
+        "    def helper(self, x):\n"
+        "        return x.no_such_attribute\n",
+    )
+    typed = ["inspect", "failing:Net", "--size", "8"]
+    line = refusal(capsys, *typed)
+    assert "AttributeError: 'Tensor' object has no attribute 'no_such_attribute' (--traceback shows where)" in line
+    assert main([*typed, "--traceback"]) == 1
+    shown = capsys.readouterr().err
+    assert "in helper" in shown
+    assert "return x.no_such_attribute" in shown
+    assert shown.endswith(line)
 
 
 def test_a_person_types_it(tmp_path: Path) -> None:

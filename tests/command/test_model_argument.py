@@ -14,7 +14,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     ),
     "unknown timm model": (["timm:efficientnet_bo"], "timm has no 'efficientnet_bo'; did you mean timm:efficientnet_b"),
     "no form of a model": (["resnet50"], "unknown model 'resnet50': say where it is from; MODEL is torchvision:NAME, "),
-    "unknown module": (["no_such.module:net"], "no module 'no_such', neither installed nor in "),
+    "unknown module": (["no_such.module:net"], "no module 'no_such': it is neither installed nor in "),
     "unknown attribute": (
         ["helpers.networks:smal_net"],
         "helpers.networks has no 'smal_net'; did you mean helpers.networks:small_net?",
@@ -23,8 +23,8 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "module that raises": (["raises:net"], "raises can't be imported: ZeroDivisionError: division by zero"),
     "factory that raises": (["factories:broken"], "could not be built: ValueError: give me weights"),
     "factory that wants arguments": (["factories:greedy"], "missing 1 required positional argument: 'width'"),
-    "factory of something else": (["factories:other"], "factories:other returns a int, not a torch.nn.Module"),
-    "something else": (["factories:number"], "factories:number is a int, neither a model nor a callable"),
+    "factory of something else": (["factories:other"], "factories:other gives a int, not a torch.nn.Module"),
+    "something else": (["factories:number"], "factories:number gives a int, not a torch.nn.Module"),
     "model without BatchNorm": (["torch.nn:Identity"], "Identity has no BatchNorm: there is nothing to fold or freeze"),
     "checkpoint without class": (["last.ckpt"], "add --class package.module:LightningModuleClass"),
     "missing checkpoint": (
@@ -40,14 +40,13 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
         "--json no/such.json: there is no folder",
     ),
     "folder for a file": (["helpers.networks:small_net", "--json", "."], "--json . is a folder; name a file in it"),
-    "bad size": (["helpers.networks:small_net", "--size", "8x"], "--size '8x' is neither a number of pixels"),
-    "bad shape": (
-        ["helpers.networks:small_net", "--input-shape", "8,3"],
-        "--input-shape '8,3' is no shape, as 8x3 or 8x3x224x224",
+    "bad size": (
+        ["helpers.networks:small_net", "--size", "8x"],
+        "--size '8x' is no number of pixels, as 224, and no shape without batch",
     ),
     "image for rows": (
         ["factories:mlp", "--size", "3"],
-        "(got 4D input); --input gives any other, as 8x3 or image=8x3x224x224 (--size N is an image, 3 × N × N)",
+        "--input gives any other, as 8x3 or image=8x3x224x224 (--size N is an image, 3 × N × N)",
     ),
     "channels that don't fit": (
         ["helpers.networks:small_net", "--size", "1x8x8"],
@@ -78,13 +77,13 @@ def test_inspect_refuses_in_one_line(
 @pytest.mark.parametrize(
     ("missing", "arguments", "message"),
     [
-        ("timm", ["inspect", "timm:resnet18"], "timm:NAME needs timm, which can't be imported"),
-        ("torchvision.models", ["inspect", "torchvision:resnet18"], "pip install torchvision"),
+        ("timm", ["inspect", "timm:resnet18"], "no module 'timm': it is neither installed nor in "),
         (
             "matplotlib",
             ["measure", *SMALL, "--plot", "a.png"],
             "--plot needs matplotlib; pip install matplotlib",
         ),
+        ("plotly", ["measure", *SMALL, "--html", "a.html"], "--html needs plotly; pip install plotly"),
     ],
 )
 def test_a_missing_library_is_named(
@@ -95,5 +94,6 @@ def test_a_missing_library_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.setattr("lightning_convbn.command.plot.find_spec", lambda name: None)
+    for module in ("plot", "html_report"):
+        monkeypatch.setattr(f"lightning_convbn.command.{module}.find_spec", lambda name: None)
     assert message in refusal(capsys, *arguments)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.command_line import SMALL
+from matplotlib.image import imread
 
 from lightning_convbn.command import measure
 from lightning_convbn.command.main import main
@@ -20,11 +21,18 @@ class TestFiles:
         options = [word for file in files for word in (f"--{file[2:].replace('png', 'plot')}", file)]
         assert main(["measure", *SMALL, "--rounds", "0", *options]) == 0
         assert sorted(os.listdir()) == files
-        assert Path("a.png").read_bytes().startswith(b"\x89PNG")
+        assert imread("a.png").shape[2] == 4
         assert json.loads(Path("a.json").read_text())["model"] == "helpers.networks:small_net"
         out, err = capsys.readouterr()
         assert "Deploy copy" in out
         assert err.splitlines() == ["wrote a.json", "wrote a.png", "wrote a.html"]
+
+    def test_the_picture_has_room_for_peak_against_time_if_something_was_timed(self) -> None:
+        heights = []
+        for rounds in ("0", "1"):
+            assert main(["measure", *SMALL, "--rounds", rounds, "--plot", "a.png"]) == 0
+            heights.append(imread("a.png").shape[0])
+        assert heights[0] < heights[1]
 
     def test_what_fails_half_way_leaves_the_old_file(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

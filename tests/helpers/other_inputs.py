@@ -58,19 +58,6 @@ class OneList(LightningModule):
         return self.block(torch.stack(images))
 
 
-class Scales(LightningModule):
-    """Takes a tuple of feature maps, each with the batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.large, self.small = conv_bn(2, 4), conv_bn(3, 4)
-
-    def forward(self, features: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Run each through its own block."""
-        large, small = features
-        return self.large(large), self.small(small)
-
-
 class Unbatched(LightningModule):
     """Takes one row of 3 values."""
 

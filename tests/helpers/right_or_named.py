@@ -82,9 +82,10 @@ def check_right_or_named(use: Use, mode: Any, recompute: Any = "none", trained: 
         assert all(name in error for name in NAMES), error
     else:
         assert_same(found, expected)
-    set_mode(net, "train")
     for each in (net, plain):
-        each.eval().between = None
+        each.between = None
+    set_mode(net, "train")
+    net.eval()
     assert str(net) == str(plain)
     assert [vars(one).keys() for one in net.modules()] == [vars(one).keys() for one in plain.modules()]
     assert_same(results(net, Pair.__call__), results(plain, Pair.__call__))

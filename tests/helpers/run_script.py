@@ -10,7 +10,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def type_in(folder: Path, script: str, *args: str, **environment: str) -> str:
+def type_in(folder: Path, script: str, *args: str, timeout: float = 300, **environment: str) -> str:
     """Run a script in a folder, which Python also imports from; return what it prints."""
     (folder / "train.py").write_text(script)
     plain = {name: value for name, value in os.environ.items() if name != "LIGHTNING_CONVBN"}
@@ -21,7 +21,7 @@ def type_in(folder: Path, script: str, *args: str, **environment: str) -> str:
         env={**plain, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr

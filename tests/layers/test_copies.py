@@ -102,7 +102,6 @@ def test_a_copy_is_plain_and_computes_the_same(way: str, mode: Mode) -> None:
     assert str(copied) == str(plain)
     assert get_mode(copied) == "train"
     for module, other in zip(copied.modules(), plain.modules(), strict=True):
-        assert vars(module).keys() - {"copies"} == vars(other).keys()
         assert len(module._forward_pre_hooks) == 0
         assert module.training == (not isinstance(other, (nn.BatchNorm2d, FrozenBatchNorm2d)))
     assert copied.unknown.copies == 1
@@ -115,6 +114,10 @@ def test_a_copy_is_plain_and_computes_the_same(way: str, mode: Mode) -> None:
     assert get_mode(model) == mode
     copied.train()
     assert not torch.allclose(output(copied), expected)  # it is a plain model, and does as it is told
+    assert len(set_mode(copied, "tune")) == 4
+    set_mode(copied, "train")
+    for module, other in zip(copied.modules(), plain.modules(), strict=True):
+        assert vars(module).keys() - {"copies"} == vars(other).keys()
     set_mode(model, "train")
     assert str(model) == str(plain)
     assert all(module.training for module in model.modules())

@@ -15,6 +15,7 @@ import torch
 from helpers.blocks import Residual, Tower
 from helpers.networks import images, randomized
 from helpers.right_or_named import MODES, Pair, assert_same, image, pair, results
+from helpers.run_script import type_in
 from helpers.tiny_training import LIGHTNING_SAYS, BoringModule, images_and_targets, make_trainer, quick
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -344,6 +345,20 @@ def test_what_a_module_holds_open_stays_open(handle: Any) -> None:
     net(image())
     assert use(held)
     assert net.held is held
+
+
+@pytest.mark.parametrize("held", ["torch.ops.aten.mul", "torch.ops.aten.mul.Tensor"])
+def test_an_operator_that_a_module_holds_is_not_copied(held: str, tmp_path: Path) -> None:
+    """A copy of one looks for its own attributes without end, so this runs in a process that can be ended."""
+    script = (
+        "import torch\n"
+        "from helpers.right_or_named import image, pair\n"
+        "from lightning_convbn import find_conv_bn_pairs\n"
+        "net = pair()\n"
+        f"net.held = {held}\n"
+        "print('pairs:', len(find_conv_bn_pairs(net)), len(find_conv_bn_pairs(net, example_inputs=(image(),))))\n"
+    )
+    assert "pairs: 1 1" in type_in(tmp_path, script, timeout=60)
 
 
 # ------------------------------------------------------------------------------- functions with positional arguments

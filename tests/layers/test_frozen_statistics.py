@@ -167,7 +167,6 @@ ASKED: dict[str, Callable[[Any], Any]] = {
     "eval the model, train a norm": lambda model: (model.eval(), model.body[1].train()),
     "train the model, eval a norm": lambda model: (model.train(), model.body[1].eval()),
     "assign True": lambda model: assign(model, True),
-    "assign False": lambda model: assign(model, False),
     "eval the model, assign True": lambda model: (model.eval(), assign(model, True)),
     "assign True to a norm, eval the model": lambda model: (setattr(model.body[3], "training", True), model.eval()),
     "train(False) by apply": lambda model: model.apply(lambda module: module.train(False)),
