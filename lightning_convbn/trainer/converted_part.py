@@ -10,8 +10,8 @@ from torch import nn
 
 from lightning_convbn.blocks.find import why_not
 from lightning_convbn.compat import has_statistics
-from lightning_convbn.conversion import keep_no_fold, restore_modules
-from lightning_convbn.layers.state import Mode
+from lightning_convbn.conversion import restore_modules
+from lightning_convbn.layers.state import Frozen, Mode, Pair, TrainingFlag, state_of
 from lightning_convbn.layers.supported_layers import is_norm
 from lightning_convbn.memory.plan import Choice
 from lightning_convbn.modes import RECOMPUTING_MODES, set_mode
@@ -61,6 +61,7 @@ class ConvertedPart:
         self.tree = dict(self.module.named_modules())
         self.norms = {module: name for name, module in self.tree.items() if is_norm(module)}
         self._without_statistics = self._norms_without_statistics()
+        self._flags: dict[nn.Module, TrainingFlag] = {}  # of BatchNorms, as asked for since the last training batch
         self._converted: WeakSet[nn.Module] = WeakSet()  # also those that were moved elsewhere since
 
     def full_name(self, name: str) -> str:
@@ -84,7 +85,6 @@ class ConvertedPart:
         if not isinstance(recompute, str):  # a plan was made with other pairs, maybe
             recompute = tuple(name for name in recompute if why_not(self.module, name, self.pairs) is None)
         set_mode(self.module, mode, pairs=self.pairs, recompute=recompute)
-        keep_no_fold(self.module)
         self._converted.update(self.module.modules())
         if self.verification is not None:
             self.verification.start()
@@ -121,7 +121,25 @@ class ConvertedPart:
 
     def restore(self) -> None:
         """Give back plain modules, wherever they are now. What is known about the part is kept."""
+        self.restore_flags()
+        states = {bn: state_of(bn) for bn in self.norms}
+        flags = {bn: state.flag for bn, state in states.items() if isinstance(state, (Frozen, Pair))}
+        self._flags = {**flags, **self._flags}
         restore_modules([*self.module.modules(), *self._converted])
+
+    def begin_batch(self) -> None:
+        """Note that a training batch begins: a validation before it has put flags back by now."""
+        if self._flags:
+            self.restore_flags()
+            self._flags = {}
+
+    def restore_flags(self) -> None:
+        """Give back the training flags that were asked for while the part was converted.
+
+        Lightning assigns flags after a validation: those that it saw before, of frozen BatchNorms.
+        """
+        for bn, flag in self._flags.items():
+            bn.training = bn.training or flag.value()
 
     def state_has_changed(self) -> bool:
         """Whether the module is in another state, train or eval, than at the last switch."""

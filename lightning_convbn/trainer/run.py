@@ -77,6 +77,8 @@ class Run:
         """
         mode = self._callback.mode if self.trainer.current_epoch >= self._callback.start_epoch else "train"
         parts = self._find_parts()
+        for part in parts:
+            part.begin_batch()
         if self._budget is not None:
             self._budget.begin_batch()
         if self._now != (mode, True) or any(part.state_has_changed() for part in parts):

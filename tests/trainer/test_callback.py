@@ -37,7 +37,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from lightning_convbn import ConvBNModeCallback
-from lightning_convbn.layers import convolutions
+from lightning_convbn.layers import folded as folded_layers
+from lightning_convbn.layers import state
 from lightning_convbn.trainer.converted_part import ConvertedPart
 from lightning_convbn.trainer.report import Findings, describe
 
@@ -268,7 +269,7 @@ def norms(module: nn.Module, *, converted: bool = False) -> set[str]:
     return {
         name
         for name, child in module.named_modules()
-        if isinstance(child, nn.BatchNorm2d) and not (converted and type(child) is nn.BatchNorm2d)
+        if isinstance(child, nn.BatchNorm2d) and not (converted and state.state_of(child) is None)
     }
 
 
@@ -606,14 +607,14 @@ def test_without_verification_the_result_is_evals_too(recwarn: pytest.WarningsRe
 
 def test_verification_catches_a_wrong_fold_before_it_does_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     """That step and all others give what Eval mode gives."""
-    fold = convolutions.conv_bn
+    fold = folded_layers.conv_bn
 
-    def wrong(input: Tensor, weight: Tensor, *operands: Any) -> Tensor:
-        output = fold(input, weight, *operands)
-        return output * 1.1 if weight.shape[:2] == (8, 8) else output
+    def wrong(input: Tensor, operands: Any, *options: Any) -> Tensor:
+        output = fold(input, operands, *options)
+        return output * 1.1 if operands.weight.shape[:2] == (8, 8) else output
 
     expected, _ = deceived("eval", eval_mode="eval")
-    monkeypatch.setattr(convolutions, "conv_bn", wrong)
+    monkeypatch.setattr(folded_layers, "conv_bn", wrong)
     with pytest.warns(
         UserWarning, match="2 more BatchNorms go back to Eval mode: folded, it changed the output by 1.0e-01"
     ):

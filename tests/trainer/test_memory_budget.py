@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_convbn import ConvBNModeCallback, measure_memory
 from lightning_convbn.blocks.find import recompute_of
-from lightning_convbn.blocks.recomputed import RecomputedBlock
+from lightning_convbn.blocks.recomputed import Block
+from lightning_convbn.layers import state
 from lightning_convbn.memory import MIB
 from lightning_convbn.memory.budget import fixed_bytes
 from lightning_convbn.memory.optimizers import optimizer_bytes
@@ -46,7 +47,7 @@ class Module(BoringModule):
     def step(self, stage: str, batch: list[Tensor]) -> Tensor:
         loss = super().step(stage, batch)
         if stage == "fit":
-            blocks = sum(isinstance(module, RecomputedBlock) for module in self.modules())
+            blocks = sum(isinstance(state.state_of(module), Block) for module in self.modules())
             self.recomputed.append((recompute_of(self.backbone), blocks))
         return loss
 
