@@ -101,7 +101,8 @@ def convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute: Recompu
         elif name in pairs.unfrozen or statistics_missing(module) is not None:
             _restore(module)
         else:
-            flag = _flag_of(module) or TrainingFlag(model, module.training)
+            parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+            flag = _flag_of(module) or TrainingFlag(parent, module.training)
             if module in conv_of:
                 _pair(conv_of[module], module, mode, level, flag)
             else:

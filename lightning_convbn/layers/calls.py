@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_convbn.compat import inside_transform, versions_in_call
 from lightning_convbn.layers.state import Pair
-from lightning_convbn.ops.autocast import in_autocast
+from lightning_convbn.ops.autocast import autocast, in_autocast
 from lightning_convbn.ops.convolution import conv_bn, convolve
 from lightning_convbn.ops.fold import ConvSpec, Operands
 
@@ -61,7 +61,8 @@ class Call(NamedTuple):
                 "set_mode(model, mode, pairs=...)"
             )
         with self._state():
-            return convolve(self.input, weight, bias, self.spec)
+            input, dtype = autocast(self.input, weight.dtype, self.autocast)
+            return convolve(input, weight.to(dtype), None if bias is None else bias.to(dtype), self.spec)
 
     def _gives_another(self) -> bool:
         """Whether the folded convolution would put out something else now; asked where writes are not counted.
@@ -72,7 +73,7 @@ class Call(NamedTuple):
         if type(folded) is not Tensor or folded.is_meta or inside_transform():  # no number can be read there
             return False
         with self._state():
-            again = conv_bn(self.input, self.operands, self.spec)
+            again = conv_bn(self.input, self.operands, self.spec, self.autocast)
         bound = torch.finfo(folded.dtype).eps ** 0.5
         scale = float(folded.abs().max()) if folded.numel() else 0.0
         return not torch.allclose(again, folded, bound, bound * scale, equal_nan=True)

@@ -49,37 +49,38 @@ class TrainingFlag:
     """The training flag of a BatchNorm as it was asked for. The flag itself is False while the BatchNorm is frozen.
 
     So a flag that is assigned directly, to all modules of a model, can't be seen at the BatchNorm. It is seen at the
-    model. Lightning assigns flags so: before a validation it reads those of all modules, calls ``eval()`` on the model,
-    and afterwards assigns what it has read. For a frozen BatchNorm it has read False.
+    module that holds the BatchNorm. Lightning assigns flags so: before a validation it reads those of all modules,
+    calls ``eval()`` on the model, and afterwards assigns what it has read. For a frozen BatchNorm it has read False.
 
     Args:
-        model: The model that is converted.
+        parent: The module that holds the BatchNorm; None if there is none.
         asked: The flag of the BatchNorm now.
     """
 
-    def __init__(self, model: nn.Module, asked: bool) -> None:
-        self._model = ref(model)
+    def __init__(self, parent: nn.Module | None, asked: bool) -> None:
+        self._parent = None if parent is None else ref(parent)
         self._asked = asked
-        self._with_model = model.training  # the model's flag when this was asked
-        self._before_eval = asked  # what was asked for before the whole model was put into its eval state
+        self._with_parent = False
+        self._with_parent = self._trains_parent()  # the parent's flag when this was asked
+        self._before_eval = asked  # what was asked for before the parent was put into its eval state, too
 
     def ask(self, mode: bool) -> None:
         """Note a call of ``train`` or ``eval``."""
-        trains = self._trains_model()
-        if mode or trains:  # else it is an eval of the whole model
+        trains = self._trains_parent()
+        if mode or trains:
             self._before_eval = mode
-        self._asked, self._with_model = mode, trains
+        self._asked, self._with_parent = mode, trains
 
     def value(self) -> bool:
         """The flag that was asked for last."""
-        trains = self._trains_model()
-        if trains is self._with_model:
+        trains = self._trains_parent()
+        if trains is self._with_parent:
             return self._asked
         return trains and self._before_eval
 
-    def _trains_model(self) -> bool:
-        model = self._model()
-        return self._with_model if model is None else model.training
+    def _trains_parent(self) -> bool:
+        parent = None if self._parent is None else self._parent()
+        return self._with_parent if parent is None else parent.training
 
 
 class Frozen(State):

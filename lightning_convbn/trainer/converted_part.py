@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_convbn.blocks.find import why_not
 from lightning_convbn.compat import has_statistics
-from lightning_convbn.conversion import restore_modules
+from lightning_convbn.conversion import keep_no_fold, restore_modules
 from lightning_convbn.layers.state import Frozen, Mode, Pair, TrainingFlag, state_of
 from lightning_convbn.layers.supported_layers import is_norm
 from lightning_convbn.memory.plan import Choice
@@ -85,6 +85,7 @@ class ConvertedPart:
         if not isinstance(recompute, str):  # a plan was made with other pairs, maybe
             recompute = tuple(name for name in recompute if why_not(self.module, name, self.pairs) is None)
         set_mode(self.module, mode, pairs=self.pairs, recompute=recompute)
+        keep_no_fold(self.module)
         self._converted.update(self.module.modules())
         if self.verification is not None:
             self.verification.start()
