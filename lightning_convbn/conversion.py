@@ -1,6 +1,6 @@
 """Converts the modules of a model, and restores them: what each module becomes in a mode.
 
-`modes.py` has checked the arguments, except for what only the model shows: that is checked here, before anything changes.
+`modes.py` has checked the arguments. What only the model shows is checked here, before anything changes.
 """
 
 from __future__ import annotations
