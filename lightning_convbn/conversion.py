@@ -1,6 +1,6 @@
 """Converts the modules of a model, and restores them: what each module becomes in a mode.
 
-`modes.py` has checked the arguments, except for what only the model shows: that is checked here, before any swap.
+`modes.py` has checked the arguments. What only the model shows is checked here, before anything changes.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ FREEZING: dict[str, Callable[..., Any]] = {"train": train, "reset_running_stats"
 
 
 def convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute: Recompute | Sequence[str]) -> None:
-    """Check everything first, then swap: bad input never leaves a model half converted.
+    """Check everything first, then convert: bad input never leaves a model half converted.
 
     Args:
         model: Any module, in any mode.

@@ -41,9 +41,10 @@ def set_mode(
       a parameter. Where one is needed it runs as Tune does. The fold is made again after a write that PyTorch counts;
       a write through ``.data`` is noticed at the next switch.
 
-    Parameters, buffers, training flags, ``state_dict`` keys, hooks and optimizers are not touched. A BatchNorm without
-    running statistics stays unfrozen: it keeps running as it was found. A copy or a pickle of a converted model is
-    plain. Its frozen BatchNorms have ``training=False``, until you call ``.train()`` on the copy.
+    Classes, parameters, buffers, ``state_dict`` keys, hooks and optimizers are not touched. A frozen BatchNorm has
+    ``training=False``; when it is restored, it gets the flag that was asked for last. A BatchNorm without running
+    statistics stays unfrozen: it keeps running as it was found. A copy or a pickle of a converted model is plain. Its
+    frozen BatchNorms have ``training=False``, until you call ``.train()`` on the copy.
 
     Args:
         model: Any module. Wrappers such as DDP are fine; ``DataParallel`` and a BatchNorm in TorchScript are not.

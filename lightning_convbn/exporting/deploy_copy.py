@@ -28,9 +28,9 @@ def fuse_for_deploy(
     one of the parameters that it was computed from does. Wrappers (``torch.compile``, DDP, ``DataParallel``, Fabric)
     are not copied. The original is not changed. It may be in any mode.
 
-    Two kinds of pairs need care. A pair stays unfolded if the forward also reads a parameter of it elsewhere, as a tied
-    decoder does. In the place of a BatchNorm that takes inputs of several dimensions, such as ``BatchNorm1d``, there is
-    a module that refuses those for which the fold is wrong.
+    Some pairs need care. A pair stays unfolded if the forward also reads a parameter of it elsewhere, as a tied decoder
+    does, or if its convolution is parametrized. In the place of a BatchNorm that takes inputs of several dimensions,
+    such as ``BatchNorm1d``, there is a module that refuses those for which the fold is wrong.
 
     Args:
         model: Any module, plain or converted by `set_mode`. BatchNorms in TorchScript and sharded modules are refused.
@@ -40,8 +40,9 @@ def fuse_for_deploy(
             them, here or for ``pairs``.
 
     Raises:
-        ValueError: If the model can't be copied, if ``pairs`` does not fit it, if a convolution computes its weight
-            anew in every forward (weight_norm), or if the model can't be traced and there are no example inputs.
+        ValueError: If the model can't be copied, if ``pairs`` does not fit it, if a hook of a convolution computes
+            its weight anew in every forward (``torch.nn.utils.weight_norm``), or if the model can't be traced and there
+            are no example inputs.
 
     Source: "Deploy mode" of arXiv 2305.11624, section 2.
 

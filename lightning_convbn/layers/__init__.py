@@ -1,1 +1,1 @@
-"""What a module becomes in each mode: class swap, convolutions, norms, activations, the table of supported layers."""
+"""What a module does in each mode: the forward of a pair, marks, frozen BatchNorms, the table of supported layers."""

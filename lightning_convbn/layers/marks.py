@@ -147,7 +147,7 @@ def plain_output(marked: Mark, *, noted: bool = True) -> Tensor:
         noted: Whether the check of the pair, if one is going on, is to note this.
 
     Raises:
-        RuntimeError: If the input of the convolution was written since, or its parameters were written or replaced.
+        RuntimeError: If the input of the convolution was written since, or its parameters were written or moved.
     """
     call = marked.call
     if noted and call.pair.check is not None:

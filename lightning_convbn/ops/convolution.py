@@ -39,8 +39,8 @@ def conv_bn(input: Tensor, operands: Operands, spec: ConvSpec | None, lower: tor
     """Compute ``bn(conv(input))`` with frozen statistics as ONE convolution: Tune mode.
 
     Kept for the backward pass: the input, if the weight or gamma wants a gradient, and two values for each output
-    channel. Under autocast the convolution runs in the
-    autocast dtype, and the cast input is kept. Parameters get gradients of their own dtype.
+    channel. Under autocast the convolution runs in the autocast dtype, and the cast input is kept. Parameters get
+    gradients of their own dtype.
 
     If a parameter or a running statistic is written before the backward pass, autograd raises an error, as in Eval
     mode; or, if it has kept what it needs of it, it goes by what the forward pass saw. In a distributed run it always

@@ -1,4 +1,4 @@
-"""The second prover: the data flow of one real forward pass, for models that can't be traced.
+"""The prover with example inputs: the data flow of one real forward pass. It also sees what can't be traced.
 
 Hooks watch the convolutions and BatchNorms. A torch function mode watches all that runs between them. Each output of a
 convolution is followed by its identity: a function that gets this tensor as an argument uses it.

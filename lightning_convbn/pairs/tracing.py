@@ -1,4 +1,4 @@
-"""The first prover: a symbolic trace. It needs no data, and it sees all that does not depend on data."""
+"""The prover without example inputs: a symbolic trace. It sees all that does not depend on data."""
 
 from __future__ import annotations
 
