@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_convbn import compat
 
@@ -195,12 +196,16 @@ def test_hooks_on_a_gradient_are_seen() -> None:
     assert not compat.has_gradient_hooks(parameter)
 
 
-@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "extra"])
-def test_a_tensor_of_a_module_is_read_wherever_it_is(name: str) -> None:
-    """A parameter or a buffer, also one that is None; a plain attribute; what a parametrization computes."""
-    module = nn.BatchNorm1d(2)
-    module.extra = torch.ones(2)
-    assert compat.read(module, name) is getattr(module, name)
-    assert compat.read(nn.Linear(2, 2, bias=False), "bias") is None
-    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
-    assert torch.equal(compat.read(parametrized, "weight"), parametrized.weight)
+def test_the_tensors_of_a_pair_are_read_wherever_they_are() -> None:
+    """Parameters and buffers, also those that are None, and what a parametrization computes."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    for conv, bn in (
+        (nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)),
+        (nn.Conv2d(2, 2, 1, bias=False), nn.BatchNorm2d(2, affine=False)),
+        (nn.Linear(2, 2), FrozenBatchNorm2d(2)),
+        (nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, track_running_stats=False)),
+    ):
+        expected = [conv.weight, conv.bias, *(getattr(bn, name) for name in names)]
+        assert all(one is other for one, other in zip(compat.tensors_of_pair(conv, bn), expected, strict=True))
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 1))
+    assert torch.equal(compat.tensors_of_pair(parametrized, nn.BatchNorm2d(2))[0], parametrized.weight)

@@ -40,18 +40,16 @@ class NormLayer:
     Attributes:
         dims: Dimensions that an input may have.
         runs_after: The children of the BatchNorm that run on what is normalised, in their order.
-        always_frozen: Whether its class is made to be frozen, as ``FrozenBatchNorm2d``.
     """
 
     dims: frozenset[int]
     runs_after: tuple[str, ...] = ()
-    always_frozen: bool = False
 
 
 _IMAGES, _ANY = frozenset({4}), frozenset({2, 3, 4, 5})
 _SAME, _STATIC_SAME = ConvLayer(4, geometry.of_same), ConvLayer(4, geometry.of_static_same)
 _DROP_AND_ACT = ("drop", "act")
-FROZEN = NormLayer(_IMAGES, always_frozen=True)
+FROZEN = NormLayer(_IMAGES)
 """The row of ``FrozenBatchNorm2d``, of whatever package: there are as many of them as detectors."""
 
 # Keys are classes, or their qualified names where importing a package just to name its class would be too much.
@@ -79,7 +77,7 @@ NORM_LAYERS: dict[type[nn.Module] | str, NormLayer] = {
     BatchNorm: NormLayer(_ANY),  # such as Lightning's, which `sync_batchnorm=True` leaves behind
     "timm.layers.norm_act.BatchNormAct2d": NormLayer(_IMAGES, _DROP_AND_ACT),
     "timm.layers.norm_act.SyncBatchNormAct": NormLayer(_IMAGES, _DROP_AND_ACT),
-    "timm.layers.norm_act.FrozenBatchNormAct2d": NormLayer(_IMAGES, _DROP_AND_ACT, always_frozen=True),
+    "timm.layers.norm_act.FrozenBatchNormAct2d": NormLayer(_IMAGES, _DROP_AND_ACT),
 }
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)

@@ -38,7 +38,6 @@ TIMM = {
     "mobilenetv3_large_100": 64,
     "efficientnetv2_rw_s": 64,
     "regnety_004": 64,
-    "levit_128": 224,
     "hrnet_w18": 64,
     "repvgg_a0": 64,
     "mixnet_s": 64,

@@ -53,7 +53,7 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
 def recorded_pairs(model: nn.Module, *inputs: Any, **kwargs: Any) -> ConvBNPairs:
     """What the recording of one forward pass proves, tracing left out."""
     flow = record_data_flow(model, inputs, kwargs)
-    return _proven(model, DataFlow(flow.names), flow)
+    return _proven(model, flow)
 
 
 def assert_provers_agree(model: nn.Module, *inputs: Any, untraced: int | None = 0) -> ConvBNPairs:

@@ -13,7 +13,6 @@ import torch
 from helpers.comparing import FORWARD, Snapshot, relative
 from helpers.networks import images, randomized, torchvision_model
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_convbn import ConvBNPair, ConvBNPairs, find_conv_bn_pairs, set_mode
 
@@ -116,10 +115,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "convolution of a class of its own": (
         lambda: nn.Sequential(OddConv2d(3, 3, 1), nn.BatchNorm2d(3)),
         {"1": "`0` is a OddConv2d, which is not in the table of supported layers"},
-    ),
-    "parametrized convolution": (
-        lambda: nn.Sequential(weight_norm(conv()), nn.BatchNorm2d(3)),
-        {"1": "`0` is a ParametrizedConv2d, which is not in the table of supported layers"},
     ),
     "BatchNorm of a class of its own": (
         lambda: nn.Sequential(conv(), OddBatchNorm2d(3)),

@@ -21,7 +21,7 @@ COUNTS = {
     "mobilenetv3_large_100": Counts(46, 0),
     "efficientnetv2_rw_s": Counts(112, 0),
     "regnety_004": Counts(53, 0),
-    "levit_128": Counts(62, 2),
+    "levit_128": Counts(4, 60),
     "hrnet_w18": Counts(325, 0),
     "repvgg_a0": Counts(44, 17),
     "mixnet_s": Counts(15, 34),
