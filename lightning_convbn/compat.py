@@ -89,7 +89,7 @@ def versions_of(tensors: Iterable[Tensor]) -> tuple[int, ...] | None:
     None if writes to one of them are not counted, as in inference mode.
     """
     try:
-        return tuple([number for tensor in tensors for number in (tensor._version, tensor.data_ptr())])
+        return tuple([number for tensor in tensors for number in (tensor._version, _address(tensor))])
     except RuntimeError:
         return None
 
@@ -98,10 +98,15 @@ def versions_in_call(input: Tensor, weight: Tensor, bias: Tensor | None) -> tupl
     """The same of an input and parameters. Each forward of a pair asks, so it is written out."""
     try:
         if bias is None:
-            return input._version, weight._version, weight.data_ptr()
-        return input._version, weight._version, weight.data_ptr(), bias._version, bias.data_ptr()
+            return input._version, weight._version, _address(weight)
+        return input._version, weight._version, _address(weight), bias._version, _address(bias)
     except RuntimeError:
         return None
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a parameter lies. Of other tensors nobody replaces the data, and some have none."""
+    return tensor.data_ptr() if type(tensor) is nn.Parameter else 0
 
 
 def saved_by(node: Any, name: str) -> Tensor | None:

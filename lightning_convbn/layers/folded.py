@@ -171,7 +171,10 @@ def _in_graph(pair: Pair, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
     mean, var = bn.running_mean, bn.running_var
     if pair.plain_in_graphs or _runs_plainly(pair) or mean is None or var is None:
         return type(conv).forward(conv, input, *arguments)  # type: ignore[no-any-return]
-    pair.folded_in_graphs = True
+    if torch.compiler.is_exporting():
+        pair.note_export()
+    else:
+        pair.folded_in_graphs = True
     weight: Any = conv.weight
     eps = getattr(bn, "eps", EPSILON)
     operands = Operands(weight, conv.bias, bn.weight, bn.bias, mean, var, eps)  # type: ignore[arg-type]

@@ -135,6 +135,11 @@ class Pair(State):
         self.watched = False
         self.guard: Callable[[torch.Tensor], torch.Tensor] | None = None
 
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def note_export(self) -> None:
+        """Note that the pair is folded in a graph that is exported: an export allows no writes in the graph itself."""
+        self.folded_in_graphs = True
+
 
 def state_of(module: nn.Module) -> State | None:
     """What a converted module remembers; None for a plain one."""

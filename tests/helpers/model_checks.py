@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_map
 from helpers.comparing import FORWARD, assert_close, in_float64, outputs
 from lightning_convbn import ConvBNPairs, find_conv_bn_pairs
 from lightning_convbn.layers.supported_layers import is_norm
-from lightning_convbn.pairs.data_flow import DataFlow
 from lightning_convbn.pairs.find import _proven
 from lightning_convbn.pairs.recording import record_data_flow
 
