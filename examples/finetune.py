@@ -126,4 +126,4 @@ def main(folder: str | None = None, epochs: int = 3, size: int = 128, batch_size
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(sys.argv[1] if len(sys.argv) > 1 else None)
