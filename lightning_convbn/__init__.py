@@ -1,6 +1,6 @@
 """Tune mode for Convolution-BatchNorm blocks in PyTorch Lightning (arXiv 2305.11624)."""
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name."""
+    """Import a public name. The version is that of `pyproject.toml`, which the installed package has."""
+    if name == "__version__":
+        return metadata.version("lightning-convbn")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

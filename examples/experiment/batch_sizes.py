@@ -28,10 +28,12 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
+from examples.experiment.accuracy_memory_time import Mode
 from examples.experiment.grid import add_grid_options, read_rows, run_grid, run_script, tell_what_is_wrong, to_run
 from examples.experiment.networks import NETWORKS
 from examples.experiment.training import (
     HEAD_LEARNING_RATE,
+    WARM_UP_STEPS,
     Classifier,
     Sets,
     Training,
@@ -39,7 +41,6 @@ from examples.experiment.training import (
     load,
     score,
 )
-from examples.finetune import WARM_UP_STEPS, Mode
 from examples.results_file import BENCHMARKS, machine
 from lightning_convbn import ConvBNModeCallback
 

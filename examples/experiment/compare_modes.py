@@ -22,10 +22,17 @@ from typing import Any, NamedTuple, get_args
 import torch
 from lightning.pytorch import Callback, seed_everything
 
-from examples.experiment.grid import add_grid_options, read_rows, run_grid, run_script, tell_what_is_wrong, to_run
+from examples.experiment.grid import (
+    above_zero,
+    add_grid_options,
+    read_rows,
+    run_grid,
+    run_script,
+    tell_what_is_wrong,
+    to_run,
+)
 from examples.experiment.networks import NETWORKS
-from examples.experiment.training import Classifier, Precision, Training, fit_and_test, load
-from examples.finetune import WARM_UP_STEPS, above_zero
+from examples.experiment.training import WARM_UP_STEPS, Classifier, Precision, Training, fit_and_test, load
 from examples.results_file import BENCHMARKS, machine
 from lightning_convbn import ConvBNModeCallback, find_conv_bn_pairs, fuse_for_deploy, measure_memory
 from lightning_convbn.layers.state import Mode

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from examples.data.pretrained_weights import WeightsError
 from examples.experiment.networks import NETWORKS
 from examples.experiment.training import DATA
-from examples.finetune import above_zero
 from examples.results_file import write_json
 from lightning_convbn.exporting.atomic_file import check_writable
 
@@ -53,6 +52,13 @@ def add_grid_options(parser: argparse.ArgumentParser, *, limit: int, image_size:
     add("--image-size", type=above_zero, default=image_size, help="edge of the square images in pixels (%(default)s)")
     add("--jobs", type=above_zero, default=1, help="cells to run at the same time, one thread each (%(default)s)")
     add("--out", type=Path, default=out, help="the results (%(default)s)")
+
+
+def above_zero(text: str) -> int:
+    """Read a whole number above zero."""
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
 
 
 def run_script(main: Callable[[], None]) -> None:

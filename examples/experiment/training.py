@@ -21,13 +21,13 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from examples.data.images_with_classes import ImageData
 from examples.experiment.networks import FEATURES
-from examples.finetune import Recorder
 
 Precision = Literal["32-true", "64-true"]
 DATA = ("elpv", "fashion-mnist")
 HEAD_LEARNING_RATE = 0.01
 TEST_IMAGES = 500  # at most
 TEST_BATCH = 100
+WARM_UP_STEPS = 3
 
 
 class Sets(NamedTuple):
@@ -95,6 +95,25 @@ class Classifier(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+
+class Recorder(Callback):
+    """Records the loss and the duration of each training step."""
+
+    clock = staticmethod(time.perf_counter)
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start the clock after the batch is loaded."""
+        self._start = self.clock()
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any) -> None:
+        """Stop the clock after the optimizer's step. Reading the loss waits until a GPU has finished."""
+        self.losses.append(float(outputs["loss"]))
+        self.seconds.append(self.clock() - self._start)
 
 
 class CPURecorder(Recorder):

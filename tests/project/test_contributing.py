@@ -24,9 +24,14 @@ def policy() -> dict[str, list[str]]:
     return {name: cells for name, *cells in rows}
 
 
+def workflow_text(name: str) -> str:
+    """Read a workflow."""
+    return (ROOT / ".github" / "workflows" / f"{name}.yml").read_text()
+
+
 def ci_jobs() -> list[dict[str, str]]:
     """Read the runs of the tests in the workflow."""
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    workflow = yaml.safe_load(workflow_text("ci"))
     jobs: list[dict[str, str]] = workflow["jobs"]["tests"]["strategy"]["matrix"]["include"]
     return jobs
 
@@ -53,8 +58,42 @@ def test_ci_runs_what_the_support_policy_says() -> None:
 
 
 @in_the_repository
-def test_the_citation_is_of_the_paper_that_the_readme_links() -> None:
-    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+@pytest.mark.parametrize("name", ["ci", "nightly", "release"])
+def test_a_workflow_names_no_address_and_asks_for_no_rights_that_it_does_not_need(name: str) -> None:
+    text = workflow_text(name)
+    workflow = yaml.safe_load(text)
+    assert "://" not in text
+    assert workflow["permissions"] == {"contents": "read"}
+    rights = {job: asked["permissions"] for job, asked in workflow["jobs"].items() if "permissions" in asked}
+    assert rights == ({"publish": {"id-token": "write"}} if name == "release" else {})
+    for file in re.findall(r"(?:uses: \./|python3 |bash )(\.(?:github|ci)/[\w/.]+)", text):
+        assert (ROOT / file).is_file()
+
+
+@in_the_repository
+def test_what_the_release_runs_with_the_wheel_holds(monkeypatch: pytest.MonkeyPatch, project: dict[str, Any]) -> None:
+    jobs = yaml.safe_load(workflow_text("release"))["jobs"]
+    assert jobs["publish"]["needs"] == ["tests", "build"]
+    (script,) = re.findall(r"<<'EOF'\n(.*?)^EOF$", jobs["build"]["steps"][-2]["run"], re.DOTALL | re.MULTILINE)
+    monkeypatch.setenv("GITHUB_REF_NAME", f"v{project['project']['version']}")
+    exec(script, {})
+    monkeypatch.setenv("GITHUB_REF_NAME", "v9.9.9")
+    with pytest.raises(AssertionError, match=project["project"]["version"]):
+        exec(script, {})
+
+
+@in_the_repository
+def test_links_of_the_pages_for_github_lead_somewhere() -> None:
+    for page in (ROOT / ".github").glob("[A-Z]*.md"):
+        targets = re.findall(r"\]\(([^)#]+)", page.read_text())
+        assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@in_the_repository
+def test_the_citation_is_of_this_version_and_of_the_paper_that_the_readme_links(project: dict[str, Any]) -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == project["project"]["version"]
+    paper = citation["preferred-citation"]
     preprint, readme = paper["identifiers"][0]["value"], (ROOT / "README.md").read_text()
     assert f"https://arxiv.org/abs/{preprint.removeprefix('arXiv:')}" in readme
     assert str(paper["year"]) in readme

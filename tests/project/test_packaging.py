@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+import lightning_convbn
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -74,6 +76,7 @@ def test_the_sdist_holds_what_is_needed_to_test_and_to_build_it(dist: Path) -> N
 
 def test_the_version_stands_in_one_place(wheel: Path, project: dict[str, Any]) -> None:
     version = project["project"]["version"]
+    assert lightning_convbn.__version__ == version
     assert wheel.name.startswith(f"lightning_convbn-{version}-")
     assert metadata(wheel)["Version"] == version
     assert re.search(r"^## (\S+)", (ROOT / "docs" / "changelog.md").read_text(), re.MULTILINE)[1] == version
