@@ -95,7 +95,7 @@ def test_the_metadata_says_what_pypi_shows(wheel: Path, project: dict[str, Any])
     assert said["Description-Content-Type"] == "text/markdown"
     assert said["Requires-Python"] == project["project"]["requires-python"]
     needed = [need for need in said.get_all("Requires-Dist") if "extra ==" not in need]
-    assert sorted(need.partition(">=")[0] for need in needed) == ["lightning", "torch"]
+    assert sorted(need.partition(">=")[0] for need in needed) == ["fsspec", "lightning", "torch", "typing-extensions"]
 
 
 INSTALLED = """
