@@ -176,17 +176,19 @@ def kept_by_tune_eval_and_copy(name: str, image: Tensor) -> tuple[int, int, int]
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tune_keeps_what_a_deployed_copy_keeps(name: str) -> None:
+    """At batch 1, where the two vectors of a pair, with a value per channel each, count the most."""
     tune, plain, deployed = kept_by_tune_eval_and_copy(name, torch.zeros(1, 3, 224, 224))
-    assert tune <= 1.01 * deployed, tune / deployed
+    narrow = name == "regnet_x_400mf"  # many pairs of few channels
+    assert tune <= (1.013 if narrow else 1.01) * deployed, tune / deployed
     assert tune <= plain
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_of_small_images_tune_keeps_little_more_than_a_deployed_copy(name: str) -> None:
-    """Beside so small activations a second vector of a value per channel would count."""
+    """It keeps two values per channel, and nothing else. Eval mode never keeps less."""
     tune, plain, deployed = kept_by_tune_eval_and_copy(name, torch.zeros(1, 3, FAMILIES[name], FAMILIES[name]))
-    narrow = name == "regnet_x_400mf"  # many pairs of few channels: there already one vector is 7 %
-    assert tune <= (1.08 if narrow else 1.05) * deployed, tune / deployed
+    norms = [module for module in constant_model(name).modules() if isinstance(module, BATCH_NORMS)]
+    assert tune - deployed <= 2 * sum(module.num_features for module in norms) * FLOAT
     assert tune <= plain
 
 
