@@ -22,8 +22,6 @@ from examples.benchmarks import (
     gpu,
     gpu_page,
     modes_page,
-    recomputed_work,
-    scale_page,
     segmentation,
     trade_off,
     write_pages,
@@ -299,12 +297,6 @@ class TestMeasuring:
             kept.append(step.memory()["kept_bytes"])
         assert kept[0] > kept[1] > kept[2], kept
 
-    def test_calls_that_are_made_again_are_timed(self) -> None:
-        """A SiLU between two pairs is computed again; a step without recomputation calls nothing again."""
-        row = recomputed_work.measure("efficientnet_b0", batch=1, pixels=32, rounds=2)
-        assert row["calls"] > 20
-        assert all(0 < again < step for again, step in zip(row["again"], row["elementwise"], strict=True))
-
     def test_allocations_are_told_in_order(self) -> None:
         deltas = allocations(lambda: torch.ones(1000).add(1))
         assert [delta for delta in deltas if abs(delta) >= 4000] == [4000, 4000, -4000, -4000]
@@ -358,7 +350,7 @@ class TestResults:
         found = json.loads(measured.read_text())
         found["rows"] = [{**found["rows"][0], "model": f"network {number}"} for number in range(9)]
         (tmp_path / "many.json").write_text(json.dumps(found))
-        missing = ("--scale", tmp_path / "none.json", "--gpu", tmp_path / "gpu.json")
+        missing = ("--gpu", tmp_path / "gpu.json")
         run(monkeypatch, write_pages, "--modes", tmp_path / "many.json", *missing)
         assert "](many-batch2-32px-cpu-trade-off.png)" in (tmp_path / "many.md").read_text()
         assert imread(tmp_path / "many-batch2-32px-cpu-trade-off.png").std() > 0.01
@@ -382,7 +374,7 @@ class TestResults:
         found = json.loads(measured.read_text())
         found["rows"][0]["variants"]["mmengine"] = {"failed": "KeyError: 'input'"}
         (tmp_path / "tiny.json").write_text(json.dumps(found))
-        missing = ("--scale", tmp_path / "none.json", "--gpu", tmp_path / "gpu.json")
+        missing = ("--gpu", tmp_path / "gpu.json")
         run(monkeypatch, write_pages, "--modes", tmp_path / "tiny.json", *missing)
         assert (tmp_path / "gpu.md").read_text() == gpu_page.as_markdown(None)
         page = (tmp_path / "tiny.md").read_text()
@@ -398,8 +390,8 @@ class TestResults:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         with pytest.raises(SystemExit):
-            run(monkeypatch, write_pages, "--modes", tmp_path / "a.json", "--scale", tmp_path / "b.json")
-        assert "write one with examples/benchmarks/all_modes.py" in capsys.readouterr().err
+            run(monkeypatch, write_pages, "--modes", tmp_path / "a.json")
+        assert "write it with examples/benchmarks/all_modes.py" in capsys.readouterr().err
 
 
 class TestPages:
@@ -411,16 +403,6 @@ class TestPages:
         assert modes_page.as_markdown(found, "modes") == page.read_text()
         for name in modes_page.pictures(found["rows"], "modes"):
             assert (results_file.BENCHMARKS / name).exists()
-
-    def test_the_page_of_scale_comes_from_the_committed_measurements(self) -> None:
-        path = results_file.BENCHMARKS / "scale.json"
-        if not path.exists() and not scale_page.PAGE.exists():
-            pytest.skip("neither docs/benchmarks/scale.json nor docs/benchmarks/scaling.md is there")
-        rows = json.loads(path.read_text())["rows"]
-        processes = json.loads((results_file.BENCHMARKS / "processes.json").read_text())
-        assert scale_page.as_markdown(rows, processes) == scale_page.PAGE.read_text()
-        assert all(len(scale_page.along(rows, key)) >= 3 for key in scale_page.AXES.values())
-        assert path.with_suffix(".png").exists()
 
 
 @pytest.mark.usefixtures("own_folder")

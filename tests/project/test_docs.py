@@ -21,11 +21,10 @@ from torch import nn
 from torch._functorch import config as functorch_config
 from torchvision.ops import FrozenBatchNorm2d
 
-from examples.benchmarks import against_revision, figures, memory_budget, recomputed_work
+from examples.benchmarks import against_revision, figures, memory_budget
 from examples.benchmarks import coverage_of_models as coverage_table
 from examples.benchmarks import deploy as deploy_table
 from examples.benchmarks import memory as memory_table
-from examples.benchmarks import overhead as overhead_table
 from examples.results_file import with_table
 from lightning_convbn import measure_memory
 from lightning_convbn.blocks import reasons as block_reasons
@@ -161,12 +160,6 @@ def test_the_comparison_with_the_earlier_core_comes_from_its_results() -> None:
     assert with_table(page, against_revision.MARK, against_revision.table(rows)) == page
 
 
-def test_the_table_of_recomputed_work_comes_from_its_results() -> None:
-    page = recomputed_work.PAGE.read_text()
-    rows = json.loads(recomputed_work.RESULTS.read_text())["rows"]
-    assert with_table(page, recomputed_work.MARK, recomputed_work.table(rows)) == page
-
-
 def test_the_table_of_runs_under_a_budget_comes_from_its_results() -> None:
     page, rows = memory_budget.PAGE.read_text(), json.loads(memory_budget.RESULTS.read_text())["rows"]
     assert with_table(page, memory_budget.MARK, memory_budget.table(rows)) == page
@@ -211,11 +204,6 @@ def test_what_is_kept_with_frozen_parameters_is_what_the_table_of_choices_says()
 def test_deploy_table_comes_from_the_committed_times() -> None:
     rows = json.loads((ROOT / "docs" / "benchmarks" / "deploy.json").read_text())["rows"]
     assert deploy_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "deploy.md").read_text()
-
-
-def test_overhead_table_comes_from_the_committed_times() -> None:
-    rows = json.loads((ROOT / "docs" / "benchmarks" / "overhead.json").read_text())["rows"]
-    assert overhead_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "overhead.md").read_text()
 
 
 def test_coverage_table_comes_from_the_committed_counts() -> None:
