@@ -28,7 +28,6 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
-from examples.experiment.accuracy_memory_time import Mode
 from examples.experiment.grid import add_grid_options, read_rows, run_grid, run_script, tell_what_is_wrong, to_run
 from examples.experiment.networks import NETWORKS
 from examples.experiment.training import (
@@ -42,7 +41,7 @@ from examples.experiment.training import (
     score,
 )
 from examples.results_file import BENCHMARKS, machine
-from lightning_convbn import ConvBNModeCallback
+from lightning_convbn import ConvBNModeCallback, Mode
 
 MODES: tuple[Mode, ...] = ("train", "tune", "eval")
 BATCH_SIZES = (2, 4, 8, 16, 32)

@@ -5,8 +5,6 @@ python examples/experiment/batch_sizes_page.py
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -21,14 +19,16 @@ from examples.experiment.page_parts import (
     Row,
     accuracies,
     draw_accuracies,
+    facts,
     panels,
     select,
     spread,
-    table,
+    tables_of_panels,
+    twins,
     values,
-    versions,
+    write_page,
 )
-from examples.results_file import BENCHMARKS, with_table
+from examples.results_file import BENCHMARKS, table
 
 PAGE = BENCHMARKS / "batch-size-experiment.md"
 RESULTS = BENCHMARKS / "batch_sizes.json"
@@ -67,11 +67,8 @@ def measured_again(rows: Iterable[Row]) -> list[Row]:
 
 def gains(rows: Iterable[Row], over: str = "train", **wanted: Any) -> list[float]:
     """Return by how much Tune is more accurate than another mode, run by run of the same settings."""
-    place = ("net", "data", "seed", "batch_size", "accumulate")
-    chosen = select(rows, **wanted)
-    others = {tuple(row[name] for name in place): row["accuracy"] for row in select(chosen, mode=over)}
-    pairs = [(row, others.get(tuple(row[name] for name in place))) for row in select(chosen, mode="tune")]
-    return [row["accuracy"] - other for row, other in pairs if other is not None]
+    pairs = twins(select(rows, **wanted), "tune", over, ("net", "data", "seed", "batch_size", "accumulate"))
+    return [row["accuracy"] - other["accuracy"] for row, other in pairs]
 
 
 def better(found: Sequence[float]) -> str:
@@ -140,17 +137,18 @@ def batch_table(rows: Sequence[Row]) -> list[str]:
 
 def accuracy_tables(rows: Sequence[Row]) -> list[str]:
     """Draw a table of accuracies for each network and data set."""
-    every, lines = [*rows, *measured_again(rows)], []
-    for net, data in panels(rows):
-        cells = []
-        for batch in batches(rows):
-            chosen = select(every, net=net, data=data, **batch._asdict())
+
+    def cells(every: list[Row]) -> list[list[str]]:
+        lines = []
+        for batch in batches(every):
+            chosen = select(every, **batch._asdict())
             found = gains(chosen)
             shown = [spread(accuracies(chosen, mode=mode)) for mode in ("train", AGAIN, "tune")]
-            cells.append([str(batch), *shown, f"{fmean(found):+.3f}" if found else "-", better(found)])
-        header = ["batch", "Train", f"Train, {AGAIN}", "Tune", "Tune − Train", "clearly better"]
-        lines += ["", f"**{NAMES[net]} on {NAMES[data]}**", "", *table(header, cells)]
-    return lines[1:]
+            lines.append([str(batch), *shown, f"{fmean(found):+.3f}" if found else "-", better(found)])
+        return lines
+
+    header = ["batch", "Train", f"Train, {AGAIN}", "Tune", "Tune − Train", "clearly better"]
+    return tables_of_panels([*rows, *measured_again(rows)], header, cells)
 
 
 def plain_table(rows: Sequence[Row]) -> list[str]:
@@ -193,42 +191,32 @@ def eval_table(rows: Sequence[Row]) -> list[str]:
     return table(["batch", "pairs", "Tune − Eval, mean", "largest"], lines)
 
 
-def facts(report: dict[str, Any]) -> list[str]:
-    """Return the command, the settings, the machine and the versions of the runs."""
+def tables(report: dict[str, Any]) -> dict[str, list[str]]:
+    """Draw the facts, sentences and tables of the page, by their marks."""
     rows, settings = report["rows"], report["settings"]
-    seeds = ", ".join(f"{seed} ({len(select(rows, seed=seed))} runs)" for seed in sorted(values(rows, "seed")))
-    return [
-        f"`{report['command']}`",
-        "",
-        f"{len(rows)} runs: seeds {seeds}; {settings['limit']} training images of {settings['image_size']} px,",
+    ran = facts(
+        report,
+        f"{settings['limit']} training images of {settings['image_size']} px,",
         f"epochs {settings['epochs']}; learning rates for {RATES_ARE_FOR} images per step:",
         f"backbone {settings['lr']:g}, head {settings['head_lr']:g}; runs that diverged:"
         f" {sum(row['diverged'] for row in rows)}.",
-        versions(report),
-    ]
-
-
-def fill_page(page: str, report: dict[str, Any]) -> str:
-    """Put facts, sentences and tables between their marks in a page."""
-    rows = report["rows"]
-    regions = {
+    )
+    return {
         "short": in_short(rows),
         "batches": batch_table(rows),
         "against": against_freezing(rows),
-        "facts": facts(report),
+        "facts": ran,
         "accuracy": accuracy_tables(rows),
         "plain": plain_table(rows),
         "eval": eval_table(rows),
     }
-    for mark, lines in regions.items():
-        page = with_table(page, mark, lines)
-    return page
 
 
-def draw_accuracy(rows: Sequence[Row], path: Path) -> None:
+def draw(report: dict[str, Any], folder: Path) -> None:
     """Draw accuracy against batch size: means as lines, the range over the seeds as bands."""
     legend = {"ncols": 3, "fontsize": 9}
-    draw_accuracies(rows, path, _draw_panel, across="images per forward pass", dpi=130, legend=legend)
+    path, across = folder / FIGURE, "images per forward pass"
+    draw_accuracies(report["rows"], path, _draw_panel, across=across, dpi=130, legend=legend)
 
 
 def _draw_panel(axes: Axes, rows: Sequence[Row]) -> float:
@@ -255,18 +243,5 @@ def _draw_curve(axes: Axes, rows: Sequence[Row], label: str, colour: str, *, ban
         axes.fill_between(sizes, [*map(min, runs)], [*map(max, runs)], color=colour, alpha=0.13, linewidth=0)
 
 
-def main() -> None:
-    """Write the page and its figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the runs (%(default)s)")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page whose tables are filled in (%(default)s)")
-    parser.add_argument("--figures", type=Path, default=BENCHMARKS, help="folder of the figure (%(default)s)")
-    args = parser.parse_args()
-    report = json.loads(args.results.read_text())
-    args.page.write_text(fill_page(args.page.read_text(), report))
-    draw_accuracy(report["rows"], args.figures / FIGURE)
-    print(f"wrote {args.page} and its figure in {args.figures}")
-
-
 if __name__ == "__main__":
-    main()
+    write_page(PAGE, RESULTS, tables, draw)

@@ -5,7 +5,6 @@ python examples/experiment/write_page.py
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,18 +24,22 @@ from examples.experiment.page_parts import (
     accuracies,
     clean,
     draw_accuracies,
+    facts,
     panels,
     select,
     spread,
-    table,
+    tables_of_panels,
+    twins,
     values,
-    versions,
+    write_page,
 )
-from examples.results_file import BENCHMARKS, moved_scripts, with_table
+from examples.results_file import BENCHMARKS, table
 
 PAGE = BENCHMARKS / "stability-experiment.md"
 RESULTS = BENCHMARKS / "compare_modes.json"
 IN_DOUBLE = BENCHMARKS / "compare_modes_float64.json"
+SETTINGS = ("net", "data", "seed", "lr")
+"""What two runs have in common that differ in their mode alone."""
 COLLAPSED = 0.05
 """A run whose accuracy is above chance by less than this has learnt nothing, or lost it all."""
 STYLES = {"train": ":", "eval": "-", "tune": "--", "deploy": "-."}
@@ -57,16 +60,12 @@ def modes_of(rows: Iterable[Row]) -> list[str]:
 def accuracy_tables(rows: Sequence[Row]) -> list[str]:
     """Draw a table of accuracies for each network and data set."""
     modes = modes_of(rows)
-    lines = []
-    for net, data in panels(rows):
-        chosen = select(rows, net=net, data=data)
-        cells = [
-            [f"{lr:g}", *(spread(accuracies(chosen, lr=lr, mode=mode)) for mode in modes)]
-            for lr in sorted(values(chosen, "lr"))
-        ]
-        header = ["learning rate", *(TITLES[mode] for mode in modes)]
-        lines += ["", f"**{NAMES[net]} on {NAMES[data]}**", "", *table(header, cells)]
-    return lines[1:]
+
+    def cells(chosen: list[Row]) -> list[list[str]]:
+        rates = sorted(values(chosen, "lr"))
+        return [[f"{lr:g}", *(spread(accuracies(chosen, lr=lr, mode=mode)) for mode in modes)] for lr in rates]
+
+    return tables_of_panels(rows, ["learning rate", *(TITLES[mode] for mode in modes)], cells)
 
 
 def stability_table(rows: Sequence[Row]) -> list[str]:
@@ -108,19 +107,11 @@ def collapse_table(rows: Sequence[Row]) -> list[str]:
     return table(["learning rate", *(TITLES[mode] for mode in modes_of(rows))], lines)
 
 
-def twins(rows: Sequence[Row], mode: str, other: str, **wanted: Any) -> list[tuple[Row, Row]]:
-    """Pair each run in one mode with the run in another mode that has the same settings."""
-    place = ("net", "data", "seed", "lr")
-    others = {tuple(row[name] for name in place): row for row in select(rows, mode=other)}
-    found = [(row, others.get(tuple(row[name] for name in place))) for row in select(rows, mode=mode, **wanted)]
-    return [(row, twin) for row, twin in found if twin is not None]
-
-
 def twins_table(rows: Sequence[Row]) -> list[str]:
     """Draw how far runs in Tune mode differ from runs in Eval mode with the same seed, for each rate."""
     lines = []
     for lr in sorted(values(rows, "lr")):
-        pairs = twins(rows, "tune", "eval", lr=lr)
+        pairs = twins(select(rows, lr=lr), "tune", "eval", SETTINGS)
         if not pairs:
             continue
         losses = [
@@ -141,7 +132,7 @@ def cost_table(report: dict[str, Any]) -> list[str]:
         for mode in modes_of(select(rows, net=net)):
             low, middle, high = times(rows, net, mode)
             saved = 100 * (1 - kept[mode] / kept["eval"])
-            pairs = twins(rows, mode, "eval", net=net)
+            pairs = twins(select(rows, net=net), mode, "eval", SETTINGS)
             ratio = median(row["cpu_ms_per_step"] / other["cpu_ms_per_step"] for row, other in pairs) if pairs else None
             cells = [f"{kept[mode]:.1f}", f"{round(saved)} %", f"{middle:.0f} ({low:.0f} to {high:.0f})"]
             lines.append([f"{NAMES[net]}: {TITLES[mode]}", *cells, "-" if ratio is None else f"{ratio:.2f}"])
@@ -155,20 +146,16 @@ def times(rows: Iterable[Row], net: str, mode: str) -> tuple[float, float, float
     return low, median(found), high
 
 
-def facts(report: dict[str, Any]) -> list[str]:
-    """Return the command, the settings, the machine and the versions of the runs."""
-    rows, settings = report["rows"], report["settings"]
-    seeds = ", ".join(f"{seed} ({len(select(rows, seed=seed))} runs)" for seed in sorted(values(rows, "seed")))
-    rates = ", ".join(f"{lr:g}" for lr in sorted(values(rows, "lr")))
-    return [
-        f"`{report['command']}`",
-        *moved_scripts([report["command"]]),
-        "",
-        f"{len(rows)} runs: seeds {seeds}; learning rates of the backbone {rates};",
+def facts_of_grid(report: dict[str, Any]) -> list[str]:
+    """Return what was run, where and with which versions."""
+    settings = report["settings"]
+    rates = ", ".join(f"{lr:g}" for lr in sorted(values(report["rows"], "lr")))
+    return facts(
+        report,
+        f"learning rates of the backbone {rates};",
         f"{settings['limit']} training images of {settings['image_size']} px,",
         f"batch {settings['batch_size']}, epochs {settings['epochs']}.",
-        versions(report),
-    ]
+    )
 
 
 def scales_table(report: dict[str, Any]) -> list[str]:
@@ -180,22 +167,25 @@ def scales_table(report: dict[str, Any]) -> list[str]:
     return table(["network", "lower quartile", "median", "upper quartile"], lines)
 
 
-def fill_page(page: str, report: dict[str, Any], in_double: dict[str, Any]) -> str:
-    """Put facts and tables between their marks in a page. The runs in float64 have their own table."""
-    rows = report["rows"]
-    regions = {
-        "facts": facts(report),
+def tables(report: dict[str, Any]) -> dict[str, list[str]]:
+    """Draw the tables of the page, by their marks. The runs in float64 have their own."""
+    rows, in_double = report["rows"], json.loads(IN_DOUBLE.read_text())
+    return {
+        "facts": facts_of_grid(report),
         "accuracy": accuracy_tables(rows),
         "collapse": collapse_table(rows),
         "stability": stability_table(rows),
         "tune-eval": twins_table(rows),
-        "float64": [*facts(in_double), "", *twins_table(in_double["rows"])],
+        "float64": [*facts_of_grid(in_double), "", *twins_table(in_double["rows"])],
         "scales": scales_table(report),
         "cost": cost_table(report),
     }
-    for mark, lines in regions.items():
-        page = with_table(page, mark, lines)
-    return page
+
+
+def draw(report: dict[str, Any], folder: Path) -> None:
+    """Draw both figures."""
+    draw_accuracy(report["rows"], folder / "compare-modes-accuracy.png")
+    draw_cost(report, folder / "compare-modes-cost.png")
 
 
 def draw_accuracy(rows: Sequence[Row], path: Path) -> None:
@@ -245,20 +235,5 @@ def draw_cost(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
-def main() -> None:
-    """Write the page and its figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the runs (%(default)s)")
-    parser.add_argument("--in-double", type=Path, default=IN_DOUBLE, help="those in double precision (%(default)s)")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page whose tables are filled in (%(default)s)")
-    parser.add_argument("--figures", type=Path, default=BENCHMARKS, help="folder of the figures (%(default)s)")
-    args = parser.parse_args()
-    report, in_double = (json.loads(path.read_text()) for path in (args.results, args.in_double))
-    args.page.write_text(fill_page(args.page.read_text(), report, in_double))
-    draw_accuracy(report["rows"], args.figures / "compare-modes-accuracy.png")
-    draw_cost(report, args.figures / "compare-modes-cost.png")
-    print(f"wrote {args.page} and its figures in {args.figures}")
-
-
 if __name__ == "__main__":
-    main()
+    write_page(PAGE, RESULTS, tables, draw)

@@ -14,8 +14,9 @@ import torch
 from helpers.tiny_experiment import build_tiny, type_command
 from PIL import Image
 
-from examples.experiment import batch_sizes, batch_sizes_page
+from examples.experiment import batch_sizes, batch_sizes_page, page_parts
 from examples.experiment.batch_sizes import BATCH_SIZES, STEP, Cell, MeanOfImages
+from examples.results_file import filled
 
 SMALL = ["--limit", "70"]  # two steps of 32
 
@@ -134,7 +135,7 @@ def test_page_is_filled_and_the_figure_is_opaque(monkeypatch: pytest.MonkeyPatch
     results.write_text(json.dumps({**report, "command": "python examples/experiment/batch_sizes.py"}))
     folders = ["--page", str(page), "--figures", str(tmp_path), "--results", str(results)]
     monkeypatch.setattr(sys, "argv", ["batch_sizes_page.py", *folders])
-    batch_sizes_page.main()
+    page_parts.write_page(batch_sizes_page.PAGE, results, batch_sizes_page.tables, batch_sizes_page.draw)
     filled = page.read_text()
     assert all(f"<!-- {mark} -->\n<!--" not in filled for mark in marks)
     assert "19 runs: seeds 0 (7 runs), 1 (6 runs), 2 (6 runs)" in filled
@@ -154,7 +155,7 @@ def test_cells_of_the_whole_grid_are_as_many_as_the_page_says(monkeypatch: pytes
 def test_page_is_in_step_with_the_committed_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     report = json.loads(batch_sizes_page.RESULTS.read_text())
     page = batch_sizes_page.PAGE.read_text()
-    assert batch_sizes_page.fill_page(page, report) == page
+    assert filled(page, batch_sizes_page.tables(report)) == page
     monkeypatch.setattr(sys, "argv", ["batch_sizes.py"])
     cells = batch_sizes.all_cells(batch_sizes.parse_args())
     assert sorted(cells) == sorted(Cell(*(row[field] for field in Cell._fields)) for row in report["rows"])

@@ -25,6 +25,7 @@ from examples.data import sources
 from examples.data.data_module import IMAGENET
 from examples.experiment import compare_modes, networks, training, write_page
 from examples.experiment.compare_modes import Settings
+from examples.results_file import filled
 from lightning_convbn import find_conv_bn_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,7 +187,7 @@ def test_page_and_figures_are_drawn_from_the_results(monkeypatch: pytest.MonkeyP
     page = tmp_path / "page.md"
     page.write_text(write_page.PAGE.read_text().replace("MobileNetV2", "?"))
     monkeypatch.setattr(sys, "argv", ["write_page.py", "--page", str(page), "--figures", str(tmp_path)])
-    write_page.main()
+    write_page.write_page(write_page.PAGE, write_page.RESULTS, write_page.tables, write_page.draw)
     assert "| MobileNetV2: Tune |" in page.read_text()
     for name in ("compare-modes-accuracy.png", "compare-modes-cost.png"):
         with Image.open(tmp_path / name) as drawn, Image.open(write_page.BENCHMARKS / name) as committed:
@@ -197,9 +198,8 @@ def test_page_and_figures_are_drawn_from_the_results(monkeypatch: pytest.MonkeyP
 
 def test_page_is_in_step_with_the_committed_results() -> None:
     report = json.loads(write_page.RESULTS.read_text())
-    in_double = json.loads(write_page.IN_DOUBLE.read_text())
     page = write_page.PAGE.read_text()
-    assert write_page.fill_page(page, report, in_double) == page
+    assert filled(page, write_page.tables(report)) == page
     cells = {tuple(row[field] for field in compare_modes.Cell._fields) for row in report["rows"]}
     assert len(report["rows"]) == len(cells)
     nets, rates = ("mobilenet_v2", "efficientnet_lite0"), compare_modes.LEARNING_RATES
