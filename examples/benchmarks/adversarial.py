@@ -2,8 +2,8 @@
 
     python examples/benchmarks/adversarial.py --out docs/benchmarks/adversarial.json
 
-runs both attacks of the template in each mode. Rounding may change the sign of a gradient near zero, and with it
-a value of a pixel. So the table also says how many values equal those of Eval mode.
+runs FGSM and PGD, by the `Attack` of `single_file/adversarial.py`, in each mode. Rounding may change the sign of a
+gradient near zero, and with it a value of a pixel. So the table also says how many values equal those of Eval mode.
 """
 
 from __future__ import annotations
@@ -12,29 +12,33 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
 
+from examples.data.data_module import IMAGENET
 from examples.data.images_with_classes import ImageData
 from examples.data.pretrained_weights import WeightsError
 from examples.data.sources import DataError
 from examples.results_file import as_table, write_json
-from examples.templates.adversarial import Attack, Examples
+from examples.single_file.adversarial import MODES, Attack, Found
+from examples.templates.networks.classifiers import build_classifier
 from lightning_convbn import ConvBNModeCallback, measure_memory
 
-Mode = Literal["eval", "tune", "deploy"]
-MODES: tuple[Mode, ...] = get_args(Mode)
+ATTACKS: dict[str, dict[str, Any]] = {"fgsm": {"step_size": 2 / 255, "steps": 1, "random_start": False}, "pgd": {}}
+BATCH = 10
 
 
-def run(model: Attack, data: ImageData, mode: Mode) -> tuple[list[Examples], float]:
-    """Attack the test set in a mode; return the examples and the seconds."""
+def run(model: Attack, images: Tensor, mode: Any) -> tuple[list[Found], float]:
+    """Attack images in a mode; return what was found, and the seconds."""
     callback = ConvBNModeCallback(eval_mode=mode)
     trainer = Trainer(inference_mode=False, callbacks=[callback], logger=False, enable_progress_bar=False)
     start = time.perf_counter()
-    examples: Any = trainer.predict(model, data)
-    return examples, time.perf_counter() - start
+    found: Any = trainer.predict(model, DataLoader(images, BATCH))  # type: ignore[arg-type]
+    return found, time.perf_counter() - start
 
 
 def main() -> None:
@@ -47,25 +51,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/adversarial.json"), help="file for the results")
     args = parser.parse_args()
     try:
-        data = ImageData(args.data, image_size=args.image_size, batch_size=10)
-        attacks = [Attack(weights=args.weights, attack=attack) for attack in ("fgsm", "pgd")]
+        data = ImageData(args.data, image_size=args.image_size, batch_size=BATCH)
+        network = build_classifier("torchvision:mobilenet_v2", args.weights)
     except (DataError, WeightsError) as error:
         sys.exit(f"error: {error}")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET.mean, IMAGENET.std))
+    clean = (torch.cat([images for images, _ in data.test_dataloader()]) * std + mean).clamp(0, 1)
+    batch = torch.rand(BATCH, 3, args.image_size, args.image_size, requires_grad=True)
     rows = []
-    for model in attacks:
-        images = torch.rand(10, 3, args.image_size, args.image_size, requires_grad=True)
-        runs = [{mode: run(model, data, mode) for mode in MODES} for _ in range(args.rounds)]
+    for attack, options in ATTACKS.items():
+        model = Attack(network, **options)
+        runs = [{mode: run(model, clean, mode) for mode in MODES} for _ in range(args.rounds)]
         for mode in MODES:
             pairs = list(zip(runs[0]["eval"][0], runs[0][mode][0], strict=True))
             rows.append(
                 {
-                    "attack": model.attack,
+                    "attack": attack,
                     "mode": mode,
-                    "fooled": sum(int(found.fooled.sum()) for _, found in pairs),
-                    "images": sum(len(found.clean) for _, found in pairs),
-                    "labels as in Eval": all(bool((a[3] == b[3]).all()) for a, b in pairs),
+                    "fooled": sum(int((found.before != found.after).sum()) for _, found in pairs),
+                    "images": len(clean),
+                    "labels as in Eval": all(bool((a.after == b.after).all()) for a, b in pairs),
                     "values as in Eval, %": 100 * sum(same_values(*pair) for pair in pairs) / len(pairs),
-                    "kept MiB": measure_memory(model.network, images, mode=mode).saved_mib,
+                    "kept MiB": measure_memory(network, batch, mode=mode).saved_mib,
                     "seconds": min(each[mode][1] for each in runs),
                 }
             )
@@ -73,9 +80,9 @@ def main() -> None:
     print(write_json(args.out, rows, ("torch", "torchvision", "lightning"), threads=torch.get_num_threads()))
 
 
-def same_values(one: Examples, other: Examples) -> float:
+def same_values(one: Found, other: Found) -> float:
     """Return the share of values that differ by less than a thousandth of a step of 8-bit images."""
-    return float(((one.adversarial - other.adversarial).abs() < 1e-3 / 255).double().mean())
+    return float(((one.images - other.images).abs() < 1e-3 / 255).double().mean())
 
 
 if __name__ == "__main__":
