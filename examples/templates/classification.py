@@ -3,7 +3,7 @@
     pip install --editable ".[examples]"  # in the root folder of this repository
     python examples/templates/classification.py fit  # MobileNetV2 on photographs of solar cells
     python examples/templates/classification.py fit --data.source=imagefolder:PATH/TO/IMAGES
-    python examples/templates/classification.py fit --model.backbone=timm:efficientnet_b0 --data.source=cub:PATH
+    python examples/templates/classification.py fit --model.backbone=timm:efficientnet_b0 --data.source=csv:PATH
     python examples/templates/classification.py fit --convbn.mode=eval --convbn.eval_mode=eval
     python examples/templates/classification.py test --ckpt_path=PATH/TO/CHECKPOINT
 
