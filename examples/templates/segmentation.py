@@ -197,13 +197,11 @@ def _made(path: Path) -> Path:
 
 
 class SegmentationCLI(TemplateCLI):
-    """A TemplateCLI that gives the classes of the data to the model."""
+    """A TemplateCLI that saves a picture of predictions."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link the arguments, as in any LightningCLI."""
+        """Add the options of the picture."""
         super().add_arguments_to_parser(parser)
-        parser.link_arguments("data.classes", "model.num_classes", compute_fn=len, apply_on="instantiate")
-        parser.link_arguments("data.class_weights", "model.class_weights", apply_on="instantiate")
         parser.add_lightning_class_args(SavePredictions, "picture")
 
 
