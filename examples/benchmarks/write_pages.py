@@ -2,8 +2,7 @@
 
     python examples/benchmarks/write_pages.py
 
-writes `docs/benchmarks/modes.md` and its pictures from `docs/benchmarks/modes.json`, and `docs/benchmarks/gpu.md` from
-`gpu.json`.
+writes `docs/benchmarks/modes.md` and its pictures from `docs/benchmarks/modes.json`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.benchmarks import gpu_page, modes_page, trade_off
+from examples.benchmarks import modes_page, trade_off
 from examples.benchmarks.summary import Row, bytes_ratio, time_ratio
 from examples.benchmarks.variants import VARIANTS
 from examples.results_file import BENCHMARKS
@@ -28,11 +27,10 @@ PANEL, TEXT, GRID = "#f8fafc", "#1e293b", "#dbe2ea"
 
 
 def main() -> None:
-    """Write both pages."""
+    """Write the page and its pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--modes", type=Path, default=BENCHMARKS / "modes.json", help="what all_modes.py has measured (%(default)s)")
-    add("--gpu", type=Path, default=BENCHMARKS / "gpu.json", help="what gpu.py has measured; it need not exist")
+    modes = BENCHMARKS / "modes.json"
+    parser.add_argument("--modes", type=Path, default=modes, help="what all_modes.py has measured (%(default)s)")
     arguments = parser.parse_args()
     if not arguments.modes.exists():
         parser.error(f"{arguments.modes} does not exist; write it with examples/benchmarks/all_modes.py")
@@ -44,7 +42,7 @@ def main() -> None:
         written.append(_save(compare(rows), page.with_name(name)))
         if len(rows) >= modes_page.LEAST_NETWORKS:
             written.append(_save(peak_against_time(rows), page.with_name(modes_page.trade_off_picture(name))))
-    print("wrote", *written, gpu_page.write(arguments.gpu), sep="\n  ")
+    print("wrote", *written, sep="\n  ")
 
 
 def compare(rows: Sequence[Row]) -> Figure:

@@ -200,12 +200,6 @@ class TestGpuScript:
                 assert found["kept_bytes"] < found["peak_bytes"]
                 assert len(found["step_ms"]) == gpu.QUICK_ROUNDS
 
-    def test_its_page_is_drawn_and_says_that_it_is_of_a_cpu(self, measured_quickly: Path) -> None:
-        page = measured_quickly.with_suffix(".md").read_text()
-        assert "**This was run on a CPU**" in page
-        assert "not measured on a GPU yet" not in page.lower()
-        assert page.count(f"| {VARIANTS['tune_recompute'].title} |") == len(gpu.QUICK_NETWORKS)
-
     @pytest.mark.parametrize("quick", [[], ["--quick"]])
     @pytest.mark.parametrize("output", [[], ["--output", gpu.RESULTS]])
     def test_a_cpu_never_writes_the_file_of_the_docs(
@@ -242,7 +236,6 @@ class TestGpuScript:
             path = tmp_path / f"{minutes}.json"
             run(monkeypatch, gpu, "--device", "cpu", "--quick", "--output", path, "--minutes", minutes)
             assert [row["failed"] for row in json.loads(path.read_text())["rows"]] == [error] * 2
-            assert f"- resnet18, batch 2, 32 px, cpu: {error}" in path.with_suffix(".md").read_text()
 
     def test_all_that_was_asked_for_is_among_the_cells(self) -> None:
         cells = [(tuple(setting.values()), tuple(variants)) for setting, variants in gpu.all_cells("cuda")]
@@ -257,25 +250,12 @@ class TestGpuScript:
                         assert (name, batch, 224, "cuda", precision, channels_last) in variants
         assert {row[4] for row in variants if row[0] == gpu.DETECTOR} == {"fp32", "bf16"}
 
-    def test_published_figures_stand_beside_what_was_measured(self, measured_quickly: Path) -> None:
-        measurements = json.loads(measured_quickly.read_text())
-        row = measurements["rows"][1]
-        row |= {"model": "resnet50", "batch": 48, "pixels": 448, "device": "cuda"}
-        row["variants"] = {name: row["variants"][name] for name in ("eval", "train", "tune")}
-        for name, total in (("train", 20e9), ("tune", 12e9)):
-            row["variants"][name] |= {"peak_bytes": int(total), "resident_bytes": 0}
-        measurements |= {"device": "cuda", "float32": {"convolutions": "tf32"}}
-        page = gpu_page.as_markdown(measurements)
-        assert "| resnet50, batch 48, 448 px | Tune | 12.32 | 0.62 | 12.00 | 0.60 |" in page
-        assert "convolutions: tf32" in page
-        assert "CPU**" not in page
-
-    def test_the_page_comes_from_the_committed_measurements_or_says_that_there_are_none(self) -> None:
-        page = gpu.RESULTS.with_suffix(".md").read_text()
-        found = json.loads(gpu.RESULTS.read_text()) if gpu.RESULTS.exists() else None
-        peers = gpu.RESULTS.with_name(gpu_page.PEERS)
-        assert gpu_page.as_markdown(found, json.loads(peers.read_text())) == page
-        assert found is None or (found["device"] == "cuda" and not found["quick"])
+    def test_the_page_comes_from_the_committed_measurements(self) -> None:
+        page = gpu_page.PAGE.read_text()
+        found, peers = (json.loads(path.read_text()) for path in (gpu_page.RESULTS, gpu_page.PEERS))
+        assert results_file.filled(page, gpu_page.tables(found, peers)) == page
+        assert found["device"] == "cuda"
+        assert not found["quick"]
 
 
 class TestMeasuring:
@@ -350,8 +330,7 @@ class TestResults:
         found = json.loads(measured.read_text())
         found["rows"] = [{**found["rows"][0], "model": f"network {number}"} for number in range(9)]
         (tmp_path / "many.json").write_text(json.dumps(found))
-        missing = ("--gpu", tmp_path / "gpu.json")
-        run(monkeypatch, write_pages, "--modes", tmp_path / "many.json", *missing)
+        run(monkeypatch, write_pages, "--modes", tmp_path / "many.json")
         assert "](many-batch2-32px-cpu-trade-off.png)" in (tmp_path / "many.md").read_text()
         assert imread(tmp_path / "many-batch2-32px-cpu-trade-off.png").std() > 0.01
 
@@ -374,9 +353,7 @@ class TestResults:
         found = json.loads(measured.read_text())
         found["rows"][0]["variants"]["mmengine"] = {"failed": "KeyError: 'input'"}
         (tmp_path / "tiny.json").write_text(json.dumps(found))
-        missing = ("--gpu", tmp_path / "gpu.json")
-        run(monkeypatch, write_pages, "--modes", tmp_path / "tiny.json", *missing)
-        assert (tmp_path / "gpu.md").read_text() == gpu_page.as_markdown(None)
+        run(monkeypatch, write_pages, "--modes", tmp_path / "tiny.json")
         page = (tmp_path / "tiny.md").read_text()
         assert "- resnet18, batch 2, 32 px, cpu: mmengine failed: KeyError: 'input'" in page
         assert "On a GPU: see [the page of its measurements](gpu.md)" in page
