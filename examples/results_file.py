@@ -112,6 +112,12 @@ def with_table(page: str, mark: str, lines: Sequence[str]) -> str:
     return "".join([before, start, "\n".join(lines), "\n", end, after])
 
 
+def fill(page: Path, tables: Mapping[str, Sequence[str]]) -> Path:
+    """Put tables between their marks in a file; return its path."""
+    page.write_text(filled(page.read_text(), tables))
+    return page
+
+
 def filled(page: str, tables: Mapping[str, Sequence[str]]) -> str:
     """Replace what is between the marks of several tables in a page."""
     for mark, lines in tables.items():
@@ -119,7 +125,7 @@ def filled(page: str, tables: Mapping[str, Sequence[str]]) -> str:
     return page
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], words: Collection[int] = (0,)) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: Collection[int] = (0,)) -> list[str]:
     """Draw a table in Markdown.
 
     Args:

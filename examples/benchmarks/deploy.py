@@ -22,24 +22,12 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 
 from examples.benchmarks.random_statistics import give_statistics
-from examples.results_file import BENCHMARKS, write_json
+from examples.results_file import BENCHMARKS, fill, markdown_table, write_json
 from lightning_convbn import find_conv_bn_pairs, fuse_for_deploy
 from lightning_convbn.exporting.formats import to_onnx
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "regnet_y_400mf", "densenet121")
 PIXELS = 224
-INTRODUCTION = f"""# Deploy copies
-
-For users who want to know how fast inference is after folding. The table compares the CPU time of one thread for one
-image of {PIXELS} px, in float32, without gradients. The networks are torchvision's classifiers with random weights
-and statistics. It is written by `python examples/benchmarks/deploy.py`. Not measured on a GPU yet.
-
-- Times are ratios: medians of interleaved rounds, with the smallest and the largest ratio of a round.
-- *Deploy / Eval* compares the Deploy copy with the model in Eval mode.
-- *fx fuse* is `torch.fx.experimental.optimization.fuse`.
-- *ONNX nodes* counts the nodes of the graphs that torch's exporter makes of the Deploy copy and of the model in Eval
-  mode. The exporter folds BatchNorms behind a convolution by itself, so the two are alike.
-"""
 
 
 def main() -> None:
@@ -54,7 +42,7 @@ def main() -> None:
         rows.append(measure(name, rounds))
         print(rows[-1], flush=True)
     write_json(BENCHMARKS / "deploy.json", rows, ("torch", "torchvision", "onnx", "onnxscript"), threads=1)
-    (BENCHMARKS / "deploy.md").write_text(as_markdown(rows))
+    fill(BENCHMARKS / "deploy.md", {"table": table(rows)})
 
 
 @torch.no_grad()
@@ -99,17 +87,16 @@ def _count_nodes(model: nn.Module, example: tuple[torch.Tensor, ...]) -> int:
     return len(onnx.load_from_string(to_onnx(model, example, True)).graph.node)
 
 
-def as_markdown(rows: list[dict[str, Any]]) -> str:
-    """Draw the page."""
-    titles = ["model", "folded", "Deploy / Eval", "fx fuse / Eval", "Deploy / fx fuse", "ONNX nodes, Deploy", "Eval"]
-    lines = [INTRODUCTION, f"| {' | '.join(titles)} |", "|---|---:|---:|---:|---:|---:|---:|"]
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Draw the table of the page."""
+    lines = []
     for row in rows:
         ratios = [row[name] for name in ("deploy", "fx", "deploy_to_fx")]
         times = [f"{one['median']:.2f} ({one['least']:.2f} to {one['most']:.2f})" for one in ratios]
         nodes = [str(row["onnx_nodes"][variant]) for variant in ("deploy", "eval")]
-        folded = f"{row['folded']} of {row['batch_norms']}"
-        lines.append(f"| {' | '.join([row['model'], folded, *times, *nodes])} |")
-    return "\n".join(lines) + "\n"
+        lines.append([row["model"], f"{row['folded']} of {row['batch_norms']}", *times, *nodes])
+    header = ["model", "folded", "Deploy / Eval", "fx fuse / Eval", "Deploy / fx fuse", "ONNX nodes, Deploy", "Eval"]
+    return markdown_table(header, lines)
 
 
 if __name__ == "__main__":

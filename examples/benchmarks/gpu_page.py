@@ -24,7 +24,7 @@ from examples.benchmarks.summary import (
     title,
 )
 from examples.benchmarks.variants import INDUCTOR_PASS, VARIANTS
-from examples.results_file import BENCHMARKS, filled, table
+from examples.results_file import BENCHMARKS, fill, markdown_table
 from lightning_convbn.memory import MIB
 
 PAGE = BENCHMARKS / "gpu.md"
@@ -73,8 +73,7 @@ SHOWN = {
 def write() -> Path:
     """Fill in the page; return its path."""
     measurements, peers = (json.loads(path.read_text()) for path in (RESULTS, PEERS))
-    PAGE.write_text(filled(PAGE.read_text(), tables(measurements, peers)))
-    return PAGE
+    return fill(PAGE, tables(measurements, peers))
 
 
 def tables(measurements: Mapping[str, Any], peers: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -106,7 +105,7 @@ def _parity(compared: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = [
         [row["model"], f"{row['pixels']} px", f"{row['output']:.0e}", f"{row['gradients']:.0e}"] for row in compared
     ]
-    return table(["network", "image", "largest relative deviation of the output", "of a gradient"], cells)
+    return markdown_table(["network", "image", "largest relative deviation of the output", "of a gradient"], cells)
 
 
 def _in_short(rows: Sequence[Row]) -> list[str]:
@@ -122,7 +121,7 @@ def _in_short(rows: Sequence[Row]) -> list[str]:
             cells += ["-" if peak is None else f"{peak:.2f}", *(ratio_text(time, 2) or "-" for time in times)]
         lines.append(cells)
     header = [one for name in SHOWN.values() for one in (f"{name}: peak", "step", "replay")]
-    return table(["network", "setting", *header], lines, words=(0, 1))
+    return markdown_table(["network", "setting", *header], lines, words=(0, 1))
 
 
 def _ranges(rows: Sequence[Row]) -> Iterator[str]:
@@ -163,7 +162,7 @@ def _beside_published(rows: Sequence[Row]) -> list[str]:
                 ]
             )
     header = ["source", "setting", "variant", "published, GB", "ratio", "measured, GB", "ratio", "step / Eval"]
-    return table(header, lines, words=(0, 1, 2, 7))
+    return markdown_table(header, lines, words=(0, 1, 2, 7))
 
 
 def _with_compiler(peers: Mapping[str, Any]) -> Iterator[str]:
@@ -177,7 +176,7 @@ def _with_compiler(peers: Mapping[str, Any]) -> Iterator[str]:
         for row in peers["rows"]
         for name in row["variants"]
     ]
-    yield from table(header, lines, words=(0, 1, 2, 6))
+    yield from markdown_table(header, lines, words=(0, 1, 2, 6))
     yield ""
     yield from _failures(peers["rows"])
 

@@ -28,7 +28,7 @@ from examples.experiment.page_parts import (
     values,
     write_page,
 )
-from examples.results_file import BENCHMARKS, table
+from examples.results_file import BENCHMARKS, markdown_table
 
 PAGE = BENCHMARKS / "batch-size-experiment.md"
 RESULTS = BENCHMARKS / "batch_sizes.json"
@@ -132,7 +132,7 @@ def batch_table(rows: Sequence[Row]) -> list[str]:
         means = [f"{fmean(gains(every, over, **batch._asdict())):+.3f}" for over in ("train", AGAIN)]
         lines.append([str(batch), *map(str, found.values()), *means])
     header = ["batch", "Tune better", "Train better", "neither", "Tune − Train", f"Tune − Train, {AGAIN}"]
-    return table(header, lines)
+    return markdown_table(header, lines)
 
 
 def accuracy_tables(rows: Sequence[Row]) -> list[str]:
@@ -162,7 +162,7 @@ def plain_table(rows: Sequence[Row]) -> list[str]:
             runs = [select(chosen, mode=mode, **batch._asdict()) for mode in ("train", "tune")]
             found = [spread([row["plain_accuracy"] for row in some]) for some in runs]
             lines.append([f"{NAMES[net]}, {NAMES[data]}: {batch}", *found])
-    return table(["network, data: batch", "Train", "Tune"], lines)
+    return markdown_table(["network, data: batch", "Train", "Tune"], lines)
 
 
 def against_freezing(rows: Sequence[Row]) -> list[str]:
@@ -178,7 +178,7 @@ def against_freezing(rows: Sequence[Row]) -> list[str]:
                     lines.append([case, *means, f"{-fmean(found):+.3f}"])
     if not lines:
         return ["Train mode is clearly better in no case, not even with its statistics measured again."]
-    return table(["case", "Train mode", "Tune", "Train − Tune"], lines)
+    return markdown_table(["case", "Train mode", "Tune", "Train − Tune"], lines)
 
 
 def eval_table(rows: Sequence[Row]) -> list[str]:
@@ -188,7 +188,7 @@ def eval_table(rows: Sequence[Row]) -> list[str]:
         found = gains(rows, "eval", **batch._asdict())
         largest = max(map(abs, found))
         lines.append([str(batch), str(len(found)), f"{fmean(found):+.3f}", f"{largest:.3f}"])
-    return table(["batch", "pairs", "Tune − Eval, mean", "largest"], lines)
+    return markdown_table(["batch", "pairs", "Tune − Eval, mean", "largest"], lines)
 
 
 def tables(report: dict[str, Any]) -> dict[str, list[str]]:

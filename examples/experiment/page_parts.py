@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.results_file import BENCHMARKS, filled, moved_scripts, table
+from examples.results_file import BENCHMARKS, fill, markdown_table, moved_scripts
 from lightning_convbn.command.plot import COLOURS
 
 TITLES = {"train": "Train", "eval": "Eval", "tune": "Tune", "deploy": "Deploy, trained"}
@@ -69,7 +69,7 @@ def tables_of_panels(
     lines = []
     for net, data in panels(rows):
         chosen = select(rows, net=net, data=data)
-        lines += ["", f"**{NAMES[net]} on {NAMES[data]}**", "", *table(header, cells(chosen))]
+        lines += ["", f"**{NAMES[net]} on {NAMES[data]}**", "", *markdown_table(header, cells(chosen))]
     return lines[1:]
 
 
@@ -113,7 +113,7 @@ def write_page(
     parser.add_argument("--figures", type=Path, default=BENCHMARKS, help="folder of the figures (%(default)s)")
     args = parser.parse_args()
     report = json.loads(args.results.read_text())
-    args.page.write_text(filled(args.page.read_text(), tables(report)))
+    fill(args.page, tables(report))
     draw(report, args.figures)
     print(f"wrote {args.page} and its figures in {args.figures}")
 

@@ -33,7 +33,7 @@ from examples.experiment.page_parts import (
     values,
     write_page,
 )
-from examples.results_file import BENCHMARKS, table
+from examples.results_file import BENCHMARKS, markdown_table
 
 PAGE = BENCHMARKS / "stability-experiment.md"
 RESULTS = BENCHMARKS / "compare_modes.json"
@@ -95,7 +95,7 @@ def stability_table(rows: Sequence[Row]) -> list[str]:
         "collapsed",
         "not finite",
     ]
-    return table(header, lines)
+    return markdown_table(header, lines)
 
 
 def collapse_table(rows: Sequence[Row]) -> list[str]:
@@ -104,7 +104,7 @@ def collapse_table(rows: Sequence[Row]) -> list[str]:
     for lr in sorted(values(rows, "lr")):
         chosen = [select(rows, lr=lr, mode=mode) for mode in modes_of(rows)]
         lines.append([f"{lr:g}", *(f"{sum(map(has_collapsed, runs))} of {len(runs)}" for runs in chosen)])
-    return table(["learning rate", *(TITLES[mode] for mode in modes_of(rows))], lines)
+    return markdown_table(["learning rate", *(TITLES[mode] for mode in modes_of(rows))], lines)
 
 
 def twins_table(rows: Sequence[Row]) -> list[str]:
@@ -122,7 +122,7 @@ def twins_table(rows: Sequence[Row]) -> list[str]:
         mean, largest = f"{fmean(differences):+.3f}", f"{max(map(abs, differences)):.3f}"
         lines.append([f"{lr:g}", str(len(pairs)), *(f"{loss:.0e}" for loss in losses), mean, largest])
     header = ["learning rate", "pairs", "first loss apart", "tenth loss apart", "accuracy apart, mean", "largest"]
-    return table(header, lines)
+    return markdown_table(header, lines)
 
 
 def cost_table(report: dict[str, Any]) -> list[str]:
@@ -136,7 +136,7 @@ def cost_table(report: dict[str, Any]) -> list[str]:
             ratio = median(row["cpu_ms_per_step"] / other["cpu_ms_per_step"] for row, other in pairs) if pairs else None
             cells = [f"{kept[mode]:.1f}", f"{round(saved)} %", f"{middle:.0f} ({low:.0f} to {high:.0f})"]
             lines.append([f"{NAMES[net]}: {TITLES[mode]}", *cells, "-" if ratio is None else f"{ratio:.2f}"])
-    return table(["network: mode", "kept, MiB", "less than Eval", "CPU ms per step", "to Eval's"], lines)
+    return markdown_table(["network: mode", "kept, MiB", "less than Eval", "CPU ms per step", "to Eval's"], lines)
 
 
 def times(rows: Iterable[Row], net: str, mode: str) -> tuple[float, float, float]:
@@ -164,7 +164,7 @@ def scales_table(report: dict[str, Any]) -> list[str]:
         [NAMES[net], *(f"{factor:.2f} (squared {factor * factor:.2f})" for factor in quartiles)]
         for net, quartiles in report["scale_quartiles"].items()
     ]
-    return table(["network", "lower quartile", "median", "upper quartile"], lines)
+    return markdown_table(["network", "lower quartile", "median", "upper quartile"], lines)
 
 
 def tables(report: dict[str, Any]) -> dict[str, list[str]]:
