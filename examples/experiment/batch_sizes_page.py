@@ -92,38 +92,6 @@ def counts(rows: Sequence[Row], shown: Iterable[Batch], over: str = "train") -> 
     return {verdict: verdicts.count(verdict) for verdict in ("Tune", "Train", "neither")}
 
 
-def mean_of(rows: Iterable[Row], mode: str, batch: Batch) -> str:
-    """Return the mean accuracy of a mode over networks, data sets and seeds."""
-    return f"{fmean(accuracies(rows, mode=mode, **batch._asdict())):.3f}"
-
-
-def in_short(rows: Sequence[Row]) -> list[str]:
-    """Say in sentences what was found. The numbers decide the words."""
-    every = [*rows, *measured_again(rows)]
-    shown = batches(rows)
-    alone = [batch for batch in shown if batch.accumulate == 1]
-    small, large = alone[0], alone[-1]
-    found, again = counts(every, shown), counts(every, shown, AGAIN)
-    lines = [
-        f"- **Tune mode is clearly better in {found['Tune']} of {sum(found.values())} cases, Train mode in"
-        f" {found['Train']}, neither in {found['neither']}.** A case is a network, a data set and a batch. *Clearly*"
-        f" means: by at least {CLEAR} of balanced accuracy on average, and with every seed.",
-        f"- **By batch size**: from batch {small} to batch {large}, the mean accuracy of Train mode goes from"
-        f" {mean_of(rows, 'train', small)} to {mean_of(rows, 'train', large)}, that of Tune mode from"
-        f" {mean_of(rows, 'tune', small)} to {mean_of(rows, 'tune', large)}.",
-        f"- **The statistics, or the training?** If the statistics are measured again after training, Train mode has"
-        f" {mean_of(every, AGAIN, small)} at batch {small} and {mean_of(every, AGAIN, large)} at batch {large}. Then"
-        f" Tune mode is clearly better in {again['Tune']} cases, Train mode in {again['Train']}.",
-    ]
-    if len(shown) > len(alone):
-        added = shown[len(alone)]
-        lines.append(
-            f"- **Accumulation**: batch {added} has the images per step of batch {large}, but the statistics of batch"
-            f" {small}. Train mode has {mean_of(rows, 'train', added)} there, Tune mode {mean_of(rows, 'tune', added)}."
-        )
-    return lines
-
-
 def batch_table(rows: Sequence[Row]) -> list[str]:
     """Draw for each batch how often which mode is clearly better, and by how much Tune is."""
     every, lines = [*rows, *measured_again(rows)], []
@@ -192,7 +160,7 @@ def eval_table(rows: Sequence[Row]) -> list[str]:
 
 
 def tables(report: dict[str, Any]) -> dict[str, list[str]]:
-    """Draw the facts, sentences and tables of the page, by their marks."""
+    """Draw the facts and tables of the page, by their marks."""
     rows, settings = report["rows"], report["settings"]
     ran = facts(
         report,
@@ -202,7 +170,6 @@ def tables(report: dict[str, Any]) -> dict[str, list[str]]:
         f" {sum(row['diverged'] for row in rows)}.",
     )
     return {
-        "short": in_short(rows),
         "batches": batch_table(rows),
         "against": against_freezing(rows),
         "facts": ran,

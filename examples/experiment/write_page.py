@@ -12,17 +12,14 @@ from statistics import fmean, median, quantiles
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from examples.experiment.page_parts import (
     CHANCE,
-    INK,
     MODE_COLOURS,
     NAMES,
     TITLES,
     Row,
     accuracies,
-    clean,
     draw_accuracies,
     facts,
     panels,
@@ -37,6 +34,7 @@ from examples.results_file import BENCHMARKS, markdown_table
 
 PAGE = BENCHMARKS / "stability-experiment.md"
 RESULTS = BENCHMARKS / "compare_modes.json"
+FIGURE = "compare-modes-accuracy.png"
 IN_DOUBLE = BENCHMARKS / "compare_modes_float64.json"
 SETTINGS = ("net", "data", "seed", "lr")
 """What two runs have in common that differ in their mode alone."""
@@ -183,15 +181,9 @@ def tables(report: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def draw(report: dict[str, Any], folder: Path) -> None:
-    """Draw both figures."""
-    draw_accuracy(report["rows"], folder / "compare-modes-accuracy.png")
-    draw_cost(report, folder / "compare-modes-cost.png")
-
-
-def draw_accuracy(rows: Sequence[Row], path: Path) -> None:
     """Draw accuracy against learning rate: means as lines, the range as bands."""
-    across = "learning rate of the backbone"
-    draw_accuracies(rows, path, _draw_panel, across=across, dpi=150, legend={"fontsize": 10})
+    across, path = "learning rate of the backbone", folder / FIGURE
+    draw_accuracies(report["rows"], path, _draw_panel, across=across, dpi=150, legend={"fontsize": 10})
 
 
 def _draw_panel(axes: Axes, rows: Sequence[Row]) -> float:
@@ -205,34 +197,6 @@ def _draw_panel(axes: Axes, rows: Sequence[Row]) -> float:
     axes.set_xscale("log")
     axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
     return float(rates[0])
-
-
-def draw_cost(report: dict[str, Any], path: Path) -> None:
-    """Draw memory and processor time of each mode as bars."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=150, facecolor="white")
-    memory, time = figure.subplots(1, 2)
-    nets = [*report["kept_mib"]]
-    width = 0.8 / len(TITLES)
-    for place, (mode, title) in enumerate(TITLES.items()):
-        positions = [number + (place - (len(TITLES) - 1) / 2) * width for number in range(len(nets))]
-        colour = MODE_COLOURS[mode]
-        sizes = [report["kept_mib"][net][mode] for net in nets]
-        bars = memory.bar(positions, sizes, width * 0.9, color=colour, label=title)
-        memory.bar_label(bars, [f"{size:.0f}" for size in sizes], padding=2, fontsize=8, color=INK)
-        spread = [times(report["rows"], net, mode) for net in nets]
-        middles = [middle for _, middle, _ in spread]
-        errors = [[middle - low for low, middle, _ in spread], [high - middle for _, middle, high in spread]]
-        bars = time.bar(positions, middles, width * 0.9, yerr=errors, color=colour, ecolor=INK, capsize=2)
-        time.bar_label(bars, [f"{middle:.0f}" for middle in middles], padding=2, fontsize=8, color=INK)
-    batch = report["settings"]["batch_size"]
-    memory.set_title(f"MiB kept for backward, batch {batch}", fontsize=10, color=INK)
-    time.set_title(f"CPU ms per training step, batch {batch}", fontsize=10, color=INK)
-    for axes in (memory, time):
-        axes.set_xticks(range(len(nets)), [NAMES[net] for net in nets])
-        axes.margins(y=0.12)
-        clean(axes)
-    figure.legend(loc="outside upper center", ncols=len(TITLES), frameon=False, fontsize=10)
-    figure.savefig(path, metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from examples.data.images_with_boxes import Batch, CocoData, CocoImages
 from examples.data.sources import DataError
@@ -167,35 +167,26 @@ def total_loss(detector: nn.Module, batch: Batch) -> Tensor:
 def save_predictions(model: Detector, images: CocoImages, path: Path) -> Path:
     """Draw the first images with the true boxes in green and the predicted ones in red."""
     model.eval()
-    items = [images[index] for index in range(min(SHOWN_IMAGES, len(images)))]
     figure = Figure(figsize=(12, 6.4), layout="constrained")
-    for number, (image, target) in enumerate(items, start=1):
+    for number in range(min(SHOWN_IMAGES, len(images))):
+        image, target = images[number]
         with torch.no_grad():
             (found,) = model([image.to(model.device)])
-        axes = figure.add_subplot(2, (SHOWN_IMAGES + 1) // 2, number)
+        sure = {name: part[found["scores"] > SHOWN_ABOVE].cpu() for name, part in found.items()}
+        names = [
+            f"{model.classes[int(label) - 1]} {score:.2f}"
+            for label, score in zip(sure["labels"], sure["scores"], strict=True)
+        ]
+        drawn = draw_bounding_boxes(image, target["boxes"], colors="limegreen", width=3)
+        if "masks" in sure:
+            drawn = draw_segmentation_masks(drawn, sure["masks"][:, 0] > 0.5, alpha=0.6, colors="teal")
+        drawn = draw_bounding_boxes(drawn, sure["boxes"], names, colors="red")
+        axes = figure.add_subplot(2, (SHOWN_IMAGES + 1) // 2, number + 1)
         axes.set_axis_off()
-        sure = (
-            (found["scores"] > SHOWN_ABOVE).nonzero().flatten().flip(0)
-        )  # the one with the highest score last, on top
-        if "masks" in found:
-            inside = (found["masks"][sure, 0] > 0.5).any(0).cpu()
-            image = torch.where(inside, image.mul(0.4) + torch.tensor([0.0, 0.6, 0.6])[:, None, None], image)
-        axes.imshow(image.permute(1, 2, 0))
-        for box in target["boxes"]:
-            axes.add_patch(_rectangle(box, "limegreen", linewidth=3))
-        for box, label, score in zip(*(found[key][sure].cpu() for key in ("boxes", "labels", "scores")), strict=True):
-            axes.add_patch(_rectangle(box, "red", linewidth=1))
-            left, top = box[:2].tolist()
-            text = f"{model.classes[int(label) - 1]}  {score:.2f}"
-            axes.text(left, top, text, color="white", backgroundcolor="red", fontsize=7, va="bottom")
+        axes.imshow(drawn.permute(1, 2, 0))
     figure.suptitle("green: true boxes; red: predicted boxes with their scores")
     figure.savefig(path)
     return path
-
-
-def _rectangle(box: Tensor, color: str, linewidth: float) -> Rectangle:
-    left, top, right, bottom = box.tolist()
-    return Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=linewidth)
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ def test_a_mode_is_clearly_better_only_if_every_seed_says_so() -> None:
     assert batch_sizes_page.better([0.5]) == "neither"  # one seed is no evidence
 
 
-def test_tables_and_sentences_count_both_ways() -> None:
+def test_tables_count_both_ways() -> None:
     assert batch_sizes_page.batch_table(ROWS)[2:] == [
         "| 2 | 1 | 0 | 0 | +0.080 | +0.080 |",
         "| 32 | 0 | 1 | 0 | -0.040 | +0.060 |",
@@ -120,14 +120,10 @@ def test_tables_and_sentences_count_both_ways() -> None:
     assert "in no case" in batch_sizes_page.against_freezing(ROWS[:6])[0]
     assert batch_sizes_page.eval_table(ROWS)[2:] == ["| 2 | 1 | +0.010 | 0.010 |"]
     assert len(batch_sizes_page.plain_table(ROWS)) == 5
-    short = " ".join(batch_sizes_page.in_short(ROWS))
-    assert "clearly better in 1 of 3 cases, Train mode in 1, neither in 1." in short
-    assert "Train mode goes from 0.610 to 0.800, that of Tune mode from 0.690 to 0.760" in short
-    assert "batch 2 × 16 has the images per step of batch 32, but the statistics of batch 2" in short
 
 
 def test_page_is_filled_and_the_figure_is_opaque(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    marks = ("short", "batches", "against", "facts", "accuracy", "plain", "eval")
+    marks = ("batches", "against", "facts", "accuracy", "plain", "eval")
     page, results = tmp_path / "page.md", tmp_path / "results.json"
     page.write_text("".join(f"<!-- {mark} -->\n<!-- /{mark} -->\n" for mark in marks))
     settings = {"epochs": 2, "limit": 384, "image_size": 72, "lr": 0.0003, "head_lr": 0.01}

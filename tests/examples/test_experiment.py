@@ -189,11 +189,11 @@ def test_page_and_figures_are_drawn_from_the_results(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", ["write_page.py", "--page", str(page), "--figures", str(tmp_path)])
     write_page.write_page(write_page.PAGE, write_page.RESULTS, write_page.tables, write_page.draw)
     assert "| MobileNetV2: Tune |" in page.read_text()
-    for name in ("compare-modes-accuracy.png", "compare-modes-cost.png"):
-        with Image.open(tmp_path / name) as drawn, Image.open(write_page.BENCHMARKS / name) as committed:
-            assert drawn.size == committed.size
-            assert len(drawn.convert("RGB").getcolors(2**24)) > 100
-            assert drawn.convert("RGBA").getextrema()[3] == (255, 255)  # opaque, for light pages and dark ones
+    name = write_page.FIGURE
+    with Image.open(tmp_path / name) as drawn, Image.open(write_page.BENCHMARKS / name) as committed:
+        assert drawn.size == committed.size
+        assert len(drawn.convert("RGB").getcolors(2**24)) > 100
+        assert drawn.convert("RGBA").getextrema()[3] == (255, 255)  # opaque, for light pages and dark ones
 
 
 def test_page_is_in_step_with_the_committed_results() -> None:

@@ -24,7 +24,6 @@ from torchvision.ops import FrozenBatchNorm2d
 from examples.benchmarks import (
     against_revision,
     coverage_of_models,
-    deploy,
     detectors,
     figures,
     host_time,
@@ -166,7 +165,6 @@ def test_memory_tables_come_from_the_committed_counts() -> None:
     [
         (against_revision, "against-revision", against_revision.PAGE, against_revision.MARK),
         (coverage_of_models, "coverage", BENCHMARKS / "coverage.md", "table"),
-        (deploy, "deploy", BENCHMARKS / "deploy.md", "table"),
         (detectors, "detectors", BENCHMARKS / "detectors.md", "table"),
         (host_time, "host_time", host_time.PAGE, host_time.MARK),
         (memory_budget, "memory_budget", memory_budget.PAGE, memory_budget.MARK),
