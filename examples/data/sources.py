@@ -180,20 +180,6 @@ def read_solar_cells(path: Path | None, seed: int) -> Source:
     return Source(("functional", "defective"), stratified_split(samples, SPLIT, seed))
 
 
-def read_photos(path: Path | None, seed: int) -> Source:
-    """Cut two photographs that come with scikit-learn, of a temple and of a flower, into overlapping squares."""
-    from sklearn.datasets import load_sample_images
-
-    edge, step = 224, 40
-    samples = [
-        Sample(photo[top : top + edge, left : left + edge], label)
-        for label, photo in enumerate(load_sample_images().images)
-        for top in range(0, photo.shape[0] - edge + 1, step)
-        for left in range(0, photo.shape[1] - edge + 1, step)
-    ]
-    return Source(("temple", "flower"), stratified_split(samples, SPLIT, seed))
-
-
 def read_fashion_mnist(path: Path | None, seed: int) -> Source:
     """Find Fashion-MNIST: 70,000 grey images of clothes, 28 pixels wide, in 10 classes.
 
@@ -312,9 +298,8 @@ Reader = Callable[[Any, int], Source]
 SOURCES: dict[str, Reader] = {
     "elpv": read_solar_cells,
     "fashion-mnist": read_fashion_mnist,
-    "photos": read_photos,
     "imagefolder": read_folder,
     "csv": read_csv,
 }
-WITHOUT_PATH = ("elpv", "fashion-mnist", "photos")
+WITHOUT_PATH = ("elpv", "fashion-mnist")
 FORMS = [name if name in WITHOUT_PATH else f"{name}:PATH" for name in SOURCES]

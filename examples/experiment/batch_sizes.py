@@ -19,7 +19,7 @@ import itertools
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import seed_everything
@@ -41,9 +41,10 @@ from examples.experiment.training import (
     score,
 )
 from examples.results_file import BENCHMARKS, machine
-from lightning_convbn import ConvBNModeCallback, Mode
+from lightning_convbn import ConvBNModeCallback
 
-MODES: tuple[Mode, ...] = ("train", "tune", "eval")
+Mode = Literal["train", "tune", "eval"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 BATCH_SIZES = (2, 4, 8, 16, 32)
 STEP = 32
 """Images per step of the optimizer where gradients are accumulated."""

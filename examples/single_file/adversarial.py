@@ -50,7 +50,7 @@ class Attack(LightningModule):
         epsilon: The most by which a value of a pixel, 0 to 1, may change.
         step_size: By how much it changes in a step.
         steps: How many steps.
-        random_start: Begin at a random change. One step of size ``epsilon`` without it is FGSM, arXiv 1412.6572.
+        random_start: Begin at a random change. One step of size `epsilon` without it is FGSM, arXiv 1412.6572.
     """
 
     def __init__(
@@ -133,4 +133,4 @@ def main(folder: str | None = None, size: int = 224, step: int = 200, batch_size
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(sys.argv[1] if len(sys.argv) > 1 else None)

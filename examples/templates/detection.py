@@ -177,10 +177,12 @@ def save_predictions(model: Detector, images: CocoImages, path: Path) -> Path:
             f"{model.classes[int(label) - 1]} {score:.2f}"
             for label, score in zip(sure["labels"], sure["scores"], strict=True)
         ]
-        drawn = draw_bounding_boxes(image, target["boxes"], colors="limegreen", width=3)
-        if "masks" in sure:
+        drawn = image
+        if len(sure.get("masks", ())):
             drawn = draw_segmentation_masks(drawn, sure["masks"][:, 0] > 0.5, alpha=0.6, colors="teal")
-        drawn = draw_bounding_boxes(drawn, sure["boxes"], names, colors="red")
+        true, predicted = {"colors": "limegreen", "width": 3}, {"colors": "red", "labels": names}
+        for boxes, style in ((target["boxes"], true), (sure["boxes"], predicted)):
+            drawn = draw_bounding_boxes(drawn, boxes, **style) if len(boxes) else drawn
         axes = figure.add_subplot(2, (SHOWN_IMAGES + 1) // 2, number + 1)
         axes.set_axis_off()
         axes.imshow(drawn.permute(1, 2, 0))

@@ -30,7 +30,7 @@ class TemplateCLI(ConvBNCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--results`, and link the arguments. A template that overrides this method calls it."""
         parser.add_argument("--results", type=Path | None, default=None, help="A JSON file to write the scores to.")
-        if "num_classes" in signature(self.model_class).parameters:
+        if "num_classes" in signature(self._model_class).parameters:
             parser.link_arguments("data.classes", "model.num_classes", compute_fn=len, apply_on="instantiate")
             parser.link_arguments("data.class_weights", "model.class_weights", apply_on="instantiate")
 

@@ -17,8 +17,8 @@ from matplotlib.image import imread
 from torch import nn
 
 from examples import results_file
+from examples.benchmarks import all_modes as script
 from examples.benchmarks import (
-    adversarial,
     gpu,
     gpu_page,
     modes_page,
@@ -26,7 +26,6 @@ from examples.benchmarks import (
     trade_off,
     write_pages,
 )
-from examples.benchmarks import all_modes as script
 from examples.benchmarks.allocator import allocations
 from examples.benchmarks.networks import Workload, workload
 from examples.benchmarks.training_step import Step, deviation
@@ -395,12 +394,3 @@ class TestComparisonsOfTemplates:
         rows = json.loads(Path("out/results.json").read_text())["rows"]
         assert [row["way"] for row in rows] == list(segmentation.ways(2))
         assert {path.stem for path in Path("out").glob("*.png")} == set(segmentation.ways(2))
-
-    def test_adversarial_compares_the_modes(self, images: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        tiny = [f"--data=imagefolder:{images}", f"--weights={weights}", "--image-size=32", "--rounds=1"]
-        run(monkeypatch, adversarial, *tiny, "--out=out.json")
-        rows = json.loads(Path("out.json").read_text())["rows"]
-        assert [(row["attack"], row["mode"]) for row in rows] == [
-            (attack, mode) for attack in ("fgsm", "pgd") for mode in adversarial.MODES
-        ]
-        assert all(row["kept MiB"] < rows[0]["kept MiB"] for row in rows if row["mode"] != "eval")

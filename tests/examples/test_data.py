@@ -63,7 +63,7 @@ def bad_csv(text: str) -> object:
 @pytest.mark.parametrize(
     ("source", "write", "message"),
     [
-        ("birds:{}", None, "unknown; give one of elpv, fashion-mnist, photos, imagefolder:PATH"),
+        ("birds:{}", None, "unknown; give one of elpv, fashion-mnist, imagefolder:PATH"),
         ("csv", None, "say where it lies, as --data csv:PATH"),
         ("csv:{}/nowhere", None, "there is no file or folder .*nowhere"),
         ("imagefolder:{}", None, "Couldn't find any class folder in .* sub-folder of images"),
