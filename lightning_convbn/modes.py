@@ -19,7 +19,7 @@ from lightning_convbn.pairs.pair import ConvBNPairs
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
-RECOMPUTING_MODES: tuple[Mode, ...] = ("eval", "tune")
+RECOMPUTING_MODES: tuple[Mode, ...] = ("train", "eval", "tune")
 
 
 def set_mode(
@@ -80,7 +80,7 @@ def set_mode(
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     check_recompute(mode, recompute)
-    if mode == "train":
+    if mode == "train" and recompute == "none":
         found = pairs_in_force(model) if pairs is None else pairs
         restore_modules(model.modules())
         return find_conv_bn_pairs(model) if found is None else found
@@ -160,7 +160,7 @@ def check_recompute(mode: Mode, recompute: Recompute | Sequence[str]) -> None:
         check_choice("recompute", recompute, RECOMPUTE)
     if recompute != "none" and mode not in RECOMPUTING_MODES:
         raise ValueError(
-            f"recompute={recompute!r} needs the mode to be 'eval' or 'tune'; got {mode!r}, which recomputes nothing"
+            f"recompute={recompute!r} needs the mode to be 'train', 'eval' or 'tune'; got {mode!r}, which recomputes nothing"
         )
 
 
