@@ -13,13 +13,14 @@ from torch import nn
 from lightning_convbn.blocks.find import find_blocks, why_not
 from lightning_convbn.blocks.recomputed import Block, block_forward
 from lightning_convbn.layers.folded import conv_forward, norm_forward
-from lightning_convbn.layers.norms import frozen_forward, reset_running_stats, train
+from lightning_convbn.layers.norms import frozen_forward, reset_running_stats, train, unfrozen_forward
 from lightning_convbn.layers.state import (
     Frozen,
     Mode,
     Pair,
     Recompute,
     TrainingFlag,
+    Unfrozen,
     attach,
     detach,
     pair_of,
@@ -83,7 +84,7 @@ def convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute: Recompu
 
     Args:
         model: Any module, in any mode.
-        mode: Its mode from now on: any but ``"train"``.
+        mode: Its mode from now on. In ``"train"`` no BatchNorm is frozen.
         pairs: What to fold.
         recompute: As for `set_mode`.
 
@@ -96,10 +97,12 @@ def convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute: Recompu
     _part_from_others(set(model.modules()))
     for name, module in list(model.named_modules()):
         if not is_norm(module):
-            if module not in conv_of.values() or mode == "eval":
+            if module not in conv_of.values() or mode in ("train", "eval"):
                 detach(module)
-        elif name in pairs.unfrozen or statistics_missing(module) is not None:
+        elif mode == "train" or name in pairs.unfrozen or statistics_missing(module) is not None:
             _restore(module)
+            if level != "none" and statistics_missing(module) != reasons.LAZY:
+                attach(module, Unfrozen(mode, level), {"forward": unfrozen_forward})
         else:
             parent = model.get_submodule(name.rpartition(".")[0]) if name else None
             flag = _flag_of(module) or TrainingFlag(parent, module.training)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ from torch import nn
 from lightning_convbn.blocks import reasons
 from lightning_convbn.blocks.recomputed import Block
 from lightning_convbn.layers.state import Recompute, own_override, state_of
-from lightning_convbn.layers.supported_layers import conv_layer
+from lightning_convbn.layers.supported_layers import conv_layer, is_norm
 from lightning_convbn.pairs.find import pairs_in_force
 from lightning_convbn.pairs.pair import ConvBNPair, abbreviated, grouped
 from lightning_convbn.pairs.units import is_compiled_unit, is_fsdp_unit
@@ -45,17 +45,16 @@ class Blocks:
 def find_blocks(model: nn.Module, pairs: Iterable[ConvBNPair]) -> Blocks:
     """Find the repeated blocks of a model.
 
-    A block is a member of a ``Sequential``, ``ModuleList`` or ``ModuleDict`` that holds a pair and two convolutions or
-    more. Its class is repeated: somewhere two of them are next to each other. If a block holds blocks, it is a stage,
-    and they are the blocks.
+    A block is a member of a ``Sequential``, ``ModuleList`` or ``ModuleDict``. It holds a BatchNorm, and two
+    convolutions or more. Its class is repeated: somewhere two of them are next to each other. If a block holds blocks,
+    it is a stage, and they are the blocks.
 
     Args:
         model: Any module, converted or not.
-        pairs: Its pairs.
+        pairs: Its pairs. No block may hold only one of the two layers.
     """
     modules = dict(model.named_modules())
-    layers = [(modules[pair.conv], modules[pair.bn]) for pair in pairs]
-    rows = [list(_members(name, module, layers)) for name, module in modules.items() if isinstance(module, CONTAINERS)]
+    rows = [list(_members(name, module)) for name, module in modules.items() if isinstance(module, CONTAINERS)]
     neighbours = [(one, other) for row in rows for one, other in pairwise(row) if one is not None and other is not None]
     classes = [(type(modules[one]), type(modules[other])) for one, other in neighbours]
     repeated = {cls for cls, other in classes if cls is other}
@@ -116,11 +115,10 @@ def why_not(model: nn.Module, name: str, pairs: Iterable[ConvBNPair]) -> str | N
     return None
 
 
-def _members(parent: str, container: nn.Module, layers: Sequence[tuple[nn.Module, nn.Module]]) -> Iterator[str | None]:
+def _members(parent: str, container: nn.Module) -> Iterator[str | None]:
     """Yield the names of the members of a container that may be blocks, and None for each other member."""
     for child, module in container.named_children():
         inside = set(module.modules())
-        has_pair = any(conv in inside and bn in inside for conv, bn in layers)
         large = sum(conv_layer(layer) is not None for layer in inside) >= LEAST_CONVOLUTIONS
-        fits = has_pair and large and not isinstance(module, CONTAINERS)
+        fits = large and any(map(is_norm, inside)) and not isinstance(module, CONTAINERS)
         yield (f"{parent}.{child}" if parent else child) if fits else None

@@ -27,6 +27,8 @@ from lightning_convbn.compat import (
     without_modes,
     without_torch_function,
 )
+from lightning_convbn.layers.state import Unfrozen, state_of
+from lightning_convbn.ops.convolution import is_distributed
 from lightning_convbn.ops.repetition import IMMUTABLE
 from lightning_convbn.pairs.shadow import Shadow
 from lightning_convbn.pairs.side_effects import (
@@ -64,6 +66,8 @@ def look_at(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     may_draw = any(_MAY_DRAW.search(type(module).__name__) for module in block.modules())
     if any(module is not block and changes_input(module) for module in block.modules()):
         return Look(reason=reasons.HOOKED)
+    if is_distributed() and any(isinstance(module, nn.SyncBatchNorm) and module.training for module in block.modules()):
+        return Look(reason=reasons.SYNCHRONISED)
     if any(_is_generator(leaf) for module in block.modules() for leaf in tree_leaves(dict(vars(module)))):
         return Look(reason=reasons.DRAWS)
     try:
@@ -86,16 +90,25 @@ def _run_shadow(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         with side_effects_undone(shadow, args, kwargs):
             before, watch = random_states(), _Watch()
             known = list(_held_by(shadow))
+            once = {storage_id(buffer) for buffer in _statistics_of(shadow)}  # written in the first run alone
             with fake, watch:
                 shadow(*args, **kwargs)
             drawn = watch.draws_elsewhere or random_states() != before
     if any(storage_id(tensor) in watch.written for tensor in inputs):
         return watch, reasons.WRITES_INPUT
-    written = (name for name, leaf in known if isinstance(leaf, Tensor) and storage_id(leaf) in watch.written)
+    twice = watch.written - once
+    written = (name for name, leaf in known if isinstance(leaf, Tensor) and storage_id(leaf) in twice)
     name = next(written, None) or _first_change(known, list(_held_by(shadow)))
     if name is not None:
         return watch, reasons.WRITES_STATE.format(name=name)
     return watch, reasons.DRAWS if drawn else None
+
+
+def _statistics_of(block: nn.Module) -> Iterator[Tensor]:
+    """Yield the buffers of the BatchNorms in Train mode: a second run does not write to them."""
+    for module in block.modules():
+        if isinstance(state_of(module), Unfrozen):
+            yield from module.buffers(recurse=False)
 
 
 def _without_data(tensor: Tensor, fake: Any) -> Tensor:

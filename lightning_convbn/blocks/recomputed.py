@@ -25,7 +25,7 @@ from lightning_convbn.compat import (
     with_hooks,
 )
 from lightning_convbn.layers.marks import Mark
-from lightning_convbn.layers.state import Mode, Recompute, State, state_of
+from lightning_convbn.layers.state import Mode, Recompute, State, Unfrozen, state_of
 from lightning_convbn.ops.convolution import is_distributed
 
 _CONSTANTS = (int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
@@ -65,10 +65,15 @@ class FirstRun(NamedTuple):
 
     @classmethod
     def of(cls, block: nn.Module) -> FirstRun:
-        """Describe a block now. DDP writes buffers into themselves before each forward pass, so they don't count."""
-        buffers = () if is_distributed() else block.buffers()
-        modules, tensors = tuple(block.modules()), (*block.parameters(), *buffers)
+        """Describe a block now.
+
+        The statistics of a BatchNorm in Train mode don't count: no run depends on them. Nor does any buffer with DDP,
+        which writes buffers into themselves before each forward pass.
+        """
+        modules = tuple(block.modules())
         flags = tuple(module.training for module in modules)
+        read = () if is_distributed() else (module for module in modules if not _trains_statistics(module))
+        tensors = (*block.parameters(), *(buffer for module in read for buffer in module.buffers(recurse=False)))
         return cls(modules, _modes_of(modules), flags, hooks_of(modules), tensors, versions_of(tensors))
 
     @contextmanager
@@ -78,15 +83,15 @@ class FirstRun(NamedTuple):
         Raises:
             RuntimeError: If a module was switched or replaced, or if a parameter or a buffer was written or replaced.
         """
-        now = FirstRun.of(block)
-        self._check_same(block, now)
+        flags = [module.training for module in self.modules]
         with with_hooks(self.hooks):
             for module, flag in zip(self.modules, self.flags, strict=True):
                 module.training = flag
             try:
+                self._check_same(block, FirstRun.of(block))
                 yield
             finally:
-                for module, flag in zip(now.modules, now.flags, strict=True):
+                for module, flag in zip(self.modules, flags, strict=True):
                     module.training = flag
 
     def _check_same(self, block: nn.Module, now: FirstRun) -> None:
@@ -159,6 +164,10 @@ def _modules_of(block: nn.Module) -> tuple[tuple[type[nn.Module], bool, bool], .
 def _modes_of(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
     states = map(state_of, modules)
     return tuple(None if state is None else (id(state), state.mode, state.recompute) for state in states)
+
+
+def _trains_statistics(module: nn.Module) -> bool:
+    return module.training and isinstance(state_of(module), Unfrozen)
 
 
 def _is_captured() -> bool:

@@ -1,16 +1,23 @@
-"""What a frozen BatchNorm does: it uses its running statistics, whoever calls ``train()``."""
+"""What a BatchNorm does that is not folded.
+
+A frozen one uses its running statistics, whoever calls ``train()``. One in Train mode uses the statistics of the batch;
+what is made of its output can be computed again, and if it runs a second time, it writes no statistics.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_convbn.compat import in_graph, is_in_backward
 from lightning_convbn.layers.state import state_of
 from lightning_convbn.layers.supported_layers import NormLayer, norm_layer
 from lightning_convbn.ops.fold import Affine
-from lightning_convbn.ops.recomputable import follow_function
+from lightning_convbn.ops.recomputable import follow, follow_function
 
 EPSILON = 1e-5  # of a BatchNorm without the attribute: DETR's in transformers has it in its forward
 
@@ -85,3 +92,36 @@ def reset_running_stats(self: nn.Module) -> None:
         f"its model in {state.mode!r} mode. No forward pass would fill its statistics again, as update_bn of "
         'torch.optim.swa_utils expects. Call set_mode(model, "train") first, or use a copy.deepcopy: it is plain'
     )
+
+
+# -------------------------------------------------------------- the method that every BatchNorm in Train mode gets
+
+
+def unfrozen_forward(self: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run the forward of the class, whose output can be computed again. The second run of a pass writes no statistics.
+
+    A pass runs a second time in the backward pass: under a checkpoint of ours, or of anybody else. The statistics of
+    the batch follow from the input; the running ones are written once.
+    """
+    forward = type(self).forward
+    if state_of(self) is None or in_graph():
+        return forward(self, input, *args, **kwargs)
+    if is_in_backward():
+        with _buffers_unwritten(self):
+            return forward(self, input, *args, **kwargs)
+    if input.grad_fn is not None:
+        follow(input, frozen=False)
+    return forward(self, input, *args, **kwargs)
+
+
+@contextmanager
+def _buffers_unwritten(module: nn.Module) -> Iterator[None]:
+    """Let a module write to copies of its buffers."""
+    buffers = dict(module.named_buffers(recurse=False))
+    for name, buffer in buffers.items():
+        setattr(module, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for name, buffer in buffers.items():
+            setattr(module, name, buffer)

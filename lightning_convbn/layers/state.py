@@ -44,6 +44,10 @@ class State:
         """Copy and pickle as None."""
         return type(None), ()
 
+    def __str__(self) -> str:
+        """What ``print(model)`` shows."""
+        return repr(self.mode) if self.recompute == "none" else f"{self.mode!r}, recompute={self.recompute!r}"
+
 
 class TrainingFlag:
     """The training flag of a BatchNorm as it was asked for. The flag itself is False while the BatchNorm is frozen.
@@ -81,6 +85,14 @@ class TrainingFlag:
     def _trains_parent(self) -> bool:
         parent = None if self._parent is None else self._parent()
         return self._with_parent if parent is None else parent.training
+
+
+class Unfrozen(State):
+    """The state of a BatchNorm in Train mode whose model recomputes something. Its model may be in another mode."""
+
+    def __str__(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"'train', recompute={self.recompute!r}"
 
 
 class Frozen(State):
@@ -210,7 +222,7 @@ def _extra_repr(self: nn.Module) -> str:
     state, text = state_of(self), type(self).extra_repr(self)
     if state is None:
         return text
-    return f"{text}{', ' if text else ''}convbn={state.mode!r}"
+    return f"{text}{', ' if text else ''}convbn={state}"
 
 
 # ---------------------------------------------------------------------------------------------------------- hooks

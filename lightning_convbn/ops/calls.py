@@ -14,7 +14,7 @@ from lightning_convbn.compat import storage_id
 from lightning_convbn.ops.elementwise import Clip, Function, Row
 from lightning_convbn.ops.packed import LARGEST_WINDOW, PackedBits, Window, layout_of, recipe_of_indices
 from lightning_convbn.ops.recipes import Recipe, Source
-from lightning_convbn.ops.repetition import Constants, Repetition, constants_of
+from lightning_convbn.ops.repetition import Constants, Repetition, batch_norm_again, constants_of
 from lightning_convbn.ops.values import Holder, Loan, Value
 
 ValueOf = Callable[[object], Value | None]
@@ -97,8 +97,12 @@ class Call:
     def _value_of_output(self, output: Tensor, index: int | None) -> Value:
         """Return a value that knows how to compute the output from the arguments, if that is possible."""
         compute = self._row.compute
-        if compute is None or (self._func is F.batch_norm and _uses_batch_statistics(*self._args, **self._kwargs)):
+        if compute is None:
             return Value()
+        if self._func is F.batch_norm and _uses_batch_statistics(*self._args, **self._kwargs):
+            known = self._values[0] or self._value_saved(self.tensors[0])
+            again = batch_norm_again(output, *self._args, **self._kwargs)
+            return Value() if known is None or again is None else Value(again, [known])
         constants = constants_of(self._given, self._kwargs)
         if constants is None or (self._is_argument(output) and not self._out_of_place_is_alike(output)):
             return Value()

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from lightning_convbn.compat import has_statistics
 from lightning_convbn.layers.norms import affine_of
-from lightning_convbn.layers.state import Frozen, Pair, own_override, state_of
+from lightning_convbn.layers.state import Frozen, Pair, Unfrozen, own_override, state_of
 from lightning_convbn.layers.supported_layers import FROZEN, conv_layer, is_norm, norm_layer
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.data_flow import DataFlow, is_inside
@@ -212,10 +212,10 @@ def _is_affine(bn: nn.Module) -> bool:
 
 
 def pairs_in_force(model: nn.Module) -> ConvBNPairs | None:
-    """Return the pairs that `set_mode` has converted a model with; None for a plain model."""
+    """Return the pairs that `set_mode` has converted a model with; None for a model in Train mode."""
     names = {module: name for name, module in model.named_modules()}
     states = {module: state_of(module) for module in names}
-    if not any(states.values()):
+    if all(state is None or state.mode == "train" for state in states.values()):
         return None
     pairs: list[ConvBNPair] = []
     unpaired: dict[str, str] = {}
@@ -223,7 +223,7 @@ def pairs_in_force(model: nn.Module) -> ConvBNPairs | None:
     for module, state in states.items():
         if not is_norm(module):
             continue
-        if state is None:
+        if state is None or isinstance(state, Unfrozen):
             unpaired[names[module]] = statistics_missing(module) or reasons.UNFROZEN
             unfrozen.append(names[module])
         elif isinstance(state, Pair) and state.conv in names:
