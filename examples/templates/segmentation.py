@@ -8,7 +8,7 @@
 
 A new BatchNorm has mean 0 and variance 1. Frozen like that, it would not normalise. So the first 4 of 8 epochs run in
 Train mode, by `start_epoch: 4`, and find its statistics. Then they are frozen and folded. The defaults are in
-`configs/segmentation.yaml`. A page to copy, without a command line, is `examples/single_file/segmentation.py`;
+`configs/segmentation.yaml`. A file to copy, without a command line, is `examples/single_file/segmentation.py`;
 `examples/benchmarks/segmentation.py` compares three ways to treat the new head.
 """
 
