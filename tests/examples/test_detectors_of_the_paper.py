@@ -22,6 +22,8 @@ from examples.benchmarks.memory import folding_by_autograd
 from lightning_convbn import Mode, Recompute, find_conv_bn_pairs, measure_memory, set_mode
 from lightning_convbn.memory import measure_memory_abstractly
 
+pytestmark = pytest.mark.slow  # a benchmark of the authors, which no user runs
+
 DETECTORS = ("Faster R-CNN", "Mask R-CNN", "RetinaNet")
 BATCH, PIXELS, PROPOSALS = 2, 128, 32
 LEVELS: list[tuple[Mode, Recompute]] = [

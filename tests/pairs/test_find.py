@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from helpers.comparing import FORWARD, Snapshot, relative
-from helpers.networks import images, randomized, torchvision_model
+from helpers.networks import images, randomized
 from torch import Tensor, nn
 
 from lightning_convbn import ConvBNPair, ConvBNPairs, find_conv_bn_pairs, set_mode
@@ -282,28 +282,6 @@ def test_one_block_under_two_names_that_is_called_once_is_paired_once() -> None:
     block = nn.Sequential(conv(), nn.BatchNorm2d(3))
     model = Net(lambda net, x: net.second(x), first=block, second=block)
     assert list(find_conv_bn_pairs(model)) == [("first.0", "first.1")]
-
-
-@pytest.mark.parametrize(
-    ("name", "folded", "others"),
-    [
-        ("resnet50", 53, 0),
-        ("mobilenet_v2", 52, 0),
-        ("densenet121", 59, 62),
-        ("inception_v3", 94, 2),
-        ("googlenet", 57, 2),
-        ("efficientnet_b0", 49, 0),
-        ("regnet_y_400mf", 53, 0),
-        ("mnasnet0_5", 52, 0),
-        ("shufflenet_v2_x0_5", 56, 0),
-        ("mobilenet_v3_small", 34, 0),
-    ],
-)
-def test_all_pairs_of_torchvisions_classifiers_are_found(name: str, folded: int, others: int) -> None:
-    pairs = find_conv_bn_pairs(torchvision_model(name))
-    assert (len(pairs), len(pairs.unpaired)) == (folded, others)
-    reasons = ("its input comes from `cat` in the forward of `", "is never called by the model's forward in its eval")
-    assert all(reason.startswith(reasons) for reason in pairs.unpaired.values())
 
 
 def test_a_reason_names_the_forward_that_calls_a_function_or_a_method() -> None:

@@ -96,19 +96,32 @@ MODULE_HOOKS = {
     "test": ["on_test_start", "test_step", "on_test_end"],
     "predict": ["on_predict_start", "predict_step", "on_predict_end", "teardown"],
 }
-CALLBACK_HOOKS = [
+ALWAYS = {
     "setup",
+    "on_train_batch_start",
+    "training_step",
+    "validation_step",
+    "test_step",
+    "predict_step",
+    "on_fit_end",
+}
+CALLBACK_HOOKS = [
     "on_fit_start",
     "on_train_batch_start",
-    "on_train_batch_end",
     "on_validation_start",
     "on_validation_batch_end",
-    "on_train_end",
     "teardown",
 ]
 
 
-@pytest.mark.parametrize(("stage", "hook"), [(stage, hook) for stage, hooks in MODULE_HOOKS.items() for hook in hooks])
+@pytest.mark.parametrize(
+    ("stage", "hook"),
+    [
+        pytest.param(stage, hook, marks=[] if hook in ALWAYS else pytest.mark.slow)
+        for stage, hooks in MODULE_HOOKS.items()
+        for hook in hooks
+    ],
+)
 def test_an_error_in_a_hook_of_the_module_leaves_it_plain(stage: str, hook: str) -> None:
     """With the flags that it had, and the same callback can be used again."""
     module, callback = half_in_eval(), quick()
@@ -198,9 +211,6 @@ def interruptible() -> Iterator[None]:
     [
         ("fit", "training_step"),
         ("fit", "validation_step"),
-        ("fit", "on_train_epoch_start"),
-        ("validate", "validation_step"),
-        ("test", "test_step"),
         ("predict", "predict_step"),
     ],
 )
@@ -220,7 +230,7 @@ def test_ctrl_c_leaves_the_module_plain(stage: str, hook: str) -> None:
 # ------------------------------------------------------------------------------------------- a stale conversion
 
 
-@pytest.mark.parametrize("mode", ["eval", "tune", "deploy"])
+@pytest.mark.parametrize("mode", ["eval", "deploy"])
 def test_a_module_that_was_left_converted_is_plain_after_a_fit(mode: Any) -> None:
     """Somebody else's conversion, or that of a callback that is gone."""
     module = half_in_eval()
@@ -290,8 +300,7 @@ class KeepsValidation(BoringModule):
 
 
 @needs_averaging
-@pytest.mark.parametrize("ours_first", [False, True])
-@pytest.mark.parametrize("val_check_interval", [2, 1.0])
+@pytest.mark.parametrize(("ours_first", "val_check_interval"), [(False, 1.0), (True, 2)])
 def test_validation_sees_averaged_weights_folded(ours_first: bool, val_check_interval: float) -> None:
     """They are put in place after our ``on_validation_start``, and without a trace in the tensors' versions."""
     module = KeepsValidation()
@@ -309,18 +318,6 @@ def test_validation_sees_averaged_weights_folded(ours_first: bool, val_check_int
     if val_check_interval == 1.0:  # the last validation is at the very end, and the averages are what remains
         assert differing(state_of(module), module.seen) == []
     assert Snapshot.of(module) == before
-
-
-@needs_averaging
-def test_averaging_is_that_of_a_run_in_eval_mode() -> None:
-    """Step by step, to rounding."""
-    states = []
-    for mode in ("tune", "eval"):
-        module = BoringModule()
-        averaging = EMAWeightAveraging(decay=0.5)
-        make_trainer(averaging, quick(mode), max_epochs=2, precision="64-true").fit(module)
-        states.append(state_of(module))
-    torch.testing.assert_close(*states, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.filterwarnings(r"ignore:Be aware that when using `ckpt_path`")
