@@ -320,6 +320,15 @@ def test_without_a_target_a_backbone_alone_is_converted() -> None:
     assert module.head[1].num_batches_tracked == BATCHES_PER_EPOCH
 
 
+def test_without_a_target_a_backbone_without_a_batchnorm_is_passed_over() -> None:
+    """The other children that have one are converted."""
+    module, lines = BoringModule(lambda: nn.Sequential(nn.Conv2d(3, 3, 1))), PrintedLines()
+    module.head = Backbone()
+    module.step = lambda stage, batch: module(batch[0]).square().mean()
+    make_trainer(quick(), lines).fit(module)
+    assert "ConvBN: `head` trains in Tune mode" in lines.text
+
+
 def test_a_batchnorm_of_the_lightningmodule_itself_is_converted() -> None:
     """Then the whole LightningModule is the target."""
     module = OwnNorm()
