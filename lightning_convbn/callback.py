@@ -39,6 +39,10 @@ class ConvBNModeCallback(Callback):
     and ``convbn/predicted_peak_tune_mib``; on CUDA also ``convbn/peak_allocated_mib`` and
     ``convbn/peak_reserved_mib`` at the end of every epoch.
 
+    With the mode ``"train"`` BatchNorm stays as it is, and ``recompute`` or ``memory_budget`` take less memory for the
+    same numbers. Then plain training (``train``) is compared with training so (``train_recomputed``), in the table and
+    in the names of the metrics.
+
     It does not work together with ``StochasticWeightAveraging``, which needs BatchNorms in Train mode.
 
     Args:
@@ -51,9 +55,10 @@ class ConvBNModeCallback(Callback):
         freeze_untrained: Whether to freeze a BatchNorm that was never trained, as in a new head: one with mean 0 and
             variance 1. By default it stays in Train mode, and a warning says so.
         recompute: With ``"elementwise"``, what can be computed again, elementwise, from what is kept anyway is not kept
-            for the backward pass: outputs of activations, gates, concatenations. The numbers are the same, with less
-            memory. With ``"blocks"``, repeated blocks also run their forward again in the backward pass: much less
-            memory, longer steps. Both need the mode ``"eval"`` or ``"tune"``. ``"none"`` recomputes nothing.
+            for the backward pass: outputs of BatchNorms and activations, gates, concatenations. The numbers are the
+            same, with less memory. With ``"blocks"``, repeated blocks also run their forward again in the backward
+            pass: much less memory, longer steps. ``"none"`` recomputes nothing. It goes for the epochs before
+            ``start_epoch``, too. In Train mode statistics are written once, whatever runs twice.
         memory_budget: What a step may take, as ``"8GiB"``, ``"8G"``, ``"8GB"`` or in bytes. Before the first batch
             runs, and before a larger one, the least recomputation is chosen whose step fits;
             ``convbn/predicted_peak_mib`` is logged. A warning says if nothing fits. ``"auto"`` is what the CUDA device

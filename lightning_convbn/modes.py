@@ -31,8 +31,9 @@ def set_mode(
 ) -> ConvBNPairs:
     """Switch a model to a mode, in place, from whatever mode it is in.
 
-    - ``"train"``: the modules exactly as they were found. This always succeeds, also for a part of a converted model,
-      and after modules were replaced. A BatchNorm outside of the part is no longer folded if its convolution is plain.
+    - ``"train"``: the modules exactly as they were found, if nothing is recomputed. This always succeeds, also for a
+      part of a converted model, and after modules were replaced. A BatchNorm outside of the part is no longer folded if
+      its convolution is plain.
     - ``"eval"``: every BatchNorm with running statistics is frozen at them, whoever calls ``.train()``.
     - ``"tune"``: as Eval, but paired BatchNorms are folded into their convolution at every forward. Gradients reach
       every parameter and equal Eval's. The convolution's own output is not kept for the backward pass. Nothing is
@@ -50,12 +51,13 @@ def set_mode(
         model: Any module. Wrappers such as DDP are fine; ``DataParallel`` and a BatchNorm in TorchScript are not.
         mode: ``"train"``, ``"eval"``, ``"tune"`` or ``"deploy"``.
         pairs: What to fold; None for the pairs in force, or, in a plain model, for what `find_conv_bn_pairs` finds.
-        recompute: ``"none"``, or, in Eval or Tune mode, ``"elementwise"``: what can be computed again, elementwise,
-            from what is kept anyway is not kept for the backward pass. This goes for outputs of activations, products,
-            frozen BatchNorms and concatenations, among others (`ops/elementwise.py`). With ``"blocks"``, repeated
-            blocks also run their forward again in the backward pass, and keep only what is given to them;
-            `recomputed_blocks` names them, and a list of names takes others in their place. The results are the same
-            to the bit. Between the layers tensors are of a subclass of Tensor. Each call of `set_mode` decides anew.
+        recompute: ``"none"``, or, in Train, Eval or Tune mode, ``"elementwise"``: what can be computed again,
+            elementwise, from what is kept anyway is not kept for the backward pass. This goes for outputs of
+            BatchNorms, activations, products and concatenations, among others (`ops/elementwise.py`). With
+            ``"blocks"``, repeated blocks also run their forward again in the backward pass, and keep only what is given
+            to them; `recomputed_blocks` names them, and a list of names takes others in their place. The results are
+            the same to the bit, and running statistics are written once. Between the layers tensors are of a subclass
+            of Tensor. Each call of `set_mode` decides anew.
 
     Returns:
         The pairs, and why every other BatchNorm is in none.
@@ -160,7 +162,8 @@ def check_recompute(mode: Mode, recompute: Recompute | Sequence[str]) -> None:
         check_choice("recompute", recompute, RECOMPUTE)
     if recompute != "none" and mode not in RECOMPUTING_MODES:
         raise ValueError(
-            f"recompute={recompute!r} needs the mode to be 'train', 'eval' or 'tune'; got {mode!r}, which recomputes nothing"
+            f"recompute={recompute!r} needs the mode to be 'train', 'eval' or 'tune'; got {mode!r}, which recomputes "
+            "nothing"
         )
 
 

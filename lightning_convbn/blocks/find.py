@@ -45,9 +45,9 @@ class Blocks:
 def find_blocks(model: nn.Module, pairs: Iterable[ConvBNPair]) -> Blocks:
     """Find the repeated blocks of a model.
 
-    A block is a member of a ``Sequential``, ``ModuleList`` or ``ModuleDict`` that holds a BatchNorm and two convolutions
-    or more. Its class is repeated: somewhere two of them are next to each other. If a block holds blocks, it is a stage,
-    and they are the blocks.
+    A block is a member of a ``Sequential``, ``ModuleList`` or ``ModuleDict``. It holds a BatchNorm, and two
+    convolutions or more. Its class is repeated: somewhere two of them are next to each other. If a block holds blocks,
+    it is a stage, and they are the blocks.
 
     Args:
         model: Any module, converted or not.

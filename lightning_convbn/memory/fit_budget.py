@@ -1,4 +1,4 @@
-"""`fit_memory_budget`: a model in Tune or Eval mode, with the least recomputation whose training step fits."""
+"""`fit_memory_budget`: a model in a mode, with the least recomputation whose training step fits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def fit_memory_budget(
         *inputs: Positional arguments of its forward. A larger batch needs a new plan.
         memory_budget: Bytes, or a text such as ``"8GiB"``. ``"auto"`` is what a CUDA device has left for
             this process, less a tenth.
-        mode: ``"tune"`` or ``"eval"``.
+        mode: ``"tune"``, ``"eval"`` or ``"train"``.
         pairs: As for `set_mode`.
         optimizer: As for `measure_memory`.
         **kwargs: Keyword arguments of its forward.

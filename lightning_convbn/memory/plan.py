@@ -89,7 +89,7 @@ class StepPlanner:
         model: Any module. It is not changed, and does not run.
         inputs: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
-        mode: ``"tune"`` or ``"eval"``.
+        mode: ``"tune"``, ``"eval"`` or ``"train"``.
         pairs: As for `set_mode`.
         optimizer: As for `optimizer_bytes`.
         elsewhere: Bytes that the step needs beside what is counted: parameters, buffers, gradients of other modules.

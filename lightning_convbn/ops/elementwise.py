@@ -140,6 +140,7 @@ COPIES = (
 AVERAGE_POOLS = ("avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
 MAX_POOLS = ("max_pool2d", "max_pool3d")
 ADAPTIVE_MAX_POOLS = ("adaptive_max_pool2d", "adaptive_max_pool3d")
+NORMS = ("layer_norm", "group_norm", "instance_norm", "rms_norm")
 CONVOLUTIONS = tuple(f"{kind}{dims}d" for kind in ("conv", "conv_transpose") for dims in (1, 2, 3))
 
 
@@ -183,6 +184,7 @@ ROWS: dict[Function, Row] = {
     **_rows(COPIES, saves="nothing"),
     F.pad: Row(F.pad),
     F.batch_norm: Row(F.batch_norm),
+    **_rows(NORMS, passes=2),
     **_rows([*AVERAGE_POOLS, *ADAPTIVE_MAX_POOLS], compute=None, saves="layout"),
     **_rows(MAX_POOLS, compute=None, saves="layout", kind="max-pool"),
     **_rows(CONVOLUTIONS, compute=None, kind="convolution"),

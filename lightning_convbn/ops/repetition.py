@@ -100,32 +100,29 @@ def batch_norm_again(
 ) -> Callable[[Tensor], Tensor] | None:
     """Return a call of ``F.batch_norm`` with the statistics of the batch as a function of its input.
 
-    It gives the same bits, and writes no running statistics. The mean and the reciprocal deviation of the batch are
-    those that autograd has saved. With them a CPU takes one pass over the data, in place of two:
-
-    .. math:: y = x\, (r\, \gamma) + (\beta - \mu\, r\, \gamma)
-
-    is what its kernel computes in both modes, if the input is dense and the statistics are not rounded to the dtype of
-    the parameters. In all other cases the call itself is made again.
+    It gives the same bits, and writes no running statistics. Autograd has saved the mean and the reciprocal deviation
+    of the batch. On a CPU the call for frozen statistics takes these, and goes over the data once in place of twice.
+    Its kernel multiplies and adds as the one of Train mode does, if the input is dense and the statistics are not
+    rounded to the dtype of the parameters. In all other cases the call itself is made again.
 
     Args:
-        output: What the call has returned.
-        input: Its arguments, as for ``F.batch_norm``.
-        running_mean: See there.
-        running_var: See there.
-        weight: See there.
-        bias: See there.
-        training: See there; True.
-        momentum: See there.
-        eps: See there.
+        output: ``(N, C, *)``, what the call has returned.
+        input: ``(N, C, *)``. This and the following are the arguments of ``F.batch_norm``.
+        running_mean: ``(C,)``.
+        running_var: ``(C,)``.
+        weight: ``(C,)``.
+        bias: ``(C,)``.
+        training: True.
+        momentum: Not used: nothing is written.
+        eps: BatchNorm's epsilon.
 
     Returns:
         None if autograd has not saved the statistics.
     """
-    saved = [saved_by(output.grad_fn, name) for name in ("result1", "result2")]
-    if any(statistic is None for statistic in saved):
+    saved = saved_by(output.grad_fn, "result1"), saved_by(output.grad_fn, "result2")
+    if saved[0] is None or saved[1] is None:
         return None
-    mean, rstd = (statistic.detach() for statistic in saved)
+    mean, rstd = saved[0].detach(), saved[1].detach()
     gamma, beta = (None if parameter is None else Source(parameter) for parameter in (weight, bias))
     tracks = running_mean is not None
 
@@ -134,8 +131,8 @@ def batch_norm_again(
         if x.device.type == "cpu" and mean.dtype in (torch.float32, torch.float64) and _is_dense(x):
             scale = rstd if scale is None else rstd * scale
             return F.batch_norm(x, mean, torch.ones_like(rstd), scale, shift, False, 0.0, 0.0)
-        written = (mean.clone(), rstd.clone()) if tracks else (None, None)
-        return F.batch_norm(x, *written, scale, shift, True, 0.0, eps)
+        written = (mean.clone(), rstd.clone()) if tracks else (None, None)  # their dtype counts, not their values
+        return F.batch_norm(x, written[0], written[1], scale, shift, True, 0.0, eps)
 
     return again
 

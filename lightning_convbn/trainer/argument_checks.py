@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning_convbn.exporting.argument_checks import check_suffix
 from lightning_convbn.layers.state import Mode, Recompute
 from lightning_convbn.memory.budget import checked_budget
-from lightning_convbn.modes import RECOMPUTE, RECOMPUTING_MODES, check_choice, check_recompute
+from lightning_convbn.modes import RECOMPUTE, check_choice, check_recompute
 
 
 def check_modes(mode: Mode, eval_mode: Mode, start_epoch: int) -> None:
@@ -21,7 +21,7 @@ def check_modes(mode: Mode, eval_mode: Mode, start_epoch: int) -> None:
 
 
 def check_recomputation(mode: Mode, recompute: Recompute, memory_budget: int | str | None) -> None:
-    """Raise a ValueError if the mode recomputes nothing, or if the budget is no amount or comes with ``recompute``."""
+    """Raise a ValueError if there is no such choice, or if the budget is no amount or comes with ``recompute``."""
     check_choice("recompute", recompute, RECOMPUTE)
     check_recompute(mode, recompute)
     if memory_budget is None:
@@ -31,11 +31,6 @@ def check_recomputation(mode: Mode, recompute: Recompute, memory_budget: int | s
         raise ValueError(
             f"memory_budget={memory_budget!r} chooses what to recompute, and so does recompute={recompute!r}; give one "
             "of the two"
-        )
-    if mode not in RECOMPUTING_MODES:
-        raise ValueError(
-            f"memory_budget={memory_budget!r} needs the mode to be 'eval' or 'tune'; got {mode!r}, which recomputes "
-            "nothing"
         )
 
 

@@ -31,7 +31,7 @@ class ConvertedPart:
     Args:
         path: Qualified name of the part, for messages; empty for the whole LightningModule.
         module: The part. Of a compiled module, what was compiled is converted.
-        recompute: What training in Eval or Tune mode recomputes; as for `set_mode`.
+        recompute: What training recomputes; as for `set_mode`.
 
     Attributes:
         called: The part as it is called.

@@ -11,7 +11,6 @@ import torch
 
 from lightning_convbn.blocks.find import recomputed_blocks
 from lightning_convbn.memory.measure import measure_memory_abstractly
-from lightning_convbn.modes import RECOMPUTING_MODES
 from lightning_convbn.pairs.side_effects import tensors_of
 from lightning_convbn.pairs.units import is_fsdp_unit
 from lightning_convbn.text import first_line
@@ -22,7 +21,7 @@ from lightning_convbn.trainer.logged_metrics import log_kept_bytes
 from lightning_convbn.trainer.own_forward import before_forwards
 from lightning_convbn.trainer.planned_recomputation import PlannedRecomputation
 from lightning_convbn.trainer.processes import merged_over_processes
-from lightning_convbn.trainer.report import Findings, describe, print_lines, warn_about
+from lightning_convbn.trainer.report import Findings, describe, print_lines, sides_of, warn_about
 from lightning_convbn.trainer.verification import Verification
 
 if TYPE_CHECKING:
@@ -88,30 +87,26 @@ class FirstBatch:
         self._hooks.callback(part.close)
 
     def _count(self, part: ConvertedPart, found: Findings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Count what Eval and Tune mode keep, and their peaks. If that fails, note it: it is only a look.
+        """Count what a step keeps without this package, and with it; and their peaks. If that fails, note it.
 
-        Tune's count is compared with Eval mode without this package, so without recomputation.
+        Tune's count is compared with Eval mode; that of Train mode with recomputation with plain Train mode.
         """
         if any(is_fsdp_unit(module) for module in part.module.modules()):
             found.notes.append("not counted: FSDP gathers parameters in its forward")
             return
         try:
-            uses = {
-                mode: measure_memory_abstractly(
-                    part.module,
-                    args,
-                    kwargs,
-                    mode=mode,
-                    pairs=part.pairs,
-                    recompute=part.recompute if mode in ("tune", part.mode) else "none",
+            uses = [
+                measure_memory_abstractly(
+                    part.module, args, kwargs, mode=side.mode, pairs=part.pairs, recompute=side.recompute
                 )
-                for mode in RECOMPUTING_MODES
-            }
+                for side in sides_of(part)
+            ]
         except Exception as error:
             found.notes.append(f"not counted: {type(error).__name__}: {first_line(error)}")
             return
-        found.kept_bytes = {mode: use.saved_bytes for mode, use in uses.items()}
-        peaks = {mode: use.peak_bytes for mode, use in uses.items() if use.peak_bytes is not None}
+        found.sides = sides_of(part)
+        found.kept_bytes = [use.saved_bytes for use in uses]
+        peaks = [use.peak_bytes for use in uses if use.peak_bytes is not None]
         found.peak_bytes = peaks if len(peaks) == len(uses) else None
         shape = next((tensor.shape for tensor in tensors_of((args, kwargs))), ())
         found.notes.append(f"counted on an input of {' × '.join(map(str, shape))}")

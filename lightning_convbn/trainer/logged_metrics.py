@@ -12,22 +12,24 @@ from lightning_convbn.trainer.report import Findings
 
 
 def log_kept_bytes(trainer: Trainer, parts: Sequence[Findings]) -> None:
-    """Log what Eval and Tune mode keep for the backward pass, summed over the parts that were counted.
+    """Log what a step keeps for the backward pass without this package and with it, summed over what was counted.
 
     If there is one part, its peaks are logged, too. The peaks of several parts are not those of their step.
     """
-    counted = [part.kept_bytes for part in parts if part.kept_bytes is not None]
+    counted = [(part.sides, part.kept_bytes) for part in parts if part.sides is not None and part.kept_bytes]
     if not counted:
         return
-    before, after = (sum(kept_bytes[mode] for kept_bytes in counted) / MIB for mode in ("eval", "tune"))
+    names = [side.metric for side in counted[0][0]]
+    before, after = (sum(kept_bytes[side] for _, kept_bytes in counted) / MIB for side in range(2))
     metrics = {
-        "activations_eval_mib": before,
-        "activations_tune_mib": after,
+        f"activations_{names[0]}_mib": before,
+        f"activations_{names[1]}_mib": after,
         "activations_saved_mib": before - after,
         "activations_saved_percent": 100 * (before - after) / before if before else 0.0,
     }
     if len(parts) == 1 and parts[0].peak_bytes is not None:
-        metrics |= {f"predicted_peak_{mode}_mib": peak / MIB for mode, peak in parts[0].peak_bytes.items()}
+        peaks = zip(names, parts[0].peak_bytes, strict=True)
+        metrics |= {f"predicted_peak_{name}_mib": peak / MIB for name, peak in peaks}
     log(trainer, metrics)
 
 

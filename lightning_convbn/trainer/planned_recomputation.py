@@ -115,7 +115,7 @@ class PlannedRecomputation:
             return
         part.record(inputs, kwargs)
         trained = tuple(parameter.requires_grad for parameter in self._parameters)
-        situation = trained, self._trainer.accumulate_grad_batches, tuple(part.pairs)
+        situation = part.mode, trained, self._trainer.accumulate_grad_batches, tuple(part.pairs)
         size = sum(tensor.nbytes for tensor in tensors_of((inputs, kwargs)))
         if situation not in self._plans or size > self._plans[situation][0]:
             self._plans[situation] = size, self._choice(part, inputs, kwargs)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lightning_convbn.blocks.find import Blocks
 from lightning_convbn.layers.state import Mode
+from lightning_convbn.memory.plan import Choice
 from lightning_convbn.memory.use import as_mib
 from lightning_convbn.pairs.reasons import UNTRAINED
 from lightning_convbn.trainer.converted_part import ConvertedPart
@@ -15,6 +17,31 @@ from lightning_convbn.trainer.lightning_api import Trainer, rank_zero_info, rank
 from lightning_convbn.trainer.verification import Verification
 
 _NUMBER_OR_NAME = re.compile(r"`[^`]+`|\d[\d.e+-]*")
+
+
+class Side(NamedTuple):
+    """One side of a comparison of memory.
+
+    Attributes:
+        name: Its name in the table.
+        metric: Its name in a logged metric.
+        mode: Its mode.
+        recompute: What it recomputes.
+    """
+
+    name: str
+    metric: str
+    mode: Mode
+    recompute: Choice
+
+
+def sides_of(part: ConvertedPart) -> tuple[Side, Side]:
+    """Return what is compared: a step without this package, and one with it as asked for, or as it could be."""
+    if part.mode != "train":
+        before = Side("Eval", "eval", "eval", part.recompute if part.mode == "eval" else "none")
+        return before, Side("Tune", "tune", "tune", part.recompute)
+    after = "elementwise" if part.recompute == "none" else part.recompute
+    return Side("Train", "train", "train", "none"), Side(_asked(after), "train_recomputed", "train", after)
 
 
 @dataclass
@@ -25,9 +52,10 @@ class Findings:
         asked: What was to be done: ``"verified"``, ``"counted"``, both or neither.
         ran: Whether the batch has passed through the forward of the part.
         verification: The comparison of its pairs with Eval mode; None if nobody asked for it.
-        kept_bytes: Bytes kept for the backward pass in Eval and in Tune mode; None if they were not counted.
-        peak_bytes: The most bytes alive at once in a step of the part alone, in the same modes; None as above, and if
-            a backward pass of the sum of its outputs fails.
+        sides: What is compared.
+        kept_bytes: Bytes kept for the backward pass on both sides; None if they were not counted.
+        peak_bytes: The most bytes alive at once in a step of the part alone, on both sides; None as above, and if a
+            backward pass of the sum of its outputs fails.
         blocks: The blocks that run again in the backward pass.
         notes: What else there is to say in the table.
     """
@@ -35,8 +63,9 @@ class Findings:
     asked: Sequence[str] = ()
     ran: bool = False
     verification: Verification | None = None
-    kept_bytes: dict[Mode, int] | None = None
-    peak_bytes: dict[Mode, int] | None = None
+    sides: tuple[Side, Side] | None = None
+    kept_bytes: list[int] | None = None
+    peak_bytes: list[int] | None = None
     blocks: Blocks = field(default_factory=Blocks)
     notes: list[str] = field(default_factory=list)
 
@@ -60,7 +89,7 @@ def describe(part: ConvertedPart, found: Findings, mode: Mode, eval_mode: Mode) 
     name = f"`{part.path}`" if part.path else "the whole module"
     heading = f"ConvBN: {name} trains in {mode.title()} mode and is evaluated in {eval_mode.title()} mode"
     blocks = () if part.recompute in ("none", "elementwise") else found.blocks.summary()
-    body = [*_folding_lines(part, mode, eval_mode), *blocks, *_memory_lines(part, found, mode)]
+    body = [*_folding_lines(part, mode, eval_mode), *blocks, *_memory_lines(part, found)]
     verified = found.verification
     if verified is not None and verified.deviation is not None:
         word = "differs from" if verified.wrong else "equals"
@@ -85,20 +114,25 @@ def _folding_lines(part: ConvertedPart, mode: Mode, eval_mode: Mode) -> list[str
     return [first + more, *(line + ending if line.startswith("unfrozen") else line for line in others)]
 
 
-def _memory_lines(part: ConvertedPart, found: Findings, mode: Mode) -> list[str]:
-    if found.kept_bytes is None:
+def _memory_lines(part: ConvertedPart, found: Findings) -> list[str]:
+    if found.sides is None or found.kept_bytes is None:
         return []
-    before, after = found.kept_bytes["eval"], found.kept_bytes["tune"]
+    (without, _, _, _), (name, _, mode, recompute) = found.sides
+    recomputing = f" ({_asked(recompute)})" if recompute != "none" and mode != "train" else ""
+    in_force = (mode, recompute) == (part.mode, part.recompute)
+    before, after = found.kept_bytes
     saved = _change(before, after, "saved") if before else "no parameter wants a gradient"
-    keeps, takes = ("Tune", "Tune") if mode == "tune" else ("Tune would keep", "Tune would take")
-    chosen = part.recompute if isinstance(part.recompute, str) else f"{len(part.recompute)} blocks"
-    recomputing = f" (recompute={chosen})" if chosen != "none" else ""
-    lines = [f"kept for backward: Eval {as_mib(before)}, {keeps} {as_mib(after)}{recomputing}, {saved}"]
+    keeps, takes = (name, name) if in_force else (f"{name} would keep", f"{name} would take")
+    lines = [f"kept for backward: {without} {as_mib(before)}, {keeps} {as_mib(after)}{recomputing}, {saved}"]
     if found.peak_bytes is not None:
-        before, after = found.peak_bytes["eval"], found.peak_bytes["tune"]
+        before, after = found.peak_bytes
         change = _change(before, after, "less")
-        lines.append(f"peak of a step: Eval {as_mib(before)}, {takes} {as_mib(after)}{recomputing}, {change}")
+        lines.append(f"peak of a step: {without} {as_mib(before)}, {takes} {as_mib(after)}{recomputing}, {change}")
     return lines
+
+
+def _asked(recompute: Choice) -> str:
+    return f"recompute={recompute if isinstance(recompute, str) else f'{len(recompute)} blocks'}"
 
 
 def _change(before: int, after: int, less: str) -> str:

@@ -175,7 +175,7 @@ class Run:
         self._open_budget()
 
     def _open_budget(self) -> None:
-        if self._budget is not None and self._now == (self._callback.mode, True):
+        if self._budget is not None and self._now is not None and self._now[1]:
             self._budget.open(self.parts or ())
 
     def _close_hooks(self) -> None:
