@@ -1,5 +1,7 @@
 """What all tests share."""
 
+import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -21,6 +23,21 @@ apply_torch_settings()
 
 # Lightning calls what newer releases of jsonargparse have deprecated, some of it when it is imported.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-xdist run the tests of an ``xdist_group`` in one process. Else each builds what the group shares."""
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "loadgroup"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _less_memory() -> Iterator[None]:
+    """Give freed memory back to the system. glibc keeps it, so that a process would grow to the sum of all peaks."""
+    yield
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(autouse=True)

@@ -96,7 +96,12 @@ PLACES = ["module", "backbone", "backbone in place"]
 
 
 @pytest.mark.parametrize(
-    ("where", "eval_mode"), [*((place, "deploy") for place in PLACES), ("module", "eval"), ("module", "tune")]
+    ("where", "eval_mode"),
+    [
+        ("module", "tune"),
+        ("backbone in place", "deploy"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("module", "deploy"), ("backbone", "eval"))),
+    ],
 )
 def test_compiled_training_is_eager_training_without_a_recompilation(
     where: str, eval_mode: Any, compiler: CompileCounterWithBackend
@@ -144,7 +149,7 @@ def test_a_compiled_module_trains_in_float32_without_a_recompilation(compiler: C
     assert losses[1][:2] == pytest.approx(losses[0][:2], rel=1e-5)
 
 
-@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("where", ["module", "backbone"])
 def test_the_looks_at_the_first_batch_stay_out_of_the_compiled_code(
     where: str, compiler: CompileCounterWithBackend
 ) -> None:
@@ -157,7 +162,7 @@ def test_the_looks_at_the_first_batch_stay_out_of_the_compiled_code(
     assert "_orig_mod" not in printed.text
 
 
-@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("where", ["module", "backbone"])
 def test_a_compiled_module_is_exported(where: str, compiler: CompileCounterWithBackend, tmp_path: Path) -> None:
     """As the eager one, uncompiled, and with the weights at the end of the fit."""
     states = []

@@ -87,6 +87,7 @@ class TestFunctions:
         assert_counted(found, OneList(), [*images(2, 3, 8, 8)])
         assert count(capsys, TwoImages(), "--input", "batches:two")["batch"] == 2
 
+    @pytest.mark.slow
     def test_a_detector_takes_a_list(self, capsys: pytest.CaptureFixture[str]) -> None:
         write_module(
             "detectors",

@@ -252,10 +252,11 @@ print(cli.model.backbone[1].running_mean.tolist())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "cli", "flags"),
     [
-        pytest.param("lightning_convbn.cli", "ConvBNCLI", ["--convbn.mode=eval"], marks=pytest.mark.slow),
+        ("lightning_convbn.cli", "ConvBNCLI", ["--convbn.mode=eval"]),
         (
             "lightning.pytorch.cli",
             "LightningCLI",
@@ -367,7 +368,9 @@ def type_here(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    "config", [pytest.param(name, marks=[] if name == "tune" else pytest.mark.slow) for name in CONFIGS]
+)
 def test_example_runs_each_config(config: str, images: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes: dict[bool, list[str]] = {True: [], False: []}
 

@@ -207,6 +207,7 @@ def test_without_the_variable_nothing_of_the_package_is_imported(installed: Path
     assert "ConvBN" not in printed
 
 
+@pytest.mark.slow
 def test_with_the_variable_a_script_fine_tunes_in_tune_mode(installed: Path) -> None:
     printed = type_in(installed, TRAIN, LIGHTNING_CONVBN="tune")
     assert "ConvBN: `backbone` trains in Tune mode and is evaluated in Deploy mode" in printed

@@ -35,6 +35,7 @@ from lightning_convbn.trainer.processes import merged_over_processes
 
 pytestmark = [
     *LIGHTNING_SAYS,
+    pytest.mark.xdist_group("processes"),
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed"),
 ]
 
