@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_experiment import build_tiny, type_command
+from helpers.tiny_experiment import type_command
 from PIL import Image
 
 from examples.experiment import batch_sizes, batch_sizes_page
-from examples.experiment.batch_sizes import BATCH_SIZES, STEP, Cell, MeanOfImages
+from examples.experiment.batch_sizes import BATCH_SIZES, STEP, Cell
 
 pytestmark = pytest.mark.slow  # an experiment of the authors, which no user runs
 
@@ -58,16 +58,6 @@ def test_accumulated_batches_are_one_large_batch_in_tune_mode_and_not_in_train_m
     assert abs(small - large) > 1e-3
     added, large, _ = losses("train")
     assert abs(added - large) > 1e-3
-
-
-def test_class_weights_do_not_cancel_out_in_a_batch_of_one_class() -> None:
-    model = MeanOfImages(build_tiny(16), [0.5, 2.0], lr=0.1)
-    scores, labels = torch.randn(8, 2), torch.tensor([0, 0, 1, 1, 1, 0, 0, 0])
-    halves = [model.loss(scores[part], labels[part]) for part in (labels == 0, labels == 1)]
-    torch.testing.assert_close(model.loss(scores, labels), (5 * halves[0] + 3 * halves[1]) / 8)
-    assert halves[1] == pytest.approx(
-        2 * float(torch.nn.functional.cross_entropy(scores[labels == 1], labels[labels == 1]))
-    )
 
 
 def test_statistics_are_measured_again_on_all_training_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

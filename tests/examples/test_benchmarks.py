@@ -30,7 +30,7 @@ from examples.benchmarks import (
 from examples.benchmarks import all_modes as script
 from examples.benchmarks.allocator import allocations
 from examples.benchmarks.networks import Workload, workload
-from examples.benchmarks.training_step import Step, deviation
+from examples.benchmarks.training_step import Step
 from examples.benchmarks.variants import BUDGETS, VARIANTS, budget_name
 from examples.data.digit_scenes import write_digit_masks
 from lightning_convbn import measure_memory
@@ -95,42 +95,6 @@ class TestRun:
         assert capsys.readouterr().out.count(f"already in {measured}") == 2
         assert measured.read_text() == before
 
-    def test_a_failing_variant_is_a_result(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        def fails(work: Workload) -> torch.nn.Module:
-            raise TypeError("can't trace this\nand more")
-
-        broken = VARIANTS["mmengine"]._replace(build=fails)
-        monkeypatch.setitem(VARIANTS, "mmengine", broken)
-        resnet18(monkeypatch, tmp_path / "out.json", "mmengine")
-        (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
-        assert row["variants"]["mmengine"] == {"failed": "TypeError: can't trace this"}
-        assert len(row["variants"]["eval"]["step_ms"]) == 2
-        assert "mmengine failed: TypeError: can't trace this" in capsys.readouterr().out
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (["--sizes", "8"], "--sizes 8: must be BATCH:PIXELS"),
-            (["--models", "resnet19"], "torchvision has no 'resnet19'; did you mean"),
-            (["--variants", "faster"], "invalid choice: 'faster'"),
-            (["--out", "no/such/folder/out.json"], "there is no folder"),
-        ],
-    )
-    def test_bad_arguments_are_named(
-        self,
-        arguments: list[str],
-        message: str,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-        tmp_path: Path,
-    ) -> None:
-        with pytest.raises(SystemExit):
-            run(monkeypatch, script, "--out", tmp_path / "out.json", *arguments)
-        assert message in capsys.readouterr().err
-        assert not list(tmp_path.iterdir())
-
     @pytest.mark.slow
     def test_compiled_variants_are_measured(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         compiled = sorted(set(VARIANTS) - set(EAGER))
@@ -180,30 +144,6 @@ class TestGpuScript:
             run(monkeypatch, gpu, "--device", "cpu", *quick, *output)
         assert "--output: gpu.json of the docs is for a whole run on a GPU" in capsys.readouterr().err
 
-    def test_nothing_is_measured_if_tune_is_not_eval(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setitem(VARIANTS, "tune", VARIANTS["tune"]._replace(build=VARIANTS["train"].build))
-        with pytest.raises(SystemExit, match="Tune mode differs from Eval mode in mobilenet_v2; nothing was measured"):
-            run(monkeypatch, gpu, "--device", "cpu", "--quick", "--output", tmp_path / "out.json")
-        assert not list(tmp_path.iterdir())
-
-    def test_a_cell_that_fails_or_is_too_late_is_a_result(
-        self, measured_quickly: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        def fails(*arguments: object) -> None:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12 GiB\nand more")
-
-        parity = json.loads(measured_quickly.read_text())["parity"]
-        monkeypatch.setattr(gpu, "compare", lambda *arguments: parity[0])
-        monkeypatch.setattr(gpu.all_modes, "measure", fails)
-        for minutes, error in (
-            (8, "OutOfMemoryError: CUDA out of memory. Tried to allocate 12 GiB"),
-            (0, "not begun: 0 minutes were over"),
-        ):
-            path = tmp_path / f"{minutes}.json"
-            run(monkeypatch, gpu, "--device", "cpu", "--quick", "--output", path, "--minutes", minutes)
-            assert [row["failed"] for row in json.loads(path.read_text())["rows"]] == [error] * 2
-            assert f"- resnet18, batch 2, 32 px, cpu: {error}" in path.with_suffix(".md").read_text()
-
     def test_the_page_comes_from_the_committed_measurements_or_says_that_there_are_none(self) -> None:
         page = gpu.RESULTS.with_suffix(".md").read_text()
         found = json.loads(gpu.RESULTS.read_text()) if gpu.RESULTS.exists() else None
@@ -241,11 +181,6 @@ class TestMeasuring:
         deltas = allocations(lambda: torch.ones(1000).add(1))
         assert [delta for delta in deltas if abs(delta) >= 4000] == [4000, 4000, -4000, -4000]
 
-    def test_a_wrong_gradient_is_seen(self) -> None:
-        expected = {"large": torch.full((4,), 100.0), "small": torch.ones(4)}
-        assert deviation(expected, expected) == 0
-        assert deviation({**expected, "small": 1.5 * expected["small"]}, expected) == pytest.approx(0.5)
-
     def test_a_variant_shares_the_parameters_and_train_mode_keeps_its_statistics_to_itself(self) -> None:
         work = workload("resnet18", 2, 32, CPU, channels_last=False)
         before = work.model.bn1.running_mean.clone()
@@ -254,15 +189,6 @@ class TestMeasuring:
         assert train.conv1.weight is work.model.conv1.weight
         assert torch.equal(work.model.bn1.running_mean, before)
         assert not torch.equal(train.bn1.running_mean, before)
-
-    def test_a_variant_within_a_budget_keeps_to_it_or_says_what_would_fit(self) -> None:
-        work = workload("mobilenet_v2", 4, 96, CPU, channels_last=False)
-        eval_peak = Step(work, VARIANTS["eval"].build(work), CPU, "fp32").memory()["peak_bytes"]
-        found = Step(work, VARIANTS["tune_budget_70"].build(work), CPU, "fp32").memory()["peak_bytes"]
-        assert found <= 0.73 * eval_peak  # a kernel has workspaces
-        small = workload("resnet18", 2, 32, CPU, channels_last=False)  # its gradients decide
-        with pytest.raises(ValueError, match="no recomputation makes a step fit into memory_budget"):
-            VARIANTS["tune_budget_35"].build(small)
 
 
 class TestResults:

@@ -13,10 +13,8 @@ import torch
 from helpers.tiny_training import (
     BATCHES_PER_EPOCH,
     LIGHTNING_SAYS,
-    TRUSTED,
     BoringModule,
     Snapshot,
-    csv_metrics,
     differing,
     half_in_eval,
     images_and_targets,
@@ -29,12 +27,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
-    EarlyStopping,
     LearningRateFinder,
-    LearningRateMonitor,
-    ModelCheckpoint,
 )
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -318,29 +312,6 @@ def test_validation_sees_averaged_weights_folded(ours_first: bool, val_check_int
     if val_check_interval == 1.0:  # the last validation is at the very end, and the averages are what remains
         assert differing(state_of(module), module.seen) == []
     assert Snapshot.of(module) == before
-
-
-@pytest.mark.filterwarnings(r"ignore:Be aware that when using `ckpt_path`")
-def test_checkpoints_early_stopping_and_monitors_work_as_ever(tmp_path: Path) -> None:
-    """The best checkpoint tests the same with the callback and without."""
-    module = BoringModule()
-    before = Snapshot.of(module)
-    logger, stopping = CSVLogger(tmp_path), EarlyStopping("loss", patience=1, min_delta=10.0)
-    saving = ModelCheckpoint(tmp_path / "saved", monitor="loss", save_last=True)
-    trainer = make_trainer(
-        stopping, LearningRateMonitor(), saving, quick(), max_epochs=5, logger=logger, enable_checkpointing=True
-    )
-    trainer.fit(module)
-    assert stopping.stopped_epoch == 1
-    assert len(module.modes["fit"]) == 2 * BATCHES_PER_EPOCH
-    assert csv_metrics(logger)["lr-SGD"][0] == module.learning_rate
-    trainer.test(module, ckpt_path="best", **TRUSTED)
-    assert module.modes["test"] == ["deploy"]
-    assert Snapshot.of(module) == before
-
-    plain = BoringModule()
-    make_trainer().test(plain, ckpt_path=saving.best_model_path, **TRUSTED)
-    assert module.losses["test"] == pytest.approx(plain.losses["test"], rel=1e-5)
 
 
 class StartsWithTheHead(BoringModule):

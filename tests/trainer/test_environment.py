@@ -93,17 +93,6 @@ def test_a_wrong_value_is_an_error_that_says_what_to_set(monkeypatch: pytest.Mon
         make_trainer()
 
 
-def test_every_trainer_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIGHTNING_CONVBN", "tune")
-    first, second = make_trainer(), make_trainer()
-    for trainer in (first, second, first):
-        module = BoringModule()
-        trainer.fit_loop.epoch_progress.reset()
-        trainer.fit(module)
-        assert module.modes["fit"] == ["tune"] * BATCHES_PER_EPOCH
-    assert ours(first) != ours(second)
-
-
 def test_layers_built_in_configure_model_are_converted(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are not there yet when the callback is put in."""
 
