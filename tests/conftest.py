@@ -35,7 +35,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def _less_memory() -> Iterator[None]:
     """Give freed memory back to the system. glibc keeps it, so that a process would grow to the sum of all peaks."""
     yield
-    gc.collect()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -53,7 +52,7 @@ def _same_environment() -> Iterator[None]:
         logger.setLevel(level)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def _quick_garbage_collection() -> Iterator[None]:
     """Exclude the objects that torch made at import from garbage collection, because every count collects garbage."""
     gc.collect()

@@ -81,7 +81,7 @@ def training_step(model: nn.Module, mode: Mode) -> tuple[dict[str, Tensor], list
     ("name", "norm"),
     [
         ("faster_rcnn_mobilenet", "frozen"),
-        ("retinanet", "batch_norm"),
+        pytest.param("retinanet", "batch_norm", marks=pytest.mark.slow),
         pytest.param("faster_rcnn", "batch_norm", marks=pytest.mark.slow),
         pytest.param("mask_rcnn", "frozen", marks=pytest.mark.slow),
     ],

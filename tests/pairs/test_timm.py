@@ -29,6 +29,8 @@ COUNTS = {
     "nasnetalarge": Counts(260, 4),
 }
 
+LARGE = {"efficientnetv2_rw_s", "hrnet_w18", "nasnetalarge"}
+
 # A small member of each other architecture; those in one line come from one file of timm. The rest of the tests takes
 # a dozen that have little in common.
 FAST = {
@@ -125,7 +127,9 @@ def abstract_model(name: str) -> tuple[nn.Module, torch.Tensor]:
         return model, torch.empty(1, *model.default_cfg["input_size"])
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else []) for name in COUNTS]
+)
 def test_counts(name: str) -> None:
     model, image = abstract_model(name)
     assert Counts.of(assert_provers_agree(model, image)) == COUNTS[name]

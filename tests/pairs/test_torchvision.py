@@ -128,7 +128,7 @@ def test_provers_agree_on_all_of_torchvision(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("maxvit_t", (1, 3, 224, 224)),
+        pytest.param("maxvit_t", (1, 3, 224, 224), marks=pytest.mark.slow),
         ("deeplabv3_mobilenet_v3_large", (2, 3, 64, 64)),
         ("lraspp_mobilenet_v3_large", (2, 3, 64, 64)),
         ("r2plus1d_18", (1, 3, 4, 32, 32)),
