@@ -25,10 +25,28 @@ apply_torch_settings()
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Let pytest-xdist run the tests of an ``xdist_group`` in one process. Else each builds what the group shares."""
-    if getattr(config.option, "dist", "no") == "load":
-        config.option.dist = "loadgroup"
+# Files whose tests share a fixture that takes long.
+TOGETHER = (
+    "command/test_html_report.py",
+    "command/test_measure.py",
+    "project/test_packaging.py",
+    "project/test_site.py",
+    "trainer/test_kill.py",
+    "trainer/test_strategies.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Run the tests of such a file in one process. Else each process would build what they share."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(TOGETHER) else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,7 +14,6 @@ from lightning_convbn.command import measure
 from lightning_convbn.command.main import main
 from lightning_convbn.command.results import TITLES
 
-pytestmark = pytest.mark.xdist_group("page")
 HOSTILE = '</script><script>owned=1</script><img src=x onerror="owned=1"><a href="javascript:owned=1">&amp;\''
 TYPED = ["measure", HOSTILE, "--size", "16", "--budget", "1GiB", "--html"]
 

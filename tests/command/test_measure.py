@@ -40,7 +40,6 @@ def found() -> Any:
     return json.loads(out.getvalue())
 
 
-@pytest.mark.xdist_group("measured")
 class TestMeasure:
     def test_counts_are_those_of_measure_memory(self, found: Any) -> None:
         net, batch = small_net().eval(), images(BATCH, 3, 8, 8)

@@ -103,25 +103,6 @@ def test_pairs_that_do_not_fit_are_refused() -> None:
         fuse_for_deploy(small_net(), pairs=ConvBNPairs([("nowhere", "1")]))
 
 
-def test_a_model_without_norms_is_copied() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 3))
-    fused = fuse_for_deploy(net)
-    assert fused is not net
-    assert torch.equal(fused(images(1, 3, 8, 8)), net(images(1, 3, 8, 8)))
-
-
-def test_the_copy_of_a_transposed_convolution_and_a_linear_layer_equals_eval() -> None:
-    net = nn.Sequential(
-        nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, bias=False),
-        nn.BatchNorm2d(6),
-        nn.Flatten(),
-        nn.Linear(6 * 9 * 9, 5),
-        nn.BatchNorm1d(5),
-    )
-    net, input = randomized(net).double(), images(2, 4, 4, 4, dtype=torch.float64)
-    assert_close([fuse_for_deploy(net)(input)], [expected_output(net, input)], 1e-12)
-
-
 class TiedDecoder(nn.Module):
     """Whose decoder uses the weight of the encoder's convolution."""
 

@@ -198,11 +198,6 @@ def test_inputs_that_cannot_be_used_are_refused(inputs: Any, message: str, tmp_p
         export(small_net(), tmp_path / "model.pt", inputs)
 
 
-def test_what_is_no_module_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model must be a torch\.nn\.Module; got str"):
-        export("a model", tmp_path / "model.pt", (images(1, 3, 8, 8),))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_dtype_that_onnxruntime_does_not_run_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"has {dtype} tensors, .* can't be checked: onnxruntime .*\.float\(\)"):

@@ -6,7 +6,7 @@ import copy
 import pickle
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -318,20 +318,6 @@ def test_a_reason_found_in_a_child_names_its_modules_from_the_whole_model() -> N
 class TestConvBNPairs:
     PAIRS = ConvBNPairs([ConvBNPair("a", "b"), ConvBNPair("c", "d")], {"e": "why", "f": "why", "g": "other"}, ["g"])
 
-    def test_is_a_sequence(self) -> None:
-        pairs = self.PAIRS
-        assert isinstance(pairs, Sequence)
-        assert len(pairs) == 2
-        assert pairs[0] == ConvBNPair(conv="a", bn="b")
-        assert pairs[-1].bn == "d"
-        assert pairs[:1] == (("a", "b"),)
-        assert ("c", "d") in pairs
-        assert [bn for _, bn in reversed(pairs)] == ["d", "b"]
-        assert pairs.index(("c", "d")) == 1
-
-    def test_plain_tuples_become_pairs(self) -> None:
-        assert ConvBNPairs([("a", "b")])[0].conv == "a"
-
     def test_equality_covers_reasons_and_what_is_unfrozen(self) -> None:
         pairs = self.PAIRS
         assert pairs == ConvBNPairs(list(pairs), dict(pairs.unpaired), pairs.unfrozen)
@@ -352,10 +338,6 @@ class TestConvBNPairs:
         assert unfrozen.unpaired["d"] == "untrained"
         assert unfrozen.frozen == {"e": "why", "f": "why"}
         assert len(self.PAIRS) == 2
-
-    def test_unfolding_keeps_why_a_copy_does_not_fold(self) -> None:
-        pairs = ConvBNPairs([("a", "b"), ("c", "d")], unfused={"b": "why", "d": "why"})
-        assert pairs.unfold({"d": "wrong"}).unfused == pairs.unfreeze({"d": "wrong"}).unfused == {"b": "why"}
 
     def test_reasons_are_grouped_by_the_name_of_a_method(self) -> None:
         text = "its input comes from `Tensor.{}` in the forward of `{}`, not from a convolution"

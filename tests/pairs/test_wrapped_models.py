@@ -109,11 +109,6 @@ def test_torchscript_is_refused(part: bool) -> None:
         fuse_for_deploy(nn.Sequential(scripted) if part else scripted)
 
 
-def test_what_is_no_module_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model must be a torch\.nn\.Module; got dict"):
-        fuse_for_deploy({})
-
-
 @pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support")
 @pytest.mark.usefixtures("process_group")
 def test_sharded_weights_are_refused() -> None:

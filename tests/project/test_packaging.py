@@ -19,8 +19,6 @@ import lightning_convbn
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.xdist_group("packages")
-
 
 def run(*command: str | Path, cwd: Path) -> str:
     """Run a command without this project on its path; return what it printed."""

@@ -19,7 +19,6 @@ import pytest
 import lightning_convbn
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.xdist_group("site")
 PAGES = sorted(page.relative_to(ROOT / "docs") for page in (ROOT / "docs").rglob("*.md"))
 FAST = ("index.md", "understand/how-it-works.md")  # a picture and code; equations and tables
 OFFLINE = """

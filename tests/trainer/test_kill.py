@@ -16,10 +16,7 @@ import torch
 from helpers.interrupted_runs import BATCHES, EPOCHS, KILLED_AT
 from helpers.tiny_training import differing
 
-pytestmark = [
-    pytest.mark.xdist_group("signals"),
-    pytest.mark.skipif(os.name == "nt", reason="signals of POSIX"),
-]
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
 HERE = Path(__file__).parents[1] / "helpers"
 SIGNALS = ["SIGINT", "SIGTERM", "SIGKILL"]

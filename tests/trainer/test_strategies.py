@@ -35,7 +35,6 @@ from lightning_convbn.trainer.processes import merged_over_processes
 
 pytestmark = [
     *LIGHTNING_SAYS,
-    pytest.mark.xdist_group("processes"),
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed"),
 ]
 
