@@ -641,6 +641,10 @@ class TestBadInput:
             assert str(raised.value).startswith(message)
             assert Snapshot.of(model) == found
 
+    def test_not_a_module(self) -> None:
+        with pytest.raises(ValueError, match="model must be a torch.nn.Module; got list"):
+            set_mode([small_net()], "tune")
+
     def test_data_parallel(self) -> None:
         model = nn.Sequential(nn.DataParallel(small_net()))
         found = Snapshot.of(model)
