@@ -18,7 +18,6 @@ from examples.data.images_with_boxes import CocoData, CocoImages, find_split
 from examples.data.sources import DataError
 from examples.templates import detection
 from examples.templates.networks import detectors
-from lightning_convbn import find_conv_bn_pairs
 
 pytestmark = [
     *LIGHTNING_SAYS,
@@ -90,13 +89,6 @@ def test_each_architecture_trains_and_is_tested(
     assert (run / "best.ckpt").is_file()
 
 
-def test_resnet_pyramid_gives_the_maps_of_the_strides_and_folds_all() -> None:
-    backbone = detectors.resnet_pyramid(8, pretrained=False)
-    shapes = [tuple(features.shape[2:]) for features in backbone(torch.zeros(1, 3, SIZE, SIZE)).values()]
-    assert shapes == [(SIZE // stride, SIZE // stride) for stride in detectors.STRIDES]
-    assert not find_conv_bn_pairs(backbone).unpaired
-
-
 def test_boxes_and_masks_are_exactly_the_ink(folder: Path) -> None:
     images = read(folder, masks=True)
     assert images.classes == [str(digit) for digit in range(10)]
@@ -106,19 +98,6 @@ def test_boxes_and_masks_are_exactly_the_ink(folder: Path) -> None:
         for box, mask in zip(target["boxes"], target["masks"], strict=True):
             rows, columns = (mask.any(axis).nonzero().flatten() for axis in (1, 0))
             assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-
-
-def test_sets_share_no_digit_and_no_photograph() -> None:
-    makers = [digit_scenes.SceneMaker(split, SIZE, 0) for split in SCENES]
-    assert sum(len(maker._ink) for maker in makers) == 1797
-    assert sum(maker._photos[0].width for maker in makers) == 640
-
-
-def test_scenes_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digit_scenes, "as_coco", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        digit_scenes.write_digit_scenes(tmp_path / "scenes", SCENES, size=SIZE, seed=0)
-    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("annotations", "images"), images_with_boxes.LAYOUTS)
@@ -279,14 +258,3 @@ def test_odd_boxes_are_clipped_or_left_out_counted_and_named(folder: Path) -> No
     assert len(images) == 4
     assert images[0][1]["iscrowd"].tolist() == [0, 0, 1, 0]
     assert images[1][1]["boxes"].shape == (0, 4)
-
-
-def test_training_on_images_without_boxes_when_asked(folder: Path) -> None:
-    def drop_first(content: dict[str, Any]) -> None:
-        content["annotations"] = [one for one in content["annotations"] if one["image_id"] != 1]
-
-    edit(folder, drop_first)
-    data = CocoData(f"coco:{folder}", keep_empty=True)
-    model = detection.Detector(data.classes, "retinanet", pretrained=False, image_size=SIZE, channels=8)
-    loss = detection.total_loss(model.detector, images_with_boxes.as_batch([data.train[0]]))
-    assert loss.isfinite()

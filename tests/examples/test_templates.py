@@ -31,7 +31,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
 ]
 
-ROOT = Path(__file__).resolve().parents[2]
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
 
