@@ -17,9 +17,11 @@ from lightning_convbn.compat import (
     inside_transform,
     is_in_backward,
     is_watched,
+    pack_hook,
     tensors_of_pair,
     versions_in_call,
     versions_of,
+    versions_of_affine,
     without_torch_function,
 )
 from lightning_convbn.layers.calls import Call, names_of
@@ -29,7 +31,7 @@ from lightning_convbn.layers.state import Pair, pair_of
 from lightning_convbn.ops.autocast import autocast, autocast_dtype, dtype_of_autocast
 from lightning_convbn.ops.convolution import conv_bn, conv_bn_in_graph, folded_conv, output_numel
 from lightning_convbn.ops.fold import ConvSpec, Operands, fold_conv_bn
-from lightning_convbn.ops.recomputable import follow
+from lightning_convbn.ops.recomputable import follow, is_foreign
 
 
 def conv_forward(self: nn.Module, input: Tensor, output_size: Any = None) -> Tensor:
@@ -44,20 +46,23 @@ def conv_forward(self: nn.Module, input: Tensor, output_size: Any = None) -> Ten
         return _in_graph(pair, input, arguments)
     if _runs_plainly(pair):
         return type(self).forward(self, input, *arguments)  # type: ignore[no-any-return]
+    marked = None
     if type(input) is Tensor:
         marked = _marked(pair, input, output_size)
-    else:
+    elif not is_foreign(type(input)):
         with without_torch_function():  # a recomputable input has functions of its own for what is asked
             marked = _marked(pair, input, output_size)
     return mark_plain(type(self).forward(self, input, *arguments), pair) if marked is None else marked
 
 
 def _runs_plainly(pair: Pair) -> bool:
-    """Whether the two layers run as they are: somebody sees what passes between them, or has set another convolution.
+    """Whether the two layers run as they are: somebody sees what passes between them, or has changed what one computes.
 
     A forward pass that runs again in the backward pass, as under a checkpoint, decides as it did in the forward pass.
     """
-    watched = is_watched(pair.conv, pair.bn) or "_conv_forward" in vars(pair.conv)
+    conv, bn = pair.conv, pair.bn
+    watched = is_watched(conv, bn) or "_conv_forward" in vars(conv)
+    watched = watched or (type(conv).forward, type(bn).forward) != pair.forwards
     if watched is not pair.watched:
         if is_in_backward():
             return pair.watched
@@ -71,7 +76,7 @@ def norm_forward(self: nn.Module, input: Tensor) -> Tensor:
     if pair is None:
         return frozen_forward(self, input)  # type: ignore[no-any-return]
     if isinstance(input, Mark):
-        folded = taken_off(input, pair)
+        folded = None if torch.compiler.is_compiling() else taken_off(input, pair)
         if folded is not None:
             return _finished(pair, input, folded)
         input = unmarked(input)
@@ -94,12 +99,14 @@ def _marked(pair: Pair, input: Tensor, output_size: Any) -> Tensor | None:
     operands = Operands(weight, bias, gamma, beta, mean, var, getattr(bn, "eps", EPSILON))
     if not weight.requires_grad and _eval_keeps_less(input, operands, spec):
         return None
-    versions, lower = versions_in_call(input, weight, bias), autocast_dtype(input)
+    versions, affine_versions = versions_in_call(input, weight, bias), versions_of_affine(gamma, beta, mean, var)
+    lower = autocast_dtype(input)
     if pair.mode == "deploy":
         output = _deployed(pair, input, operands, spec, lower)
     else:
         output = conv_bn(input, operands, spec, lower)
-    return mark(Call(pair, input, operands, spec, versions, torch.is_grad_enabled(), lower, output))
+    with_grad = torch.is_grad_enabled()
+    return mark(Call(pair, input, operands, spec, versions, affine_versions, pack_hook(), with_grad, lower, output))
 
 
 def _finished(pair: Pair, marked: Any, folded: Tensor) -> Tensor:

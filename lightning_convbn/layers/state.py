@@ -122,6 +122,7 @@ class Pair(State):
         flag: The training flag of the BatchNorm.
 
     Attributes:
+        forwards: The forwards of both classes. Somebody may change a class, or the module's class.
         fold: What Deploy mode has folded.
         keeps_fold: Whether Deploy mode may keep a fold from one forward pass to the next.
         owns_weight: Whether the weight is the module's own between two calls, and not sharded or computed.
@@ -138,6 +139,7 @@ class Pair(State):
         self.dims: int = conv_row.dims
         self.geometry = conv_row.geometry
         self.norm_row = norm_row
+        self.forwards = type(conv).forward, type(bn).forward
         self.flag = flag
         self.fold: Any = None
         self.keeps_fold = True
@@ -176,7 +178,7 @@ def attach(module: nn.Module, state: State, methods: Mapping[str, Callable[..., 
     """
     detach(module)
     attributes = vars(module)
-    for name, method in {**methods, "__getstate__": _getstate, "extra_repr": _extra_repr}.items():
+    for name, method in {**methods, **_OF_EVERY_MODULE}.items():
         attributes.setdefault(name, MethodType(method, module))
     attributes[STATE] = state
 
@@ -223,6 +225,27 @@ def _extra_repr(self: nn.Module) -> str:
     if state is None:
         return text
     return f"{text}{', ' if text else ''}convbn={state}"
+
+
+def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
+    """Refuse: a replica would share the state, and so compute with the layers of the original.
+
+    Raises:
+        RuntimeError: While the module is converted.
+    """
+    if state_of(self) is None:
+        return type(self)._replicate_for_data_parallel(self)  # type: ignore[operator, no-any-return]
+    raise RuntimeError(
+        f"DataParallel: this {type(self).__name__} is converted by set_mode or ConvBNModeCallback, and its replicas "
+        'would compute with the layers of the original. Use DistributedDataParallel, or set_mode(model, "train") first'
+    )
+
+
+_OF_EVERY_MODULE = {
+    "__getstate__": _getstate,
+    "extra_repr": _extra_repr,
+    "_replicate_for_data_parallel": _replicate_for_data_parallel,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------- hooks
