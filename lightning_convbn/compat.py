@@ -171,8 +171,8 @@ def other_saved_tensor_hooks() -> bool:
 
 
 def pack_hook() -> Any:
-    """Return the default hook in force that packs saved tensors; None if there is none."""
-    hooks = _top_saved_tensors_default_hooks(False)
+    """Return the default hook in force that packs saved tensors; None if there is none, and in a compiler's graph."""
+    hooks = None if torch.compiler.is_compiling() else _top_saved_tensors_default_hooks(False)
     return None if hooks is None else hooks[0]
 
 
