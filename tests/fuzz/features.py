@@ -17,7 +17,10 @@ EXPECTED = {
     *(f"function {name}" for name in FUNCTIONS),
     *(f"guard {guard}" for guard in GUARDS),
     *(f"act {name}" for name in ACTIVATIONS),
-    *(f"norm {name}" for name in (*SPECIAL_NORMS, "", "SyncBatchNorm", "_BatchNormXd", "GroupNorm", "InstanceNorm", *OTHER_NORMS)),
+    *(
+        f"norm {name}"
+        for name in (*SPECIAL_NORMS, "", "SyncBatchNorm", "_BatchNormXd", "GroupNorm", "InstanceNorm", *OTHER_NORMS)
+    ),
     *(f"layer {kind}" for kind in ("conv", "transposed", "norm", "act", "drop", "pool", "seq", "block", "stage")),
     *(f"norm {attribute}" for attribute in ("momentum=None", "affine=False", "track=False")),
     *(f"conv {name}" for name in ("", "grouped", "strided", "same", "circular", "reflect", "weight_norm", "subclass")),

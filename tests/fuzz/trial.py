@@ -18,7 +18,7 @@ from fuzz.models import build_model
 from fuzz.network import Action, Network, Scenario, Step
 from fuzz.operations import ONCE
 from fuzz.outcomes import Outcome, Wrong, arguments_of, autocast, compare, draw_inputs, finite, run
-from fuzz.recomputation import compare_recomputation
+from fuzz.recomputation import compare_recomputation, forget
 from helpers.torch_settings import one_thread
 from torch import nn
 
@@ -99,7 +99,7 @@ class Trial:
         self.unfrozen: set[str] = set()  # the BatchNorms that were to stay unfrozen since the last restore
         self.pairs: ConvBNPairs | None = None
         self.folded = False
-        self.mode = "train"
+        self.mode, self.recompute = "train", "none"
 
     def flags(self) -> dict[str, bool]:
         return {name: module.training for name, module in self.ours.named_modules()}
@@ -134,7 +134,7 @@ class Trial:
         if ids != [id(parameter) for parameter in self.ours.parameters()]:
             raise Wrong("parameter", "set_mode has replaced a parameter")
         self.folded = action.mode in ("tune", "deploy") and len(chosen) > 0
-        self.mode = action.mode
+        self.mode, self.recompute = action.mode, action.recompute
         norms = norms_of(self.twin).values()
         (ONCE.difference_update if action.recompute == "none" else ONCE.update)(norms)
         if action.mode == "train":
@@ -214,10 +214,13 @@ class Trial:
         self.set_twin_flags()
 
     def do_run(self, action: Action) -> None:
+        if self.recompute not in ("none", "elementwise") and action.every_module.startswith("forward"):
+            action = replace(action, every_module="")  # modules inside of a block are called twice, and so are hooks
         expected = self.compare_pass(self.ours, self.twin, action)
         self.report.runs += self.folded
         if self.mode != "deploy" and action.grad == "grad":
             compare_recomputation(self.ours, self.mode, self.scenario, action)
+            forget(self.twin)
         with torch.no_grad():
             for (name, one), other in zip(self.ours.named_parameters(), self.twin.parameters(), strict=True):
                 gradient = expected[f"gradient.{name}"]
@@ -228,6 +231,9 @@ class Trial:
             for one, other in zip(self.ours.buffers(), self.twin.buffers(), strict=True):
                 if not torch.equal(one, other):  # the statistics of what a folded pair has computed
                     one.copy_(other)
+            for module, other in zip(self.ours.modules(), self.twin.modules(), strict=True):
+                if isinstance(module, Interpreter):
+                    module.history[:] = other.history
 
     def compare_pass(self, ours: Interpreter, twin: Interpreter, action: Action) -> Outcome:
         """Run both and compare. Return what the twin has computed."""
