@@ -186,7 +186,8 @@ def attach(module: nn.Module, state: State, methods: Mapping[str, Callable[..., 
 def detach(module: nn.Module) -> None:
     """Undo `attach`. Does nothing to a plain module, nor to what somebody else has set on the instance since."""
     attributes = vars(module)
-    if attributes.pop(STATE, None) is not None:
+    if STATE in attributes:  # None in a copy of the ``__dict__``, which has our methods, too
+        del attributes[STATE]
         for name in [name for name, value in attributes.items() if is_ours(value)]:
             del attributes[name]
 
