@@ -1,4 +1,4 @@
-"""Adds Train mode with recomputation to a scenario, by random numbers of its own: a seed keeps all else that it drew."""
+"""Adds Train mode with recomputation to a scenario, by random numbers of its own: a seed keeps what else it drew."""
 
 from __future__ import annotations
 
