@@ -199,16 +199,6 @@ def guard_of(pair: Pair) -> Callable[[Tensor], Tensor]:
     return pair.guard
 
 
-def mark_plain(output: Tensor, pair: Pair) -> Tensor:
-    """Mark the plain output of a convolution that is folded in graphs, so that nobody takes it for a folded one."""
-    if not pair.folded_in_graphs or type(output) is not Tensor:
-        return output
-    marked: Any = output.as_subclass(MarkedTensor)
-    marked.call = Call(pair, output, (None,) * 7, None, None, None, None, False, None, output)  # type: ignore[arg-type]
-    marked.plain = output
-    return marked  # type: ignore[no-any-return]
-
-
 def unmarked(input: Tensor) -> Tensor:
     """What a layer gets: the plain output in the place of a mark, and anything else as it is.
 

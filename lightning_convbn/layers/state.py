@@ -127,8 +127,6 @@ class Pair(State):
         keeps_fold: Whether Deploy mode may keep a fold from one forward pass to the next.
         owns_weight: Whether the weight is the module's own between two calls, and not sharded or computed.
         check: Compares the pair with Eval mode while it runs, in the first training step of a Trainer; else None.
-        folded_in_graphs: Whether there may be a graph of a compiler, or of a trace, in which the pair is folded.
-        plain_in_graphs: Whether graphs must not fold the pair.
         watched: Whether the pair was watched, and ran plainly, in the last forward pass.
         guard: Gives a tensor an autograd node that raises an error (`marks.py`).
     """
@@ -145,14 +143,8 @@ class Pair(State):
         self.keeps_fold = True
         self.owns_weight = type(conv.weight) is nn.Parameter
         self.check: Any = None
-        self.folded_in_graphs = self.plain_in_graphs = False
         self.watched = False
         self.guard: Callable[[torch.Tensor], torch.Tensor] | None = None
-
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def note_export(self) -> None:
-        """Note that the pair is folded in a graph that is exported: an export allows no writes in the graph itself."""
-        self.folded_in_graphs = True
 
 
 def state_of(module: nn.Module) -> State | None:
