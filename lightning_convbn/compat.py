@@ -235,10 +235,12 @@ def tensors_of_pair(conv: nn.Module, bn: nn.Module) -> tuple[Any, Any, Any, Any,
     return conv.weight, conv.bias, *(getattr(bn, name) for name in names)  # type: ignore[return-value]
 
 
-def versions_of_affine(*tensors: Tensor | None) -> tuple[int, ...] | None:
+def versions_of_affine(weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor) -> tuple[int, ...] | None:
     """Return the versions of what a BatchNorm multiplies and adds; None where PyTorch does not count writes."""
     try:
-        return tuple([0 if tensor is None else tensor._version for tensor in tensors])
+        if weight is None or bias is None:
+            return mean._version, var._version, *(tensor._version for tensor in (weight, bias) if tensor is not None)
+        return mean._version, var._version, weight._version, bias._version
     except RuntimeError:
         return None
 
