@@ -13,9 +13,9 @@ OFF = ("", "off", "0", "false")
 
 def callbacks() -> list[Any]:
     """Return one callback, or none if the variable is unset or off."""
-    mode = os.environ.get("LIGHTNING_CONVBN", "").strip().lower()
-    if mode in OFF:
+    value = os.environ.get("LIGHTNING_CONVBN", "").strip().lower()
+    if value in OFF:
         return []
     from lightning_convbn.environment import ConvBNFromEnvironment
 
-    return [ConvBNFromEnvironment(mode)]
+    return [ConvBNFromEnvironment(value)]

@@ -27,7 +27,7 @@ from lightning_convbn.compat import (
     without_modes,
     without_torch_function,
 )
-from lightning_convbn.layers.state import Unfrozen, state_of
+from lightning_convbn.layers.norms import trains_statistics
 from lightning_convbn.ops.convolution import is_distributed
 from lightning_convbn.ops.repetition import IMMUTABLE
 from lightning_convbn.pairs.shadow import Shadow
@@ -90,25 +90,28 @@ def _run_shadow(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         with side_effects_undone(shadow, args, kwargs):
             before, watch = random_states(), _Watch()
             known = list(_held_by(shadow))
-            once = {storage_id(buffer) for buffer in _statistics_of(shadow)}  # written in the first run alone
+            once = {storage_id(buffer): name for name, buffer in _statistics_of(shadow)}  # written in the first run
             with fake, watch:
                 shadow(*args, **kwargs)
             drawn = watch.draws_elsewhere or random_states() != before
     if any(storage_id(tensor) in watch.written for tensor in inputs):
         return watch, reasons.WRITES_INPUT
-    twice = watch.written - once
+    twice = watch.written - {*once}
     written = (name for name, leaf in known if isinstance(leaf, Tensor) and storage_id(leaf) in twice)
     name = next(written, None) or _first_change(known, list(_held_by(shadow)))
     if name is not None:
         return watch, reasons.WRITES_STATE.format(name=name)
+    name = next((once[storage] for storage in once if storage in watch.read), None)
+    if name is not None:
+        return watch, reasons.READS_STATISTICS.format(name=name)
     return watch, reasons.DRAWS if drawn else None
 
 
-def _statistics_of(block: nn.Module) -> Iterator[Tensor]:
-    """Yield the buffers of the BatchNorms in Train mode: a second run does not write to them."""
-    for module in block.modules():
-        if isinstance(state_of(module), Unfrozen):
-            yield from module.buffers(recurse=False)
+def _statistics_of(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers of the BatchNorms in Train mode, with names: a second run does not write to them."""
+    for name, module in block.named_modules():
+        if trains_statistics(module):
+            yield from module.named_buffers(name, recurse=False)
 
 
 def _without_data(tensor: Tensor, fake: Any) -> Tensor:
@@ -118,7 +121,12 @@ def _without_data(tensor: Tensor, fake: Any) -> Tensor:
 
 
 def _forget_data(module: nn.Module, fake: Any) -> None:
-    """Give a module buffers and attributes without data: of real ones, writes to views are not seen."""
+    """Give a module buffers and attributes without data: of real ones, writes to views are not seen.
+
+    A BatchNorm that averages the statistics of all batches reads how many there were, so it does not average here.
+    """
+    if trains_statistics(module) and getattr(module, "momentum", 0.0) is None:
+        module.momentum = 0.0  # type: ignore[assignment]
     for name, tensor in module.named_buffers(recurse=False):
         setattr(module, name, _without_data(tensor, fake))
     for name, value in vars(module).items():
@@ -158,12 +166,14 @@ class _Watch(TorchDispatchMode):
         draws: Whether any has drawn.
         draws_elsewhere: Whether any has drawn from a generator that it was given.
         written: The storages that were written.
+        read: The storages that were read, other than to update them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.draws = self.draws_elsewhere = False
         self.written: set[int] = set()
+        self.read: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -175,7 +185,8 @@ class _Watch(TorchDispatchMode):
         trains = bool(named.get("training", named.get("train", "running_mean" in named)))
         for argument in func._schema.arguments:
             is_statistic = trains and argument.name in ("running_mean", "running_var")  # not declared as a write
-            if is_statistic or (argument.alias_info is not None and argument.alias_info.is_write):
-                written = tree_leaves(named.get(argument.name))
-                self.written |= {storage_id(tensor) for tensor in written if isinstance(tensor, Tensor)}
+            is_written = is_statistic or (argument.alias_info is not None and argument.alias_info.is_write)
+            leaves = tree_leaves(named.get(argument.name))
+            seen = self.written if is_written else self.read
+            seen |= {storage_id(tensor) for tensor in leaves if isinstance(tensor, Tensor)}
         return func(*args, **kwargs)

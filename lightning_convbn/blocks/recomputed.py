@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -26,7 +26,8 @@ from lightning_convbn.compat import (
     with_hooks,
 )
 from lightning_convbn.layers.marks import Mark
-from lightning_convbn.layers.state import Mode, Recompute, State, Unfrozen, state_of
+from lightning_convbn.layers.norms import buffers_unwritten, trains_statistics
+from lightning_convbn.layers.state import Mode, Recompute, State, state_of
 from lightning_convbn.ops.convolution import is_distributed
 
 _CONSTANTS = (int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
@@ -73,7 +74,7 @@ class FirstRun(NamedTuple):
         """
         modules = tuple(block.modules())
         flags = tuple(module.training for module in modules)
-        read = () if is_distributed() else (module for module in modules if not _trains_statistics(module))
+        read = () if is_distributed() else (module for module in modules if not trains_statistics(module))
         tensors = (*block.parameters(), *(buffer for module in read for buffer in module.buffers(recurse=False)))
         return cls(modules, _modes_of(modules), flags, hooks_of(modules), tensors, versions_of(tensors))
 
@@ -81,15 +82,20 @@ class FirstRun(NamedTuple):
     def again(self, block: nn.Module) -> Iterator[None]:
         """Put back, for a second run, what does not change what the block is: training flags, and hooks.
 
+        BatchNorms in Train mode write no statistics meanwhile, also if somebody looks at what a node has saved, outside
+        of a backward pass.
+
         Raises:
             RuntimeError: If a module was switched or replaced, or if a parameter or a buffer was written or replaced.
         """
         flags = [module.training for module in self.modules]
-        with with_hooks(self.hooks):
+        with with_hooks(self.hooks), ExitStack() as unwritten:
             for module, flag in zip(self.modules, self.flags, strict=True):
                 module.training = flag
             try:
                 self._check_same(block, FirstRun.of(block))
+                for module in filter(trains_statistics, self.modules):
+                    unwritten.enter_context(buffers_unwritten(module))
                 yield
             finally:
                 for module, flag in zip(self.modules, flags, strict=True):
@@ -181,10 +187,6 @@ def _may_save_otherwise() -> bool:
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _trains_statistics(module: nn.Module) -> bool:
-    return module.training and isinstance(state_of(module), Unfrozen)
 
 
 def _is_captured() -> bool:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_convbn.compat import in_graph, is_in_backward
-from lightning_convbn.layers.state import state_of
+from lightning_convbn.layers.state import Unfrozen, state_of
 from lightning_convbn.layers.supported_layers import NormLayer, norm_layer
 from lightning_convbn.ops.fold import Affine
 from lightning_convbn.ops.recomputable import follow, follow_function
@@ -102,7 +102,7 @@ def reset_running_stats(self: nn.Module) -> None:
 # -------------------------------------------------------------- the method that every BatchNorm in Train mode gets
 
 
-def unfrozen_forward(self: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+def unfrozen_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run the forward of the class, whose output can be computed again. The second run of a pass writes no statistics.
 
     A pass runs a second time in the backward pass: under a checkpoint of ours, or of anybody else. The statistics of
@@ -110,17 +110,23 @@ def unfrozen_forward(self: nn.Module, input: Tensor, *args: Any, **kwargs: Any) 
     """
     forward = type(self).forward
     if state_of(self) is None or in_graph():
-        return forward(self, input, *args, **kwargs)
+        return forward(self, *args, **kwargs)
     if is_in_backward():
-        with _buffers_unwritten(self):
-            return forward(self, input, *args, **kwargs)
-    if input.grad_fn is not None:
+        with buffers_unwritten(self):
+            return forward(self, *args, **kwargs)
+    input = next(iter((*args, *kwargs.values())), None)  # each class has a name of its own for it
+    if isinstance(input, Tensor) and input.grad_fn is not None:
         follow(input, frozen=False)
-    return forward(self, input, *args, **kwargs)
+    return forward(self, *args, **kwargs)
+
+
+def trains_statistics(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm in Train mode that writes no statistics if it runs again."""
+    return module.training and isinstance(state_of(module), Unfrozen)
 
 
 @contextmanager
-def _buffers_unwritten(module: nn.Module) -> Iterator[None]:
+def buffers_unwritten(module: nn.Module) -> Iterator[None]:
     """Let a module write to copies of its buffers."""
     buffers = dict(module.named_buffers(recurse=False))
     for name, buffer in buffers.items():

@@ -299,6 +299,8 @@ DOES = {  # command -> what training and evaluation run in, or None where nothin
     "python stock.py fit --config examples/templates/configs/stock_cli.yaml": ("tune", "deploy"),
     "LIGHTNING_CONVBN=tune python script.py": ("tune", "deploy"),
     "LIGHTNING_CONVBN=eval python script.py": ("eval", "deploy"),
+    "LIGHTNING_CONVBN=train,recompute=elementwise python script.py": ("train", "deploy"),
+    "LIGHTNING_CONVBN=train,memory_budget=8GiB python script.py": ("train", "deploy"),
     "LIGHTNING_CONVBN=off python script.py": ("train", "train"),
 }
 CONFIGS = {
@@ -354,7 +356,7 @@ def type_here(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     command, _, file = line.partition(" > ")
     words = shlex.split(command)
     while "=" in words[0]:
-        monkeypatch.setenv(*words.pop(0).split("="))
+        monkeypatch.setenv(*words.pop(0).split("=", 1))
     assert words[0] == "python"
     monkeypatch.setattr(sys, "argv", words[1:])
     capsys.readouterr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,33 @@ def test_without_a_mode_nothing_comes(value: str | None, monkeypatch: pytest.Mon
     assert ours(make_trainer()) == []
 
 
-def test_a_wrong_value_is_an_error_that_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIGHTNING_CONVBN", "Deploy")
-    message = (
-        "LIGHTNING_CONVBN='deploy': there is no such mode; set the environment variable to one of 'tune', 'eval', "
-        "'train', or to 'off' to leave ConvBNModeCallback out"
-    )
-    with pytest.raises(ValueError, match=f"^{message}$"):
+WRONG = {
+    "Deploy": "there is no such mode; set the environment variable to one of 'tune', 'eval', 'train', or to 'off' to "
+    "leave ConvBNModeCallback out",
+    "train,target=backbone": "a mode may be followed by recompute=... or memory_budget=..., as "
+    "'train,recompute=elementwise'",
+    "tune, blocks": "a mode may be followed by recompute=... or memory_budget=..., as 'tune,recompute=elementwise'",
+    "train,recompute=all": "recompute must be one of 'none', 'elementwise', 'blocks'; got 'all'.",
+    "eval,memory_budget=much": "memory_budget='much' is no amount of memory, as 8GiB, 500MiB or 24GB, nor 'auto'",
+}
+
+
+@pytest.mark.parametrize("value", WRONG)
+def test_a_wrong_value_is_an_error_that_says_what_to_set(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_CONVBN", value)
+    with pytest.raises(ValueError, match=re.escape(f"LIGHTNING_CONVBN={value.lower()!r}: {WRONG[value]}")):
         make_trainer()
+
+
+def test_recomputation_follows_the_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, expected in {
+        "train,recompute=elementwise": ("train", "elementwise", None),
+        "Tune, Recompute=Blocks": ("tune", "blocks", None),
+        "eval,memory_budget=8GiB": ("eval", "none", "8gib"),
+    }.items():
+        monkeypatch.setenv("LIGHTNING_CONVBN", value)
+        (callback,) = ours(make_trainer())
+        assert (callback.mode, callback.recompute, callback.memory_budget) == expected
 
 
 def test_layers_built_in_configure_model_are_converted(monkeypatch: pytest.MonkeyPatch) -> None:
