@@ -26,6 +26,8 @@ FOLDER = ROOT / "docs" / "figures"
 BATCH, PIXELS = 8, 224
 MODELS = ["resnet50", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "densenet121"]
 BARS = {  # key of the counts -> colour and name
+    "train": ("#7c8594", "Train"),
+    "train_recompute": ("#b07aa1", "Train + elementwise"),
     "eval": (COLOURS["eval"], "Eval mode"),
     "tune_by_autograd": ("#e0a458", "Tune as published"),
     "tune": (COLOURS["tune"], "Tune"),
@@ -73,7 +75,7 @@ def save(figure: Figure, path: Path) -> Path:
 def draw_memory(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     """Draw the MiB that each mode keeps, model by model, with the Deploy copy's as the floor."""
     found = {row["model"]: row for row in rows if (row["batch"], row["pixels"]) == (BATCH, PIXELS)}
-    figure = Figure(figsize=(6.6, 5.6), layout="constrained")
+    figure = Figure(figsize=(6.6, 7.0), layout="constrained")
     axes = figure.add_subplot()
     height = 0.82 / len(BARS)
     for place, (key, (colour, label)) in enumerate(BARS.items()):
@@ -90,7 +92,7 @@ def draw_memory(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     axes.set_xlabel("MiB kept for the backward pass (less is better)")
     axes.margins(x=0.06, y=0.02)
     figure.suptitle(f"What one forward pass keeps: batch {BATCH}, {PIXELS} px, float32", fontweight="bold", fontsize=11)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return save(figure, path)
 
 

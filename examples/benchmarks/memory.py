@@ -15,13 +15,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from examples import results_file
 from examples.benchmarks.networks import build
 from examples.results_file import BENCHMARKS, ROOT
 from lightning_convbn import fuse_for_deploy, measure_memory
+from lightning_convbn.layers.supported_layers import is_norm
 from lightning_convbn.memory import MIB, count_saved_bytes
 from lightning_convbn.ops import convolution
 
@@ -60,6 +61,8 @@ counts them; nothing is estimated.
   this.
 - *Tune + elementwise* is Tune mode with `recompute="elementwise"`. It does not keep what can be computed again,
   elementwise, from what is kept anyway.
+- *Train* uses the statistics of the batch. It has a table of its own: without recomputation, and with
+  `recompute="elementwise"` ([more](../use/train-from-scratch.md)). Only the BatchNorms are in their training state.
 - *Deploy copy* is the trainable copy that `fuse_for_deploy` makes. It is the lower limit for every method that keeps
   the inputs of the convolutions."""
 FROZEN_SAYS = """No parameter wants a gradient, as for adversarial examples or a saliency map. ReLU and its kin
@@ -80,6 +83,7 @@ MARKS = {
     ROOT / "docs" / "understand" / "what-is-saved.md": "memory",
     ROOT / "docs" / "understand" / "how-it-works.md": "recompute",
 }
+TRAIN_COLUMNS = {"train": "Train", "train_recompute": "**Train + elementwise**"}
 COLUMNS = {
     "eval": "Eval",
     "tune_by_autograd": "Tune as published",
@@ -99,7 +103,7 @@ def main() -> None:
     results_file.write_json(BENCHMARKS / "memory.json", rows, packages, unit=unit, input_gradients=frozen)
     (BENCHMARKS / "memory.md").write_text(as_markdown(rows, frozen))
     for page, mark in MARKS.items():
-        page.write_text(with_table(page.read_text(), mark, rows))
+        page.write_text(with_tables(page.read_text(), mark, rows))
     print(f"wrote memory.json and memory.md in {BENCHMARKS}, and the tables in {', '.join(map(str, MARKS))}")
 
 
@@ -117,8 +121,13 @@ def count(name: str) -> Iterator[dict[str, Any]]:
             with folding_by_autograd():
                 kept["tune_by_autograd"] = measure_memory(model, images, mode="tune").saved_bytes
             kept["deploy"] = count_saved_bytes(fused, images)
+            if batch > 1:  # one image has no statistics where a layer is 1 × 1
+                with statistics_of_the_batch(model):
+                    kept["train"] = measure_memory(model, images, mode="train").saved_bytes
+                    recomputing = measure_memory(model, images, mode="train", recompute="elementwise")
+                kept["train_recompute"] = recomputing.saved_bytes
         print(name, batch, pixels, {mode: round(size / MIB, 2) for mode, size in kept.items()}, flush=True)
-        mib = {mode: round(kept[mode] / MIB, 3) for mode in COLUMNS}
+        mib = {mode: round(kept[mode] / MIB, 3) for mode in (*COLUMNS, *TRAIN_COLUMNS) if mode in kept}
         yield {"model": name, "batch": batch, "pixels": pixels, **mib}
 
 
@@ -141,6 +150,19 @@ def count_frozen(name: str) -> dict[str, Any]:
 
 
 @contextmanager
+def statistics_of_the_batch(model: nn.Module) -> Iterator[None]:
+    """Put the BatchNorms alone in their training state. So dropout and auxiliary heads are as in the other modes."""
+    norms = [module for module in model.modules() if is_norm(module)]
+    for norm in norms:
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.eval()
+
+
+@contextmanager
 def folding_by_autograd() -> Iterator[None]:
     """Leave no recipe in the graph, as published. Autograd then keeps every folded weight."""
     with mock.patch.object(convolution, "takes_recipes", _takes_none):
@@ -158,6 +180,8 @@ def as_markdown(rows: list[dict[str, Any]], frozen: list[dict[str, Any]]) -> str
     for batch, pixels in SIZES:
         chosen = [row for row in rows if row["batch"] == batch and (row["pixels"] == 224) == (pixels == 224)]
         lines += ["", f"## Batch {batch}, {pixels} px", "", *table(chosen, pixels)]
+        if batch > 1:
+            lines += ["", "### With the statistics of the batch", "", *train_table(chosen)]
     lines += ["", f"## Gradients of the input alone, batch {IMAGES}, 224 px", "", FROZEN_SAYS, ""]
     lines += ["| model | Eval | **Tune** | **Tune + elementwise** |", "|---|---:|---:|---:|"]
     keys = ("eval", "tune", "tune_recompute")
@@ -165,10 +189,11 @@ def as_markdown(rows: list[dict[str, Any]], frozen: list[dict[str, Any]]) -> str
     return "\n".join(lines) + "\n"
 
 
-def with_table(page: str, mark: str, rows: list[dict[str, Any]]) -> str:
-    """Put some of the rows as a table between two marks in a page."""
+def with_tables(page: str, mark: str, rows: list[dict[str, Any]]) -> str:
+    """Put some of the rows as a table between two marks in a page; those of Train mode between two others."""
     chosen = [row for row in rows if row["model"] in EXCERPTS[mark] and (row["batch"], row["pixels"]) == (8, 224)]
-    return results_file.with_table(page, mark, table(chosen, 224))
+    page = results_file.with_table(page, mark, table(chosen, 224))
+    return results_file.with_table(page, f"{mark}-train", train_table(chosen))
 
 
 def table(rows: list[dict[str, Any]], pixels: int) -> list[str]:
@@ -182,6 +207,15 @@ def table(rows: list[dict[str, Any]], pixels: int) -> list[str]:
         cells += [f"{tune / row['deploy']:.3f}" for tune in tunes]
         cells += [f"{100 * (1 - tune / row['eval']):.0f} %" for tune in tunes]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def train_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Draw what Train mode keeps, without and with recomputation."""
+    lines = [f"| model | {' | '.join(TRAIN_COLUMNS.values())} | saved |", "|---|---:|---:|---:|"]
+    for row in rows:
+        before, after = (row[key] for key in TRAIN_COLUMNS)
+        lines.append(f"| {row['model']} | {before:.1f} | {after:.1f} | {100 * (1 - after / before):.0f} % |")
     return lines
 
 

@@ -108,6 +108,14 @@ TIME = [
     Target(["tune_blocks"], ["checkpoint_blocks"], _always(1.0), "step_ms"),
     Target(["tune_compiled"], ["inductor_pass"], _always(1.0), "step_ms"),
 ]
+TRAIN = [
+    Target(["train_recompute"], ["train"], _always(1.0)),
+    Target(["train_recompute"], ["train"], _always(1.0), "peak_bytes"),
+    Target(["train_blocks"], ["train_checkpoint_blocks"], _always(1.0), "peak_bytes"),
+    Target(["train_recompute"], ["train"], _always(1.25), "step_ms"),
+    Target(["train_blocks"], ["train_checkpoint_blocks"], _always(1.0), "step_ms"),
+]
+UNITS = {"kept_bytes": "kept", "peak_bytes": "peak", "step_ms": "step"}
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "Kept for backward, MiB": lambda found: f"{found['kept_bytes'] / MIB:.1f}",
     "Peak of forward and backward, gradients included, MiB": lambda found: f"{found['peak_bytes'] / MIB:.1f}",
@@ -121,7 +129,7 @@ INTRODUCTION = """# All modes, and other tools
 For users who want to compare every mode with other tools, also where Tune mode loses. Each network makes a training
 step in every mode and with every tool, all in one process: forward, mean of the outputs, backward. All parameters are
 trained, without an optimizer. Weights and statistics are random. Except in Train mode, BatchNorms use their running
-statistics.
+statistics. [Train from scratch with less memory](../use/train-from-scratch.md) has more about Train mode.
 
 - *Kept* is what the allocator has counted after one forward pass. It includes the batch if it is kept. *Peak* is the
   most at one moment of the forward and the backward pass, gradients included. What was there before the step does not
@@ -135,7 +143,8 @@ statistics.
   forward pass of each stage twice.
 - *Tune, budget 0.70 of Eval* is `fit_memory_budget`: the least recomputation whose peak is at most that share of
   Eval's, beyond parameters and buffers. It failed where no recomputation fits; the last section says how much would.
-- *checkpoint per block* is the same checkpoint around each block that `recompute="blocks"` finds.
+- *checkpoint per block* is the same checkpoint around each block that `recompute="blocks"` finds. In Train mode it
+  updates the running statistics twice in a step.
 - A ratio above its target is **bold**."""
 
 OF_THE_DETECTOR = """Compilers and tracers get only the backbone of the detector. The detector samples its proposals
@@ -199,6 +208,10 @@ def _section(rows: Sequence[Row], picture: str) -> Iterator[str]:
     for heading, targets in compared.items():
         table = [[target.text(row) for target in targets] for row in rows]
         yield from ("", f"### {heading}", "", *_table([target.title for target in targets], rows, table))
+    if any(target.ratio(row) for target in TRAIN for row in rows):
+        table = [[target.text(row) for target in TRAIN] for row in rows]
+        titles = [f"{UNITS[target.what]}: {target.title}" for target in TRAIN]
+        yield from ("", "### Train mode against the targets", "", *_table(titles, rows, table))
     if len(rows) >= LEAST_NETWORKS:
         yield from ("", *trade_off.section(rows, trade_off_picture(picture)))
     variants = _variants(rows)

@@ -50,8 +50,10 @@ class Variant(NamedTuple):
     has_evals_gradients: bool = True
 
 
-def _train(workload: Workload) -> nn.Module:
-    return workload.copy(workload.model, own_buffers=True).train()
+def _train(workload: Workload, recompute: Recompute = "none") -> nn.Module:
+    model = workload.copy(workload.model, own_buffers=True).train()
+    set_mode(model, "train", pairs=workload.pairs, recompute=recompute)
+    return model
 
 
 def _eval(workload: Workload) -> nn.Module:
@@ -112,23 +114,23 @@ def _compiled_within(workload: Workload, share: float, build: Callable[[Workload
     return model
 
 
-def _checkpointed(workload: Workload, units: str) -> nn.Module:
+def _checkpointed(workload: Workload, units: str, build: Callable[[Workload], nn.Module] = _eval) -> nn.Module:
     names: list[str] = getattr(workload, units)
     if not names:
         raise ValueError(f"no {units} are known to checkpoint; see networks.py")
-    model = workload.copy(workload.model)
+    model = build(workload)
     for name in names:
         stage = model.get_submodule(name)
-        stage.forward = partial(_checkpoint, stage.forward)
+        stage.forward = partial(_checkpoint, stage.forward, stage.training)
     return model
 
 
-def _checkpoint(forward: Callable[..., Any], *inputs: Any) -> Any:
+def _checkpoint(forward: Callable[..., Any], draws: bool, *inputs: Any) -> Any:
     def run(*inputs: Any) -> Any:
         return forward(*_copied(inputs))  # HRNet changes the list that it gets
 
-    # DenseNet changes the list later that its layers get.
-    return checkpoint(run, *_copied(inputs), use_reentrant=False, preserve_rng_state=False)
+    # DenseNet changes the list later that its layers get. Dropout and stochastic depth draw in training state alone.
+    return checkpoint(run, *_copied(inputs), use_reentrant=False, preserve_rng_state=draws)
 
 
 def _copied(containers: Any) -> Any:
@@ -138,6 +140,16 @@ def _copied(containers: Any) -> Any:
 
 VARIANTS: dict[str, Variant] = {
     "train": Variant("Train", _train, "#7c8594", has_evals_gradients=False),
+    "train_recompute": Variant(
+        "Train + elementwise", partial(_train, recompute="elementwise"), "#b07aa1", has_evals_gradients=False
+    ),
+    "train_blocks": Variant("Train + blocks", partial(_train, recompute="blocks"), "#7b4a6e", has_evals_gradients=False),
+    "train_checkpoint_blocks": Variant(
+        "checkpoint per block (Train)",
+        partial(_checkpointed, units="blocks", build=_train),
+        "#e58b8b",
+        has_evals_gradients=False,
+    ),
     "eval": Variant("Eval", _eval, "#d9772b"),
     "tune": Variant("Tune", partial(_mode, mode="tune"), "#12998c"),
     "tune_recompute": Variant("Tune + elementwise", partial(_mode, mode="tune", recompute="elementwise"), "#5fbf5a"),

@@ -153,7 +153,7 @@ def test_memory_tables_come_from_the_committed_counts() -> None:
     counts = json.loads((ROOT / "docs" / "benchmarks" / "memory.json").read_text())
     rows = counts["rows"]
     for page, mark in memory_table.MARKS.items():
-        assert memory_table.with_table(page.read_text(), mark, rows) == page.read_text()
+        assert memory_table.with_tables(page.read_text(), mark, rows) == page.read_text()
     assert (
         memory_table.as_markdown(rows, counts["input_gradients"])
         == (ROOT / "docs" / "benchmarks" / "memory.md").read_text()
