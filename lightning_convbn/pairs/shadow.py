@@ -27,7 +27,7 @@ from lightning_convbn.pairs.side_effects import is_trainer
 from lightning_convbn.text import first_line
 
 _SHARED = (type, ModuleType, FunctionType, BuiltinFunctionType, torch.dtype, torch.device, torch.Size, torch.fx.Proxy)
-_OF_PASSES = ("fold", "check", "look")  # what a `State` remembers of passes
+_OF_PASSES = ("fold", "check", "seen", "look")  # what a `State` remembers of passes
 _CONTAINERS = (list, tuple, set, frozenset, dict, deque)
 
 
