@@ -4,8 +4,9 @@
     python3 .ci/in_venv.py python examples/finetune.py
     python3.11 .ci/in_venv.py --lowest pytest
 
-Needs Python 3.11 or later and pip, nothing else. The environment is `.venv` in the project's root. It is brought up to
-date when `pyproject.toml` or the Python version has changed, and reused as it is otherwise. With `--lowest` it is
+Needs Python 3.11 or later and pip, nothing else. The environment is `.venv` in the project's root. A script of
+`examples/` gets the packages that it needs; the first other command adds those of the tests. The environment is brought
+up to date when `pyproject.toml` or the Python version has changed, and reused as it is otherwise. With `--lowest` it is
 `.venv-lowest`, with the oldest versions that the project supports.
 
 Packages are installed by uv, which is several times as fast as pip. If uv is neither on the PATH nor importable, pip
@@ -23,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOWEST = ROOT / ".ci" / "lowest.txt"
-PROJECT = ".[examples,test]"
+EXTRAS = ("finetune", "examples", "test")  # of pyproject.toml; each holds the ones before it
 
 
 def main(command: list[str]) -> int:
@@ -41,11 +42,13 @@ def main(command: list[str]) -> int:
     stamp = venv / "up-to-date"
     wanted = (ROOT / "pyproject.toml").read_bytes() + (LOWEST.read_bytes() if lowest else b"")
     state = [sys.version, hashlib.sha256(wanted).hexdigest()]
-    found = json.loads(stamp.read_text()) if stamp.exists() else [None, None]
-    if found != state:
+    extra = extra_for(command)
+    *found, installed = json.loads(stamp.read_text()) if stamp.exists() else [None, None, extra]
+    if found != state or EXTRAS.index(installed) < EXTRAS.index(extra):
         stamp.unlink(missing_ok=True)
-        set_up(venv, bin / "python", anew=found[0] != state[0], constraints=["--constraint", str(LOWEST)] * lowest)
-        stamp.write_text(json.dumps(state))
+        constraints = ["--constraint", str(LOWEST)] * lowest
+        set_up(venv, bin / "python", extra, anew=found[:1] != state[:1], constraints=constraints)
+        stamp.write_text(json.dumps([*state, extra]))
     environment = {**os.environ, "VIRTUAL_ENV": str(venv), "PATH": f"{bin}{os.pathsep}{os.environ.get('PATH', '')}"}
     program = shutil.which(command[0], path=environment["PATH"])
     if program is None:
@@ -54,13 +57,21 @@ def main(command: list[str]) -> int:
     return subprocess.call([program, *command[1:]], env=environment)
 
 
-def set_up(venv: Path, python: Path, *, anew: bool, constraints: list[str]) -> None:
-    """Create the environment if need be, and install the project with what its examples and tests need."""
+def extra_for(command: list[str]) -> str:
+    """Name the extra that a command needs."""
+    script = Path(*command[1:2]).as_posix() if command[0].startswith("python") else ""
+    if script == "examples/finetune.py":
+        return "finetune"
+    return "examples" if script.startswith("examples/") else "test"
+
+
+def set_up(venv: Path, python: Path, extra: str, *, anew: bool, constraints: list[str]) -> None:
+    """Create the environment if need be, and install the project with one of its extras."""
     print(f"Setting up {venv} (a minute or more, once: PyTorch is several GB)", flush=True)
     if anew:
         # Debian's Python has pip but not always ensurepip, so the environment gets its pip from the one outside.
         subprocess.check_call([sys.executable, "-m", "venv", "--clear", "--without-pip", str(venv)])
-    wanted = [*constraints, "--editable", PROJECT]
+    wanted = [*constraints, "--editable", f".[{extra}]"]
     uv = find_uv()
     if not uv:
         install_pip(python)

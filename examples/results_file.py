@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +110,28 @@ def with_table(page: str, mark: str, lines: Sequence[str]) -> str:
     before, start, rest = page.partition(f"<!-- {mark} -->\n")
     _, end, after = rest.partition(f"<!-- /{mark} -->\n")
     return "".join([before, start, "\n".join(lines), "\n", end, after])
+
+
+def fill(page: Path, tables: Mapping[str, Sequence[str]]) -> Path:
+    """Put tables between their marks in a file; return its path."""
+    page.write_text(filled(page.read_text(), tables))
+    return page
+
+
+def filled(page: str, tables: Mapping[str, Sequence[str]]) -> str:
+    """Replace what is between the marks of several tables in a page."""
+    for mark, lines in tables.items():
+        page = with_table(page, mark, lines)
+    return page
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: Collection[int] = (0,)) -> list[str]:
+    """Draw a table in Markdown.
+
+    Args:
+        header: The titles of the columns.
+        rows: The cells.
+        words: The columns of words. The others hold numbers, which are aligned to the right.
+    """
+    rule = ["---" if column in words else "---:" for column in range(len(header))]
+    return [f"| {' | '.join(header)} |", "|".join(["", *rule, ""]), *(f"| {' | '.join(cells)} |" for cells in rows)]

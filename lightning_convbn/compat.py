@@ -38,6 +38,7 @@ __all__ = [
     "changes_input",
     "compiled_by_lightning",
     "fake_tensor_mode",
+    "has_affine",
     "has_gradient_hooks",
     "has_statistics",
     "has_tangent",
@@ -52,6 +53,7 @@ __all__ = [
     "is_watched",
     "other_saved_tensor_hooks",
     "outside_fake_mode",
+    "pack_hook",
     "replace_saved",
     "saved_by",
     "storage_id",
@@ -64,6 +66,7 @@ __all__ = [
     "version_of",
     "versions_in_call",
     "versions_of",
+    "versions_of_affine",
     "watches_input",
     "watches_output",
     "with_hooks",
@@ -167,6 +170,12 @@ def other_saved_tensor_hooks() -> bool:
     return _top_saved_tensors_default_hooks(False) is not None
 
 
+def pack_hook() -> Any:
+    """Return the default hook in force that packs saved tensors; None if there is none, and in a compiler's graph."""
+    hooks = None if torch.compiler.is_compiling() else _top_saved_tensors_default_hooks(False)
+    return None if hooks is None else hooks[0]
+
+
 def has_tangent(tensor: Tensor) -> bool:
     """Whether a tensor carries a tangent of forward-mode AD. Hardly anybody uses it, so we look if a level is open."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
@@ -224,6 +233,25 @@ def tensors_of_pair(conv: nn.Module, bn: nn.Module) -> tuple[Any, Any, Any, Any,
             return parameters["weight"], parameters["bias"], affine["weight"], affine["bias"], mean, var
     names = ("weight", "bias", "running_mean", "running_var")  # a weight may be computed whenever it is read
     return conv.weight, conv.bias, *(getattr(bn, name) for name in names)  # type: ignore[return-value]
+
+
+def versions_of_affine(*tensors: Tensor | None) -> tuple[int, ...] | None:
+    """Return the versions of what a BatchNorm multiplies and adds; None where PyTorch does not count writes."""
+    try:
+        return tuple([0 if tensor is None else tensor._version for tensor in tensors])
+    except RuntimeError:
+        return None
+
+
+def has_affine(bn: nn.Module, weight: Any, bias: Any, mean: Any, var: Any) -> bool:
+    """Whether a BatchNorm still holds these tensors (``_parameters``, ``_buffers``). Computed ones don't count."""
+    parameters, buffers = bn._parameters, bn._buffers
+    return (
+        parameters.get("weight", weight) is weight
+        and parameters.get("bias", bias) is bias
+        and buffers.get("running_mean", mean) is mean
+        and buffers.get("running_var", var) is var
+    )
 
 
 def has_statistics(module: nn.Module) -> bool:

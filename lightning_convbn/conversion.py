@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from torch import nn
@@ -94,6 +94,23 @@ def convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute: Recompu
     conv_of = _checked_partners(model, pairs)
     blocks = _checked_blocks(model, pairs, recompute)
     level: Recompute = recompute if recompute in ("none", "elementwise") else "blocks"  # type: ignore[assignment]
+    try:
+        _convert(model, mode, pairs, conv_of, blocks, level)
+    except BaseException:  # such as Ctrl-C, or a module of the user that refuses an attribute
+        restore_modules(model.modules())
+        raise
+
+
+def _convert(
+    model: nn.Module,
+    mode: Mode,
+    pairs: ConvBNPairs,
+    conv_of: Mapping[nn.Module, nn.Module],
+    blocks: Sequence[str],
+    level: Recompute,
+) -> None:
+    """Convert the modules of a model: the arguments fit it."""
+    running = {name: state_of(model.get_submodule(name)) for name in blocks}
     _part_from_others(set(model.modules()))
     for name, module in list(model.named_modules()):
         if not is_norm(module):
@@ -111,8 +128,10 @@ def convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute: Recompu
             else:
                 _freeze(module, mode, level, pairs.unpaired.get(name, reasons.NOT_GIVEN), flag)
     for name in blocks:
-        block = model.get_submodule(name)
-        attach(block, Block(mode, level), {"forward": block_forward})
+        state = running[name]
+        if not isinstance(state, Block) or state.mode != mode:
+            state = Block(mode, level)
+        attach(model.get_submodule(name), state, {"forward": block_forward})
 
 
 def _pair(conv: nn.Module, bn: nn.Module, mode: Mode, recompute: Recompute, flag: TrainingFlag) -> None:

@@ -1,5 +1,7 @@
 """What all tests share."""
 
+import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -23,6 +25,38 @@ apply_torch_settings()
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 
+# Files whose tests share a fixture that takes long.
+TOGETHER = (
+    "command/test_html_report.py",
+    "command/test_measure.py",
+    "project/test_packaging.py",
+    "project/test_site.py",
+    "trainer/test_kill.py",
+    "trainer/test_strategies.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Run the tests of such a file in one process. Else each process would build what they share."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(TOGETHER) else nodeid
+
+    return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _less_memory() -> Iterator[None]:
+    """Give freed memory back to the system. glibc keeps it, so that a process would grow to the sum of all peaks."""
+    yield
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @pytest.fixture(autouse=True)
 def _same_environment() -> Iterator[None]:
     """Put back what a Trainer with a distributed strategy changes, and what examples do to be quiet."""
@@ -36,7 +70,7 @@ def _same_environment() -> Iterator[None]:
         logger.setLevel(level)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def _quick_garbage_collection() -> Iterator[None]:
     """Exclude the objects that torch made at import from garbage collection, because every count collects garbage."""
     gc.collect()

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_convbn import compat
@@ -59,89 +58,6 @@ def test_nothing_is_replaced_where_nothing_is_saved_or_others_hold_it() -> None:
         assert not compat.replace_saved(nn.functional.silu(x).grad_fn, "self", torch.ones)
 
 
-def test_modes_are_off_within() -> None:
-    class Counts(compat.TorchDispatchMode):
-        seen = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.seen += 1
-            return func(*args, **(kwargs or {}))
-
-    with Counts() as counts:
-        torch.ones(2) + 1
-        before = counts.seen
-        with compat.without_modes():
-            torch.ones(2) + 1
-        assert counts.seen == before > 0
-        torch.ones(2) + 1
-        assert counts.seen == 2 * before
-
-
-def test_an_assertion_stays_in_a_graph() -> None:
-    graph = fx.Graph()
-    input = graph.placeholder("input")
-    graph.call_function(compat.assert_in_graph, (input, "no"))
-    graph.output(input)
-    module = fx.GraphModule(nn.Module(), graph)
-    assert module(True)
-    with pytest.raises(AssertionError, match="no"):
-        module(False)
-
-
-def test_other_hooks_are_seen() -> None:
-    seen = []
-    assert not compat.other_saved_tensor_hooks()
-    checkpoint(lambda x: seen.append(compat.other_saved_tensor_hooks()), torch.ones(1), use_reentrant=False)
-    assert seen == [True]
-    assert not compat.other_saved_tensor_hooks()
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # torch's own, in its jvp
-def test_transforms_are_seen() -> None:
-    seen = []
-
-    def function(x: Tensor) -> Tensor:
-        seen.append(compat.inside_transform())
-        return (x * x).sum()
-
-    function(torch.ones(2))
-    torch.func.grad(function)(torch.ones(2))
-    torch.func.vmap(function)(torch.ones(2, 2))
-    torch.func.jvp(function, (torch.ones(2),), (torch.ones(2),))
-    assert seen == [False, True, True, True]
-
-
-def test_without_torch_function_a_subclass_is_a_plain_tensor() -> None:
-    class Labelled(Tensor):
-        pass
-
-    labelled = torch.ones(2).as_subclass(Labelled)
-    assert type(labelled + 1) is Labelled
-    with compat.without_torch_function():
-        assert type(labelled + 1) is Tensor
-
-
-def test_a_dispatch_mode_sees_every_operator() -> None:
-    seen = []
-
-    class Sees(compat.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    with Sees():
-        torch.ones(2) + torch.ones(2)
-    assert seen.count("aten.add.Tensor") == 1
-
-
-def test_fake_tensors_have_no_data_and_real_ones_are_to_be_had_meanwhile() -> None:
-    real = torch.ones(2)
-    with compat.fake_tensor_mode():
-        assert type(torch.ones(2)) is compat.FakeTensor
-        with compat.outside_fake_mode():
-            assert type(real.clone()) is Tensor
-
-
 def test_hooks_are_seen() -> None:
     hooks: dict[str, tuple[bool, bool]] = {  # name of the method -> whether they see the output, and the input
         "register_forward_hook": (True, False),
@@ -158,15 +74,6 @@ def test_hooks_are_seen() -> None:
         assert any(vars(module)[name] for name in compat.HOOKS)
 
 
-def test_what_is_compiled_in_place_is_seen() -> None:
-    module = nn.Linear(1, 1)
-    assert not compat.is_compiled(module)
-    torch.compile(module)
-    assert not compat.is_compiled(module)
-    module.compile()
-    assert compat.is_compiled(module)
-
-
 def test_no_other_file_of_the_package_has_a_private_name_of_pytorch() -> None:
     """As `torch._C` or `torch.utils._pytree`; the names of attributes are up to whoever reads a change."""
     package = Path(compat.__file__).parent
@@ -180,20 +87,6 @@ def test_no_other_file_of_the_package_has_a_private_name_of_pytorch() -> None:
         or ("modules.batchnorm import _") in line
     ]
     assert not [line for line in lines if "`torch._subclasses" not in line]
-
-
-def test_the_engine_is_called_by_the_function_of_that_name() -> None:
-    """A dispatch mode sees who has called an operation."""
-    assert callable(getattr(torch.autograd.graph, compat.RUNS_ENGINE))
-
-
-def test_hooks_on_a_gradient_are_seen() -> None:
-    parameter = nn.Parameter(torch.ones(2))
-    assert not compat.has_gradient_hooks(parameter)
-    handle = parameter.register_hook(lambda gradient: None)
-    assert compat.has_gradient_hooks(parameter)
-    handle.remove()
-    assert not compat.has_gradient_hooks(parameter)
 
 
 def test_the_tensors_of_a_pair_are_read_wherever_they_are() -> None:

@@ -21,6 +21,13 @@ from lightning_convbn import Mode, find_conv_bn_pairs, fuse_for_deploy, get_mode
 from lightning_convbn.memory import INPUT, MIB, count_saved_bytes, measure_memory_abstractly
 
 FLOAT = 4
+# All families, of which the nightly run takes all.
+FEW = [
+    pytest.param(
+        name, marks=[] if name in ("densenet121", "mobilenet_v3_small", "regnet_x_400mf") else pytest.mark.slow
+    )
+    for name in FAMILIES
+]
 
 
 pytestmark = pytest.mark.usefixtures("_quick_garbage_collection")
@@ -54,7 +61,7 @@ class TestBytesComputedByHand:
         kept = measure_memory(net, images(2, 3, 8, 8).requires_grad_(), mode="tune").saved_bytes
         assert kept == 0
 
-    @pytest.mark.parametrize("mode", ["train", "eval", "tune", "deploy"])
+    @pytest.mark.parametrize("mode", ["train", "tune"])
     def test_nothing_is_kept_where_nothing_wants_a_gradient(self, mode: Mode) -> None:
         assert measure_memory(self.net().requires_grad_(False), images(2, 3, 8, 8), mode=mode).saved_bytes == 0
 
@@ -76,10 +83,6 @@ class TestBytesComputedByHand:
                 return gradient
 
         assert count_saved_bytes(Holder.apply, images(3).requires_grad_()) == 100 * FLOAT
-
-    def test_keyword_arguments_and_nested_outputs(self) -> None:
-        weight = torch.ones(8, requires_grad=True)
-        assert count_saved_bytes(lambda *, x: {"a": [x * weight], "n": 1}, x=images(8)) == 8 * FLOAT
 
     @pytest.mark.parametrize("mode", ["eval", "tune"])
     def test_checkpointing_keeps_the_input_alone(self, mode: Mode) -> None:
@@ -103,8 +106,9 @@ class TestBytesComputedByHand:
 
 
 class TestByModule:
-    @pytest.mark.parametrize("mode", ["train", "eval", "tune", "deploy"])
-    @pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v3_small"])
+    @pytest.mark.parametrize(
+        ("name", "mode"), [("resnet18", "train"), ("densenet121", "eval"), ("mobilenet_v3_small", "tune")]
+    )
     def test_modules_add_up_to_the_total(self, name: str, mode: Mode) -> None:
         model, batch = constant_model(name), torch.zeros(2, 3, 64, 64)
         use = measure_memory_abstractly(model, (batch,), {}, mode=mode)
@@ -125,10 +129,6 @@ class TestByModule:
         assert use.saved_by_module == {"0.inner.0": 5 * FLOAT, "0": 5 * FLOAT}
         use = measure_memory(Adds(), batch, mode="train")
         assert use.saved_by_module == {"inner.0": 5 * FLOAT, "": 5 * FLOAT}
-
-    def test_what_the_input_keeps_is_its_own(self) -> None:
-        use = measure_memory(nn.Linear(3, 2), images(4, 3), mode="train")
-        assert use.saved_by_module == {INPUT: 4 * 3 * FLOAT}
 
     def test_a_module_that_fails_and_is_caught_owns_nothing_after_it(self) -> None:
         class Fails(nn.Module):
@@ -174,7 +174,7 @@ def kept_by_tune_eval_and_copy(name: str, image: Tensor) -> tuple[int, int, int]
     return tune, plain, count_saved_bytes(fuse_for_deploy(model, pairs=pairs), image)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FEW)
 def test_tune_keeps_what_a_deployed_copy_keeps(name: str) -> None:
     """At batch 1, where the two vectors of a pair, with a value per channel each, count the most."""
     tune, plain, deployed = kept_by_tune_eval_and_copy(name, torch.zeros(1, 3, 224, 224))
@@ -183,7 +183,7 @@ def test_tune_keeps_what_a_deployed_copy_keeps(name: str) -> None:
     assert tune <= plain
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FEW)
 def test_of_small_images_tune_keeps_little_more_than_a_deployed_copy(name: str) -> None:
     """It keeps two values per channel, and nothing else. Eval mode never keeps less."""
     tune, plain, deployed = kept_by_tune_eval_and_copy(name, torch.zeros(1, 3, FAMILIES[name], FAMILIES[name]))
@@ -192,6 +192,7 @@ def test_of_small_images_tune_keeps_little_more_than_a_deployed_copy(name: str) 
     assert tune <= plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "regnet_x_400mf"])
 def test_what_tune_keeps_beyond_a_deployed_copy_is_two_values_per_channel_at_most(name: str) -> None:
     channels = sum(module.num_features for module in constant_model(name).modules() if isinstance(module, BATCH_NORMS))
@@ -204,7 +205,7 @@ def test_what_tune_keeps_beyond_a_deployed_copy_is_two_values_per_channel_at_mos
 
 
 @pytest.mark.parametrize("mode", ["eval", "tune"])
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121", "efficientnet_b0", "googlenet"])
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "densenet121"])
 def test_the_count_agrees_with_the_allocator(name: str, mode: Mode) -> None:
     model, batch = constant_model(name), images(2, 3, 64, 64)
     counted = measure_memory(model, batch, mode=mode).saved_bytes
@@ -214,8 +215,7 @@ def test_the_count_agrees_with_the_allocator(name: str, mode: Mode) -> None:
     assert counted == pytest.approx(kept_by_allocator(model, batch), rel=0.02)
 
 
-@pytest.mark.parametrize("mode", ["train", "eval", "tune"])
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+@pytest.mark.parametrize(("name", "mode"), [("resnet18", "train"), ("mobilenet_v3_small", "tune")])
 def test_fake_tensors_give_the_same_count(name: str, mode: Mode) -> None:
     model, batch = constant_model(name), torch.zeros(2, 3, 64, 64)
     real = measure_memory(model, batch, mode=mode)
@@ -225,7 +225,7 @@ def test_fake_tensors_give_the_same_count(name: str, mode: Mode) -> None:
 @pytest.mark.parametrize(
     "count", [measure_memory, lambda model, x, mode: measure_memory_abstractly(model, (x,), {}, mode=mode)]
 )
-@pytest.mark.parametrize("mode", ["train", "eval", "tune", "deploy"])
+@pytest.mark.parametrize("mode", ["train", "tune"])
 def test_everything_is_as_before(mode: Mode, count: Callable[..., object]) -> None:
     net = nn.Sequential(small_net(), nn.Dropout())
     set_mode(net, "eval")
@@ -240,14 +240,6 @@ def test_everything_is_as_before(mode: Mode, count: Callable[..., object]) -> No
     assert batch.grad is None
 
 
-def test_gradients_are_not_touched() -> None:
-    net = small_net()
-    net(images(2, 3, 8, 8)).sum().backward()
-    found = [parameter.grad.clone() for parameter in net.parameters()]
-    measure_memory(net, images(2, 3, 8, 8), mode="tune")
-    assert all(torch.equal(parameter.grad, grad) for parameter, grad in zip(net.parameters(), found, strict=True))
-
-
 def test_nothing_is_held_afterwards() -> None:
     net, batch = small_net(), images(2, 3, 8, 8)
     set_mode(net, "tune")
@@ -256,14 +248,6 @@ def test_nothing_is_held_afterwards() -> None:
     measure_memory(net, batch, mode="tune")
     gc.collect()
     assert sum(isinstance(thing, Tensor) for thing in gc.get_objects()) <= before
-
-
-def test_counting_works_where_gradients_are_off() -> None:
-    net, batch = small_net(), images(2, 3, 8, 8)
-    expected = measure_memory(net, batch, mode="tune")
-    with torch.no_grad():
-        assert measure_memory(net, batch, mode="tune") == expected
-        assert not torch.is_grad_enabled()
 
 
 def test_an_exception_in_forward_leaves_mode_and_model_as_before() -> None:

@@ -28,7 +28,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from examples.results_file import BENCHMARKS, ROOT, with_table, write_json
+from examples.results_file import BENCHMARKS, ROOT, fill, markdown_table, write_json
 from lightning_convbn import fuse_for_deploy, set_mode
 from lightning_convbn.memory import MIB, count_saved_bytes
 
@@ -107,17 +107,14 @@ def compare(name: str, batch: int, pixels: int, rounds: int, other: ModuleType) 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Lay out the results in Markdown."""
-    lines = [
-        "| network | batch | step time, ratio (quartiles) | kept MiB: before | now | Deploy copy | now / Deploy copy |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    lines = []
     for row in rows:
         low, high = row["quartiles"]
         kept = [row["kept_bytes_other"], row["kept_bytes"], row["kept_bytes_deploy_copy"]]
         cells = [row["model"], str(row["batch"]), f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"]
-        cells += [f"{size / MIB:.2f}" for size in kept] + [f"{kept[1] / kept[2]:.4f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append([*cells, *(f"{size / MIB:.2f}" for size in kept), f"{kept[1] / kept[2]:.4f}"])
+    header = ["network", "batch", "step time, ratio (quartiles)", "kept MiB: before", "now", "Deploy copy"]
+    return markdown_table([*header, "now / Deploy copy"], lines)
 
 
 def main() -> None:
@@ -142,7 +139,7 @@ def main() -> None:
     ).stdout.strip()
     write_json(args.out, rows, ["torch", "torchvision"], revision=resolved, threads=torch.get_num_threads())
     if args.out == RESULTS:
-        PAGE.write_text(with_table(PAGE.read_text(), MARK, table(rows)))
+        fill(PAGE, {MARK: table(rows)})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 import torchvision
 from torch import fx, nn
 
-from examples.results_file import BENCHMARKS, write_json
+from examples.results_file import BENCHMARKS, fill, markdown_table, write_json
 from lightning_convbn import find_conv_bn_pairs
 
 MODELS = [
@@ -44,17 +44,6 @@ MODELS = [
     "torchvision:deeplabv3_resnet50",
     "torchvision:raft_large",
 ]
-INTRODUCTION = """# Coverage
-
-For users who want to know if their network can be folded. The table shows what happens to the BatchNorms of known
-models in eval state. It is written by `python examples/benchmarks/coverage_of_models.py`.
-
-- *Folded* BatchNorms cost nothing in Tune mode.
-- *Frozen* BatchNorms run as in Eval mode. The last column says why.
-- *Unfrozen* BatchNorms have no running statistics. They run as they were found.
-- *Plain tracing finds* counts the pairs that `torch.fx.symbolic_trace` finds, as the published implementations use
-  it. These are convolutions of `torch.nn` whose output goes only into a `BatchNorm2d` of `torch.nn`.
-"""
 
 
 def main() -> None:
@@ -66,7 +55,7 @@ def main() -> None:
         rows.append(count(name))
         print(rows[-1], flush=True)
     write_json(BENCHMARKS / "coverage.json", rows, ("torch", "torchvision", "timm"))
-    (BENCHMARKS / "coverage.md").write_text(as_markdown(rows))
+    fill(BENCHMARKS / "coverage.md", {"table": table(rows)})
     print("wrote docs/benchmarks/coverage.json and docs/benchmarks/coverage.md")
 
 
@@ -114,15 +103,19 @@ def by_plain_tracing(model: nn.Module) -> int | str:
     return found
 
 
-def as_markdown(rows: list[dict[str, Any]]) -> str:
-    """Draw the page."""
-    lines = [INTRODUCTION, "| model | BatchNorms | folded | frozen | unfrozen | plain tracing finds | why not all |"]
-    lines.append("|---|---:|---:|---:|---:|---:|---|")
-    for row in rows:
-        counts = " | ".join(str(row[key]) for key in ("batchnorms", "folded", "frozen", "unfrozen", "plain"))
-        why = "; ".join(f"{number} × {reason}" for reason, number in row["reasons"].items())
-        lines.append(f"| {row['model']} | {counts} | {why} |")
-    return "\n".join(lines) + "\n"
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Draw the table of the page."""
+    keys = ("batchnorms", "folded", "frozen", "unfrozen", "plain")
+    lines = [
+        [
+            row["model"],
+            *(str(row[key]) for key in keys),
+            "; ".join(f"{number} × {reason}" for reason, number in row["reasons"].items()),
+        ]
+        for row in rows
+    ]
+    header = ["model", "BatchNorms", "folded", "frozen", "unfrozen", "plain tracing finds", "why not all"]
+    return markdown_table(header, lines, words=(0, 6))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN, _resnet
 from torchvision.ops import misc
 
 from examples.benchmarks.random_statistics import give_statistics
-from examples.results_file import BENCHMARKS, write_json
+from examples.results_file import BENCHMARKS, fill, markdown_table, write_json
 from lightning_convbn import Mode, measure_memory, set_mode
 from lightning_convbn.memory import MIB
 
@@ -37,18 +37,6 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "FrozenBatchNorm2d (torchvision's)": misc.FrozenBatchNorm2d,
 }
 BATCH, PIXELS = 2, 128
-INTRODUCTION = f"""# Detectors
-
-For users who fine-tune a detector. The table shows one training step of torchvision's detectors with a ResNet-50 FPN
-backbone, on {BATCH} images of {PIXELS} px, in float32, on a CPU. All layers are trained; weights and statistics are
-random. It is written by `python examples/benchmarks/detectors.py`.
-
-- *Kept* is what the backbone keeps for the backward pass. It is counted.
-- *Step time* is Tune's over Eval's: the median of interleaved rounds, with the smallest and the largest ratio. It was
-  measured on two shared cores, and not on a GPU yet.
-
-With `FrozenBatchNorm2d` autograd keeps no convolution output in Eval mode either, so there is no memory to save.
-"""
 
 
 def main() -> None:
@@ -63,7 +51,7 @@ def main() -> None:
             rows.append(measure(detector, norm, rounds))
             print(rows[-1], flush=True)
     write_json(BENCHMARKS / "detectors.json", rows, ("torch", "torchvision"), threads=torch.get_num_threads())
-    (BENCHMARKS / "detectors.md").write_text(as_markdown(rows))
+    fill(BENCHMARKS / "detectors.md", {"table": table(rows)})
 
 
 def measure(detector: str, norm: str, rounds: int) -> dict[str, Any]:
@@ -117,19 +105,17 @@ def target(pixels: int) -> dict[str, Tensor]:
     return {"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": masks}
 
 
-def as_markdown(rows: list[dict[str, Any]]) -> str:
-    """Draw the page."""
-    lines = [
-        INTRODUCTION,
-        "| detector | BatchNorm | Eval kept, MiB | Tune kept, MiB | saved | step time, Tune / Eval |",
-    ]
-    lines.append("|---|---|---:|---:|---:|---:|")
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Draw the table of the page."""
+    lines = []
     for row in rows:
         saved = f"{100 * (1 - row['tune_mib'] / row['eval_mib']):.0f} %"
         low, high = row["ratio_spread"]
-        cells = [row["detector"], row["norm"], f"{row['eval_mib']:.1f}", f"{row['tune_mib']:.1f}", saved]
-        lines.append(f"| {' | '.join(cells)} | {row['step_time_ratio']:.2f} ({low:.2f} to {high:.2f}) |")
-    return "\n".join(lines) + "\n"
+        sizes = [f"{row['eval_mib']:.1f}", f"{row['tune_mib']:.1f}", saved]
+        time = f"{row['step_time_ratio']:.2f} ({low:.2f} to {high:.2f})"
+        lines.append([row["detector"], row["norm"], *sizes, time])
+    header = ["detector", "BatchNorm", "Eval kept, MiB", "Tune kept, MiB", "saved", "step time, Tune / Eval"]
+    return markdown_table(header, lines, words=(0, 1))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from examples.benchmarks import detectors_of_the_paper_page as page
 from examples.benchmarks.detector_steps import training_step
 from examples.benchmarks.memory import folding_by_autograd
-from examples.results_file import BENCHMARKS, write_json
+from examples.results_file import BENCHMARKS, fill, write_json
 from lightning_convbn import Mode, Recompute, find_conv_bn_pairs
 from lightning_convbn.memory import MIB, measure_memory_abstractly
 
@@ -83,7 +83,7 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     facts = {"height": HEIGHT, "width": WIDTH, "half_batch": count(HALF_BATCH)}
     path = write_json(BENCHMARKS / "detectors_of_the_paper.json", rows, ("torch", "torchvision", "timm"), **facts)
-    (BENCHMARKS / page.NAME).write_text(page.as_markdown(json.loads(path.read_text())))
+    fill(page.PAGE, page.tables(json.loads(path.read_text())))
 
 
 def count(row: PaperRow, height: int = HEIGHT, width: int = WIDTH) -> dict[str, Any]:

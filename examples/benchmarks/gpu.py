@@ -2,8 +2,8 @@
 
     python examples/benchmarks/gpu.py
 
-writes `docs/benchmarks/gpu.json` and the page `gpu.md` beside it. First Tune mode is compared with Eval mode in
-float64. If they differ, nothing is measured. Then all modes are measured, cell by cell, as `all_modes.py` does: kept
+writes `docs/benchmarks/gpu.json` and fills in the page `gpu.md` beside it. First Tune mode is compared with Eval mode
+in float64. If they differ, nothing is measured. Then all modes are measured, cell by cell, as `all_modes.py` does: kept
 bytes, the peak, and step times in interleaved rounds. The JSON file is written after each cell. A cell or a variant
 that fails, out of memory for example, is in it with its error. So is a cell that has not begun when the time is over.
 
@@ -35,7 +35,7 @@ from examples.benchmarks.variants import INDUCTOR_PASS, VARIANTS
 from lightning_convbn.exporting.atomic_file import check_writable
 from lightning_convbn.text import first_line
 
-RESULTS = results_file.BENCHMARKS / "gpu.json"
+RESULTS = gpu_page.RESULTS
 PACKAGES = ("torch", "torchvision")
 MODES = ("eval", "train", "tune", "tune_recompute", "deploy")
 BLOCKS = ("tune_blocks", "checkpoint", "checkpoint_blocks")
@@ -87,8 +87,9 @@ def main() -> None:
         results_file.write_json(path, rows, PACKAGES, **facts)
         said = [row["failed"]] if "failed" in row else ["", *cell_table(row), ""]
         print(*said, sep="\n", flush=True)
-    page = gpu_page.write(path)
-    print(f"{len(rows)} cells in {path}, drawn in {page}")
+    print(f"{len(rows)} cells in {path}")
+    if path.resolve() == RESULTS.resolve():
+        print(f"wrote {gpu_page.write()}")
 
 
 def parity_networks(quick: bool) -> Sequence[str]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.results_file import BENCHMARKS, ROOT, with_table, write_json
+from examples.results_file import BENCHMARKS, ROOT, fill, markdown_table, write_json
 from lightning_convbn import fuse_for_deploy, set_mode
 
 PAIRS, CHANNELS = 50, 8
@@ -89,8 +89,8 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Lay out the results in Markdown."""
-    lines = ["| variant | forward, µs a pair | backward, µs a pair | both, to Eval |", "|---|---:|---:|---:|"]
-    return lines + [f"| {' | '.join(str(cell) for cell in row.values())} |" for row in rows]
+    header = ["variant", "forward, µs a pair", "backward, µs a pair", "both, to Eval"]
+    return markdown_table(header, [[str(cell) for cell in row.values()] for row in rows])
 
 
 def main() -> None:
@@ -104,7 +104,7 @@ def main() -> None:
     print("\n".join(table(rows)))
     write_json(args.out, rows, ["torch"], pairs=PAIRS, channels=CHANNELS, rounds=args.rounds)
     if args.out == RESULTS:
-        PAGE.write_text(with_table(PAGE.read_text(), MARK, table(rows)))
+        fill(PAGE, {MARK: table(rows)})
 
 
 if __name__ == "__main__":

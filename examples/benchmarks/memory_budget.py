@@ -55,19 +55,17 @@ def main() -> None:
     }
     print(results_file.write_json(arguments.out, rows, ("torch", "torchvision", "lightning"), **facts))
     if arguments.out == RESULTS:
-        PAGE.write_text(results_file.with_table(PAGE.read_text(), MARK, lines))
+        results_file.fill(PAGE, {MARK: lines})
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Draw a table of the runs."""
-    lines = ["| mode | budget | predicted peak | peak of the process | test accuracy |", "|---|---:|---:|---:|---:|"]
+    lines = []
     for row in rows:
-        sizes = [
-            row["memory_budget"] or "-",
-            *(f"{row[f'{what}_peak_mib']:.0f} MiB" for what in ("predicted", "process")),
-        ]
-        lines.append(f"| {row['mode'].title()} | {' | '.join(sizes)} | {row['test_acc']:.4f} |")
-    return lines
+        peaks = [f"{row[f'{what}_peak_mib']:.0f} MiB" for what in ("predicted", "process")]
+        lines.append([row["mode"].title(), row["memory_budget"] or "-", *peaks, f"{row['test_acc']:.4f}"])
+    header = ["mode", "budget", "predicted peak", "peak of the process", "test accuracy"]
+    return results_file.markdown_table(header, lines)
 
 
 def fit(mode: Mode, memory_budget: str, options: Sequence[str]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def main() -> None:
     print(*(lines := table(rows)), sep="\n")
     print(results_file.write_json(arguments.out, rows, ("torch", "torchvision"), **facts))
     if arguments.out == RESULTS:
-        PAGE.write_text(results_file.with_table(PAGE.read_text(), MARK, lines))
+        results_file.fill(PAGE, {MARK: lines})
 
 
 def on_cpu(name: str, batch: int, pixels: int) -> Iterator[dict[str, Any]]:
@@ -105,14 +105,15 @@ def predicted_peak(work: Workload, variant: str) -> int:
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Draw a table: a row for each cell, and in each column by how many percent the prediction was off."""
-    lines = ["| network | step | " + " | ".join(VARIANTS[name].title for name in PREDICTED) + " |"]
-    lines.append("|---|---|" + "---:|" * len(PREDICTED))
+    lines = []
     for setting in dict.fromkeys(tuple(row[key] for key in CELL) for row in rows):
         own = {row["variant"]: row for row in rows if tuple(row[key] for key in CELL) == setting}
         model, batch, pixels, device = setting
         cells = [_cell(own[name]) if name in own else "-" for name in PREDICTED]
-        lines.append(f"| {model} | {batch} × {pixels} px, {device.upper()} | {' | '.join(cells)} |")
-    return lines
+        lines.append([model, f"{batch} × {pixels} px, {device.upper()}", *cells])
+    return results_file.markdown_table(
+        ["network", "step", *(VARIANTS[name].title for name in PREDICTED)], lines, words=(0, 1)
+    )
 
 
 def _cell(row: dict[str, Any]) -> str:

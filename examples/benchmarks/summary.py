@@ -7,20 +7,11 @@ from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 from examples.benchmarks.variants import VARIANTS
+from examples.results_file import as_table
 from lightning_convbn.memory import MIB
 
 Row = Mapping[str, Any]
 SETTING = ("model", "batch", "pixels", "device", "precision", "channels_last")
-COLUMNS = (
-    "variant",
-    "kept, MiB",
-    "/ Deploy",
-    "peak, MiB",
-    "step, ms (quartiles)",
-    "/ Eval",
-    "/ Deploy",
-    "gradient deviation",
-)
 
 
 class Spread(NamedTuple):
@@ -69,29 +60,23 @@ def title(row: Row) -> str:
 
 def cell_table(row: Row) -> list[str]:
     """Draw the measurements of one network in one setting as a table for a console."""
-    lines = [list(COLUMNS), *_cells(row)]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(COLUMNS))]
-    drawn = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return [line.rstrip() for line in [drawn[0], "-" * len(drawn[0]), *drawn[1:], *notes(row)]]
+    return [*as_table([*_cells(row)]).splitlines(), *notes(row)]
 
 
-def _cells(row: Row) -> Iterator[list[str]]:
+def _cells(row: Row) -> Iterator[dict[str, str]]:
     for name in row["variants"]:
         found = measured(row, name)
-        if found is None:
-            yield [VARIANTS[name].title, "failed", *[""] * (len(COLUMNS) - 2)]
-            continue
-        off = found["gradient_deviation"]
-        yield [
-            VARIANTS[name].title,
-            f"{found['kept_bytes'] / MIB:.1f}",
-            ratio_text(bytes_ratio(row, name, "deploy"), 3),
-            f"{found['peak_bytes'] / MIB:.1f}",
-            spread_text(Spread.of(found["step_ms"]), 1),
-            ratio_text(time_ratio(row, name, "eval"), 2),
-            ratio_text(time_ratio(row, name, "deploy"), 2),
-            "" if off is None else f"{off:.1e}",
-        ]
+        off = found and found["gradient_deviation"]
+        yield {
+            "variant": VARIANTS[name].title,
+            "kept, MiB": "failed" if found is None else f"{found['kept_bytes'] / MIB:.1f}",
+            "/ Deploy": ratio_text(bytes_ratio(row, name, "deploy"), 3),
+            "peak, MiB": "" if found is None else f"{found['peak_bytes'] / MIB:.1f}",
+            "step, ms (quartiles)": "" if found is None else spread_text(Spread.of(found["step_ms"]), 1),
+            "step / Eval": ratio_text(time_ratio(row, name, "eval"), 2),
+            "step / Deploy": ratio_text(time_ratio(row, name, "deploy"), 2),
+            "gradient deviation": "" if off is None else f"{off:.1e}",
+        }
 
 
 def notes(row: Row) -> list[str]:

@@ -1,10 +1,8 @@
-"""Write the pages of the docs about modes and scale, with their pictures, from what `all_modes.py` has measured.
+"""Write the page of the docs about all modes, with its pictures, from what `all_modes.py` has measured.
 
     python examples/benchmarks/write_pages.py
 
-writes `docs/benchmarks/modes.md` with its pictures from `docs/benchmarks/modes.json`, and `docs/benchmarks/scaling.md`
-with its picture from `docs/benchmarks/scale.json` and `processes.json`. A page without measurements is left out, but
-for `docs/benchmarks/gpu.md`, which says then that nothing was measured on a GPU.
+writes `docs/benchmarks/modes.md` and its pictures from `docs/benchmarks/modes.json`.
 """
 
 from __future__ import annotations
@@ -13,61 +11,37 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.benchmarks import gpu_page, modes_page, scale_page, trade_off
-from examples.benchmarks.summary import Row, bytes_ratio, measured, time_ratio
+from examples.benchmarks import modes_page, trade_off
+from examples.benchmarks.summary import Row, bytes_ratio, time_ratio
 from examples.benchmarks.variants import VARIANTS
 from examples.results_file import BENCHMARKS
 from lightning_convbn.exporting.atomic_file import atomic_write
-from lightning_convbn.memory import MIB
 
 # One opaque panel with dark text: it reads the same on a light and on a dark page.
 PANEL, TEXT, GRID = "#f8fafc", "#1e293b", "#dbe2ea"
-SCALE_VARIANTS = ("eval", "tune", "deploy")
 
 
 def main() -> None:
-    """Write every page whose measurements are there."""
+    """Write the page and its pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--modes", type=Path, default=BENCHMARKS / "modes.json", help="measurements for the page of the modes"
-    )
-    parser.add_argument(
-        "--scale", type=Path, default=BENCHMARKS / "scale.json", help="measurements for the page of scale"
-    )
-    parser.add_argument(
-        "--processes", type=Path, default=BENCHMARKS / "processes.json", help="measurements of several processes"
-    )
-    parser.add_argument("--scale-page", type=Path, default=scale_page.PAGE, help="the page of scale")
-    parser.add_argument(
-        "--gpu", type=Path, default=BENCHMARKS / "gpu.json", help="measurements on a GPU, which need not exist"
-    )
+    modes = BENCHMARKS / "modes.json"
+    parser.add_argument("--modes", type=Path, default=modes, help="what all_modes.py has measured (%(default)s)")
     arguments = parser.parse_args()
-    written = []
-    if arguments.modes.exists():
-        measurements = json.loads(arguments.modes.read_text())
-        page = arguments.modes.with_suffix(".md")
-        page.write_text(modes_page.as_markdown(measurements, arguments.modes.stem))
-        written.append(page)
-        for name, rows in modes_page.pictures(measurements["rows"], arguments.modes.stem).items():
-            written.append(_save(compare(rows), page.with_name(name)))
-            if len(rows) >= modes_page.LEAST_NETWORKS:
-                written.append(_save(peak_against_time(rows), page.with_name(modes_page.trade_off_picture(name))))
-    if arguments.scale.exists():
-        rows = json.loads(arguments.scale.read_text())["rows"]
-        processes = json.loads(arguments.processes.read_text())
-        arguments.scale_page.write_text(scale_page.as_markdown(rows, processes))
-        written += [arguments.scale_page, _save(growth(rows), arguments.scale.with_suffix(".png"))]
-    if not written:
-        parser.error(
-            f"neither {arguments.modes} nor {arguments.scale} exists; write one with examples/benchmarks/all_modes.py"
-        )
-    written.append(gpu_page.write(arguments.gpu))
+    if not arguments.modes.exists():
+        parser.error(f"{arguments.modes} does not exist; write it with examples/benchmarks/all_modes.py")
+    measurements = json.loads(arguments.modes.read_text())
+    page = arguments.modes.with_suffix(".md")
+    page.write_text(modes_page.as_markdown(measurements, arguments.modes.stem))
+    written = [page]
+    for name, rows in modes_page.pictures(measurements["rows"], arguments.modes.stem).items():
+        written.append(_save(compare(rows), page.with_name(name)))
+        if len(rows) >= modes_page.LEAST_NETWORKS:
+            written.append(_save(peak_against_time(rows), page.with_name(modes_page.trade_off_picture(name))))
     print("wrote", *written, sep="\n  ")
 
 
@@ -127,33 +101,6 @@ def peak_against_time(rows: Sequence[Row]) -> Figure:
     legend = {label: handle for handles, labels in drawn for handle, label in zip(handles, labels, strict=True)}
     style = {"frameon": False, "fontsize": 9, "labelcolor": TEXT}
     figure.legend(legend.values(), legend, loc="outside lower center", ncols=5, **style)
-    return figure
-
-
-def growth(rows: Sequence[Row]) -> Figure:
-    """Draw how kept bytes and step times grow with batch, resolution and depth."""
-    figure = Figure(figsize=(12, 6.4), layout="constrained", dpi=120, facecolor=PANEL)
-    grid = figure.subplots(2, 3)
-    for column, (label, key) in enumerate(scale_page.AXES.items()):
-        chosen = scale_page.along(rows, key)
-        places = range(len(chosen)) if key == "model" else [row[key] for row in chosen]
-        for name in SCALE_VARIANTS:
-            found = [measured(row, name) for row in chosen]
-            points = [(place, one) for place, one in zip(places, found, strict=True) if one is not None]
-            style: dict[str, Any] = {"color": VARIANTS[name].colour, "marker": "o", "label": VARIANTS[name].title}
-            style["linestyle"] = "--" if name == "deploy" else "-"
-            across = [place for place, _ in points]
-            grid[0][column].plot(across, [one["kept_bytes"] / MIB for _, one in points], **style)
-            grid[1][column].plot(across, [median(one["step_ms"]) for _, one in points], **style)
-        for axes, unit in ((grid[0][column], "kept, MiB"), (grid[1][column], "step, ms")):
-            _plain(axes, label)
-            axes.set_ylabel(unit, color=TEXT)
-            axes.margins(x=0.15)
-            axes.set_ylim(bottom=0)
-            axes.grid(color=GRID)
-            axes.set_xticks(list(places), [str(row[key]) for row in chosen])
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, labelcolor=TEXT)
     return figure
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection
@@ -21,7 +20,7 @@ from torchvision.transforms import v2
 
 from examples.data.data_module import SplitData
 from examples.data.digit_scenes import write_digit_scenes
-from examples.data.sources import DataError
+from examples.data.sources import DataError, why_unreadable
 
 Target = dict[str, Tensor]
 Item = tuple[Tensor, Target]
@@ -164,28 +163,14 @@ class CocoImages(CocoDetection):
         return True
 
     def _check_images(self) -> None:
+        files = [(Path(self.root, self._file_name(image)), self._sizes[image]) for image in self.ids]
         with ThreadPoolExecutor() as pool:
-            problems = [problem for problem in pool.map(self._problem_with, self.ids) if problem]
+            problems = [problem for problem in pool.map(lambda file: why_unreadable(*file), files) if problem]
         if problems:
             raise DataError(
                 f"{self.annotations}: {len(problems)} of its {len(self.ids)} images can't be used: "
                 f"{'; '.join(problems[:NAMED])}. Mend them, or take them out of the file"
             )
-
-    def _problem_with(self, image: int) -> str | None:
-        path = Path(self.root, self._file_name(image))
-        try:
-            with Image.open(path) as picture:
-                size = picture.size
-                picture.draft("RGB", (1, 1))  # a JPEG is read to its end, but decoded at an eighth of its size
-                picture.load()
-        except FileNotFoundError:
-            return f"{path} does not exist"
-        except (OSError, ValueError, SyntaxError) as error:
-            return f"{path} can't be read ({error})"
-        if size != self._sizes[image]:
-            return f"{path} has {size[0]} x {size[1]} pixels, not {' x '.join(map(str, self._sizes[image]))} as stated"
-        return None
 
 
 def as_batch(items: Sequence[Item]) -> Batch:

@@ -55,7 +55,7 @@ class ImageData(SplitData[Sequence[Sample]]):
     alone decides the sets, the batches and their order.
 
     Args:
-        source: `elpv`, `fashion-mnist`, `imagefolder:PATH`, `csv:PATH`, `cub:PATH` ...: see `sources.SOURCES`.
+        source: `elpv`, `fashion-mnist`, `imagefolder:PATH` or `csv:PATH`: see `sources.SOURCES`.
         image_size: Edge of the square that the network sees, in pixels.
         batch_size: Images per step.
         limit: Most training images, drawn with the classes in their proportions; None for all.

@@ -1,7 +1,7 @@
-"""Where classified images come from: data sets by name, read from their official layout on disk, or your own folders.
+"""Where classified images come from: your own folders and lists, or data sets that need no network.
 
-`SOURCES` is the table of names, and `read_source("cub:PATH", seed)` looks a name up in it. To add a data set, write a
-reader and put it into the table. A reader returns a `Source`, or raises a `DataError` that names the file.
+`SOURCES` is the table of names, and `read_source("imagefolder:PATH", seed)` looks a name up in it. To add a data set,
+write a reader and put it into the table. A reader returns a `Source`, or raises a `DataError` that names the file.
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ def open_image(image: Path | NDArray[np.uint8]) -> Image.Image:
 
 
 def readable(samples: Sequence[Sample], bad_images: BadImages) -> list[Sample]:
-    """Read every image file once, to find bad ones before training.
+    """Read every image file once, to find bad ones before training. A thousand photographs take a few seconds.
 
     Args:
         samples: The samples for training or testing.
         bad_images: What to do about a file that can't be read: `error` names it, `skip` leaves it out and prints its
-            name, `unchecked` reads nothing. A thousand photographs take a few seconds.
+            name, `unchecked` reads nothing.
 
     Returns:
         The samples without the skipped ones.
@@ -109,8 +109,8 @@ def readable(samples: Sequence[Sample], bad_images: BadImages) -> list[Sample]:
     if bad_images == "unchecked":
         return list(samples)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        reasons = list(threads.map(_why_unreadable, (sample.image for sample in samples)))
-    bad = [reason for reason in reasons if reason is not None]
+        reasons = list(threads.map(why_unreadable, (sample.image for sample in samples)))
+    bad = [f"  {reason}" for reason in reasons if reason is not None]
     named = "\n".join(["", *bad[:NAMED_AT_MOST], *([f"... {len(bad)} in all"] if len(bad) > NAMED_AT_MOST else [])])
     if bad and bad_images == "error":
         raise DataError(
@@ -122,14 +122,23 @@ def readable(samples: Sequence[Sample], bad_images: BadImages) -> list[Sample]:
     return [sample for sample, reason in zip(samples, reasons, strict=True) if reason is None]
 
 
-def _why_unreadable(image: Path | NDArray[np.uint8]) -> str | None:
+def why_unreadable(image: Path | NDArray[np.uint8], size: tuple[int, int] | None = None) -> str | None:
+    """Read an image file to its end; return what is wrong with it, or None.
+
+    Args:
+        image: The file. Pixels are always good.
+        size: Width and height that it must have.
+    """
     if isinstance(image, Path):
         try:
             with Image.open(image) as opened:
+                found = opened.size
                 opened.draft("L", (1, 1))  # a JPEG is read to its end but decoded at an eighth of its size
                 opened.load()
         except (OSError, SyntaxError, ValueError) as error:
-            return f"  {image}: {error}"
+            return f"{image}: {error}"
+        if size not in (None, found):
+            return f"{image}: {found[0]} x {found[1]} pixels, not {' x '.join(map(str, size or ()))} as stated"
     return None
 
 
@@ -171,20 +180,6 @@ def read_solar_cells(path: Path | None, seed: int) -> Source:
     return Source(("functional", "defective"), stratified_split(samples, SPLIT, seed))
 
 
-def read_photos(path: Path | None, seed: int) -> Source:
-    """Cut two photographs that come with scikit-learn, of a temple and of a flower, into overlapping squares."""
-    from sklearn.datasets import load_sample_images
-
-    edge, step = 224, 40
-    samples = [
-        Sample(photo[top : top + edge, left : left + edge], label)
-        for label, photo in enumerate(load_sample_images().images)
-        for top in range(0, photo.shape[0] - edge + 1, step)
-        for left in range(0, photo.shape[1] - edge + 1, step)
-    ]
-    return Source(("temple", "flower"), stratified_split(samples, SPLIT, seed))
-
-
 def read_fashion_mnist(path: Path | None, seed: int) -> Source:
     """Find Fashion-MNIST: 70,000 grey images of clothes, 28 pixels wide, in 10 classes.
 
@@ -210,88 +205,7 @@ def read_fashion_mnist(path: Path | None, seed: int) -> Source:
         with _explained(f"fashion-mnist:{folder}", layout):
             train, test = (torchvision.datasets.FashionMNIST(root, train=train) for train in (True, False))
     sets = [list(map(Sample, part.data.numpy(), part.targets.tolist())) for part in (train, test)]
-    return _with_validation(train.classes, sets, seed)
-
-
-# ---------------------------------------------------------------------------------------------------- by their names
-
-
-def read_cifar10(path: Path, seed: int) -> Source:
-    """Find CIFAR-10 in `path/cifar-10-batches-py`."""
-    with _explained(f"cifar10:{path}", "cifar-10-batches-py/ as in cifar-10-python.tar.gz"):
-        train, test = (torchvision.datasets.CIFAR10(str(path), train=train) for train in (True, False))
-    sets = [list(map(Sample, part.data, part.targets)) for part in (train, test)]
-    return _with_validation(train.classes, sets, seed)
-
-
-def read_aircraft(path: Path, seed: int) -> Source:
-    """Find FGVC-Aircraft, 100 variants in 10,000 photographs, in `path/fgvc-aircraft-2013b`."""
-    with _explained(f"aircraft:{path}", "fgvc-aircraft-2013b/data/ as in fgvc-aircraft-2013b.tar.gz"):
-        parts = [torchvision.datasets.FGVCAircraft(str(path), split) for split in ("train", "val", "test")]
-    # The private lists hold the file names; the items of the data set would be opened images.
-    sets = [list(map(Sample, map(Path, part._image_files), part._labels)) for part in parts]
-    return Source(parts[0].classes, sets)
-
-
-def read_cars(path: Path, seed: int) -> Source:
-    """Find Stanford Cars, 196 models in 16,185 photographs, in `path/stanford_cars`."""
-    layout = "stanford_cars/ with devkit/, cars_train/, cars_test/ and cars_test_annos_withlabels.mat"
-    with _explained(f"cars:{path}", layout):
-        train, test = (torchvision.datasets.StanfordCars(str(path), split) for split in ("train", "test"))
-    sets = [[Sample(Path(file), int(label)) for file, label in part._samples] for part in (train, test)]
-    return _with_validation(train.classes, sets, seed)
-
-
-def read_imagenet(path: Path, seed: int) -> Source:
-    """Find ImageNet (ILSVRC 2012) in `path/train` and `path/val`; half of `val` is the test set.
-
-    Beside them lies `meta.bin`, or the `ILSVRC2012_devkit_t12.tar.gz` that torchvision makes it from. Without either it
-    is an `imagefolder`.
-    """
-    with _explained(f"imagenet:{path}", "train/, val/ and meta.bin or ILSVRC2012_devkit_t12.tar.gz"):
-        train, val = (torchvision.datasets.ImageNet(str(path), split) for split in ("train", "val"))
-    sets = [[Sample(Path(file), label) for file, label in part.samples] for part in (train, val)]
-    return Source([names[0] for names in train.classes], [sets[0], *stratified_split(sets[1], (0.5, 0.5), seed)])
-
-
-def read_cub(path: Path, seed: int) -> Source:
-    """Find CUB-200-2011, 200 birds in 11,788 photographs, in `path` or `path/CUB_200_2011`.
-
-    Four lists of numbered lines describe them: `classes.txt`, `images.txt`, `image_class_labels.txt` and
-    `train_test_split.txt`, where 1 is for training.
-    """
-    folder = path / "CUB_200_2011" if (path / "CUB_200_2011").is_dir() else path
-    names, files, labels, trains = (
-        _numbered_lines(folder / f"{name}.txt")
-        for name in ("classes", "images", "image_class_labels", "train_test_split")
-    )
-    for image in files:
-        for name, of_images in (("image_class_labels", labels), ("train_test_split", trains)):
-            if image not in of_images:
-                raise DataError(f"--data cub:{path}: {folder / name}.txt has no line for image {image}, {files[image]}")
-    classes = list(names)
-    for image, label in labels.items():
-        if label not in names:
-            raise DataError(
-                f"--data cub:{path}: {folder / 'image_class_labels.txt'} gives image {image} the class {label}, "
-                f"but classes.txt has {len(names)} classes: {classes[0]} to {classes[-1]}"
-            )
-    samples = {image: Sample(folder / "images" / file, classes.index(labels[image])) for image, file in files.items()}
-    sets = [[samples[image] for image in files if (trains[image] == "1") is wanted] for wanted in (True, False)]
-    return _with_validation(list(names.values()), sets, seed)
-
-
-def _numbered_lines(path: Path) -> dict[str, str]:
-    """Read lines of a key and a value."""
-    if not path.is_file():
-        raise DataError(f"--data cub: there is no {path}; give the folder that CUB_200_2011.tgz unpacks to")
-    lines = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        key, _, value = line.strip().partition(" ")
-        if not value:
-            raise DataError(f"--data cub: {path}, line {number}: {line!r} is not a number and a value")
-        lines[key] = value
-    return lines
+    return Source(train.classes, [*stratified_split(sets[0], HELD_OUT, seed), sets[1]])
 
 
 # ------------------------------------------------------------------------------------------------------ of your own
@@ -370,11 +284,6 @@ def read_csv(path: Path, seed: int) -> Source:
 # ---------------------------------------------------------------------------------------------------------- in common
 
 
-def _with_validation(classes: Sequence[str], train_and_test: Sequence[list[Sample]], seed: int) -> Source:
-    train, test = train_and_test
-    return Source(classes, [*stratified_split(train, HELD_OUT, seed), test])
-
-
 @contextmanager
 def _explained(source: str, layout: str) -> Iterator[None]:
     """Turn an error of a reader into a DataError that names the source and the expected layout."""
@@ -389,14 +298,8 @@ Reader = Callable[[Any, int], Source]
 SOURCES: dict[str, Reader] = {
     "elpv": read_solar_cells,
     "fashion-mnist": read_fashion_mnist,
-    "photos": read_photos,
     "imagefolder": read_folder,
     "csv": read_csv,
-    "aircraft": read_aircraft,
-    "cars": read_cars,
-    "cub": read_cub,
-    "cifar10": read_cifar10,
-    "imagenet": read_imagenet,
 }
-WITHOUT_PATH = ("elpv", "fashion-mnist", "photos")
+WITHOUT_PATH = ("elpv", "fashion-mnist")
 FORMS = [name if name in WITHOUT_PATH else f"{name}:PATH" for name in SOURCES]

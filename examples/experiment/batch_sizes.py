@@ -19,7 +19,7 @@ import itertools
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import seed_everything
@@ -28,7 +28,6 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
-from examples.experiment.accuracy_memory_time import Mode
 from examples.experiment.grid import add_grid_options, read_rows, run_grid, run_script, tell_what_is_wrong, to_run
 from examples.experiment.networks import NETWORKS
 from examples.experiment.training import (
@@ -44,7 +43,8 @@ from examples.experiment.training import (
 from examples.results_file import BENCHMARKS, machine
 from lightning_convbn import ConvBNModeCallback
 
-MODES: tuple[Mode, ...] = ("train", "tune", "eval")
+Mode = Literal["train", "tune", "eval"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 BATCH_SIZES = (2, 4, 8, 16, 32)
 STEP = 32
 """Images per step of the optimizer where gradients are accumulated."""

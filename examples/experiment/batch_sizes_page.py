@@ -5,8 +5,6 @@ python examples/experiment/batch_sizes_page.py
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -21,14 +19,16 @@ from examples.experiment.page_parts import (
     Row,
     accuracies,
     draw_accuracies,
+    facts,
     panels,
     select,
     spread,
-    table,
+    tables_of_panels,
+    twins,
     values,
-    versions,
+    write_page,
 )
-from examples.results_file import BENCHMARKS, with_table
+from examples.results_file import BENCHMARKS, markdown_table
 
 PAGE = BENCHMARKS / "batch-size-experiment.md"
 RESULTS = BENCHMARKS / "batch_sizes.json"
@@ -67,11 +67,8 @@ def measured_again(rows: Iterable[Row]) -> list[Row]:
 
 def gains(rows: Iterable[Row], over: str = "train", **wanted: Any) -> list[float]:
     """Return by how much Tune is more accurate than another mode, run by run of the same settings."""
-    place = ("net", "data", "seed", "batch_size", "accumulate")
-    chosen = select(rows, **wanted)
-    others = {tuple(row[name] for name in place): row["accuracy"] for row in select(chosen, mode=over)}
-    pairs = [(row, others.get(tuple(row[name] for name in place))) for row in select(chosen, mode="tune")]
-    return [row["accuracy"] - other for row, other in pairs if other is not None]
+    pairs = twins(select(rows, **wanted), "tune", over, ("net", "data", "seed", "batch_size", "accumulate"))
+    return [row["accuracy"] - other["accuracy"] for row, other in pairs]
 
 
 def better(found: Sequence[float]) -> str:
@@ -95,38 +92,6 @@ def counts(rows: Sequence[Row], shown: Iterable[Batch], over: str = "train") -> 
     return {verdict: verdicts.count(verdict) for verdict in ("Tune", "Train", "neither")}
 
 
-def mean_of(rows: Iterable[Row], mode: str, batch: Batch) -> str:
-    """Return the mean accuracy of a mode over networks, data sets and seeds."""
-    return f"{fmean(accuracies(rows, mode=mode, **batch._asdict())):.3f}"
-
-
-def in_short(rows: Sequence[Row]) -> list[str]:
-    """Say in sentences what was found. The numbers decide the words."""
-    every = [*rows, *measured_again(rows)]
-    shown = batches(rows)
-    alone = [batch for batch in shown if batch.accumulate == 1]
-    small, large = alone[0], alone[-1]
-    found, again = counts(every, shown), counts(every, shown, AGAIN)
-    lines = [
-        f"- **Tune mode is clearly better in {found['Tune']} of {sum(found.values())} cases, Train mode in"
-        f" {found['Train']}, neither in {found['neither']}.** A case is a network, a data set and a batch. *Clearly*"
-        f" means: by at least {CLEAR} of balanced accuracy on average, and with every seed.",
-        f"- **By batch size**: from batch {small} to batch {large}, the mean accuracy of Train mode goes from"
-        f" {mean_of(rows, 'train', small)} to {mean_of(rows, 'train', large)}, that of Tune mode from"
-        f" {mean_of(rows, 'tune', small)} to {mean_of(rows, 'tune', large)}.",
-        f"- **The statistics, or the training?** If the statistics are measured again after training, Train mode has"
-        f" {mean_of(every, AGAIN, small)} at batch {small} and {mean_of(every, AGAIN, large)} at batch {large}. Then"
-        f" Tune mode is clearly better in {again['Tune']} cases, Train mode in {again['Train']}.",
-    ]
-    if len(shown) > len(alone):
-        added = shown[len(alone)]
-        lines.append(
-            f"- **Accumulation**: batch {added} has the images per step of batch {large}, but the statistics of batch"
-            f" {small}. Train mode has {mean_of(rows, 'train', added)} there, Tune mode {mean_of(rows, 'tune', added)}."
-        )
-    return lines
-
-
 def batch_table(rows: Sequence[Row]) -> list[str]:
     """Draw for each batch how often which mode is clearly better, and by how much Tune is."""
     every, lines = [*rows, *measured_again(rows)], []
@@ -135,22 +100,23 @@ def batch_table(rows: Sequence[Row]) -> list[str]:
         means = [f"{fmean(gains(every, over, **batch._asdict())):+.3f}" for over in ("train", AGAIN)]
         lines.append([str(batch), *map(str, found.values()), *means])
     header = ["batch", "Tune better", "Train better", "neither", "Tune − Train", f"Tune − Train, {AGAIN}"]
-    return table(header, lines)
+    return markdown_table(header, lines)
 
 
 def accuracy_tables(rows: Sequence[Row]) -> list[str]:
     """Draw a table of accuracies for each network and data set."""
-    every, lines = [*rows, *measured_again(rows)], []
-    for net, data in panels(rows):
-        cells = []
-        for batch in batches(rows):
-            chosen = select(every, net=net, data=data, **batch._asdict())
+
+    def cells(every: list[Row]) -> list[list[str]]:
+        lines = []
+        for batch in batches(every):
+            chosen = select(every, **batch._asdict())
             found = gains(chosen)
             shown = [spread(accuracies(chosen, mode=mode)) for mode in ("train", AGAIN, "tune")]
-            cells.append([str(batch), *shown, f"{fmean(found):+.3f}" if found else "-", better(found)])
-        header = ["batch", "Train", f"Train, {AGAIN}", "Tune", "Tune − Train", "clearly better"]
-        lines += ["", f"**{NAMES[net]} on {NAMES[data]}**", "", *table(header, cells)]
-    return lines[1:]
+            lines.append([str(batch), *shown, f"{fmean(found):+.3f}" if found else "-", better(found)])
+        return lines
+
+    header = ["batch", "Train", f"Train, {AGAIN}", "Tune", "Tune − Train", "clearly better"]
+    return tables_of_panels([*rows, *measured_again(rows)], header, cells)
 
 
 def plain_table(rows: Sequence[Row]) -> list[str]:
@@ -164,7 +130,7 @@ def plain_table(rows: Sequence[Row]) -> list[str]:
             runs = [select(chosen, mode=mode, **batch._asdict()) for mode in ("train", "tune")]
             found = [spread([row["plain_accuracy"] for row in some]) for some in runs]
             lines.append([f"{NAMES[net]}, {NAMES[data]}: {batch}", *found])
-    return table(["network, data: batch", "Train", "Tune"], lines)
+    return markdown_table(["network, data: batch", "Train", "Tune"], lines)
 
 
 def against_freezing(rows: Sequence[Row]) -> list[str]:
@@ -180,7 +146,7 @@ def against_freezing(rows: Sequence[Row]) -> list[str]:
                     lines.append([case, *means, f"{-fmean(found):+.3f}"])
     if not lines:
         return ["Train mode is clearly better in no case, not even with its statistics measured again."]
-    return table(["case", "Train mode", "Tune", "Train − Tune"], lines)
+    return markdown_table(["case", "Train mode", "Tune", "Train − Tune"], lines)
 
 
 def eval_table(rows: Sequence[Row]) -> list[str]:
@@ -190,45 +156,34 @@ def eval_table(rows: Sequence[Row]) -> list[str]:
         found = gains(rows, "eval", **batch._asdict())
         largest = max(map(abs, found))
         lines.append([str(batch), str(len(found)), f"{fmean(found):+.3f}", f"{largest:.3f}"])
-    return table(["batch", "pairs", "Tune − Eval, mean", "largest"], lines)
+    return markdown_table(["batch", "pairs", "Tune − Eval, mean", "largest"], lines)
 
 
-def facts(report: dict[str, Any]) -> list[str]:
-    """Return the command, the settings, the machine and the versions of the runs."""
+def tables(report: dict[str, Any]) -> dict[str, list[str]]:
+    """Draw the facts and tables of the page, by their marks."""
     rows, settings = report["rows"], report["settings"]
-    seeds = ", ".join(f"{seed} ({len(select(rows, seed=seed))} runs)" for seed in sorted(values(rows, "seed")))
-    return [
-        f"`{report['command']}`",
-        "",
-        f"{len(rows)} runs: seeds {seeds}; {settings['limit']} training images of {settings['image_size']} px,",
+    ran = facts(
+        report,
+        f"{settings['limit']} training images of {settings['image_size']} px,",
         f"epochs {settings['epochs']}; learning rates for {RATES_ARE_FOR} images per step:",
         f"backbone {settings['lr']:g}, head {settings['head_lr']:g}; runs that diverged:"
         f" {sum(row['diverged'] for row in rows)}.",
-        versions(report),
-    ]
-
-
-def fill_page(page: str, report: dict[str, Any]) -> str:
-    """Put facts, sentences and tables between their marks in a page."""
-    rows = report["rows"]
-    regions = {
-        "short": in_short(rows),
+    )
+    return {
         "batches": batch_table(rows),
         "against": against_freezing(rows),
-        "facts": facts(report),
+        "facts": ran,
         "accuracy": accuracy_tables(rows),
         "plain": plain_table(rows),
         "eval": eval_table(rows),
     }
-    for mark, lines in regions.items():
-        page = with_table(page, mark, lines)
-    return page
 
 
-def draw_accuracy(rows: Sequence[Row], path: Path) -> None:
+def draw(report: dict[str, Any], folder: Path) -> None:
     """Draw accuracy against batch size: means as lines, the range over the seeds as bands."""
     legend = {"ncols": 3, "fontsize": 9}
-    draw_accuracies(rows, path, _draw_panel, across="images per forward pass", dpi=130, legend=legend)
+    path, across = folder / FIGURE, "images per forward pass"
+    draw_accuracies(report["rows"], path, _draw_panel, across=across, dpi=130, legend=legend)
 
 
 def _draw_panel(axes: Axes, rows: Sequence[Row]) -> float:
@@ -255,18 +210,5 @@ def _draw_curve(axes: Axes, rows: Sequence[Row], label: str, colour: str, *, ban
         axes.fill_between(sizes, [*map(min, runs)], [*map(max, runs)], color=colour, alpha=0.13, linewidth=0)
 
 
-def main() -> None:
-    """Write the page and its figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the runs (%(default)s)")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page whose tables are filled in (%(default)s)")
-    parser.add_argument("--figures", type=Path, default=BENCHMARKS, help="folder of the figure (%(default)s)")
-    args = parser.parse_args()
-    report = json.loads(args.results.read_text())
-    args.page.write_text(fill_page(args.page.read_text(), report))
-    draw_accuracy(report["rows"], args.figures / FIGURE)
-    print(f"wrote {args.page} and its figure in {args.figures}")
-
-
 if __name__ == "__main__":
-    main()
+    write_page(PAGE, RESULTS, tables, draw)

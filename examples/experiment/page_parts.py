@@ -1,10 +1,12 @@
-"""What the pages of the experiments share: rows, tables, names and colours."""
+"""What the pages of the experiments share: rows, tables, names, colours and the command line."""
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from examples.results_file import BENCHMARKS, fill, markdown_table, moved_scripts
 from lightning_convbn.command.plot import COLOURS
 
 TITLES = {"train": "Train", "eval": "Eval", "tune": "Tune", "deploy": "Deploy, trained"}
@@ -52,9 +55,22 @@ def panels(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
             yield net, data
 
 
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    """Draw a table. All columns but the first hold numbers."""
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---", *["---:"] * (len(header) - 1)], *lines)]
+def twins(rows: Sequence[Row], mode: str, other: str, place: Sequence[str]) -> list[tuple[Row, Row]]:
+    """Pair each run in one mode with the run in another mode that has the same values in the columns of ``place``."""
+    others = {tuple(row[name] for name in place): row for row in select(rows, mode=other)}
+    found = [(row, others.get(tuple(row[name] for name in place))) for row in select(rows, mode=mode)]
+    return [(row, twin) for row, twin in found if twin is not None]
+
+
+def tables_of_panels(
+    rows: Sequence[Row], header: Sequence[str], cells: Callable[[list[Row]], list[list[str]]]
+) -> list[str]:
+    """Draw a table for each network and data set, from its rows."""
+    lines = []
+    for net, data in panels(rows):
+        chosen = select(rows, net=net, data=data)
+        lines += ["", f"**{NAMES[net]} on {NAMES[data]}**", "", *markdown_table(header, cells(chosen))]
+    return lines[1:]
 
 
 def spread(found: Sequence[float]) -> str:
@@ -62,10 +78,44 @@ def spread(found: Sequence[float]) -> str:
     return f"{fmean(found):.3f} ({min(found):.3f} to {max(found):.3f})" if found else "-"
 
 
-def versions(report: dict[str, Any]) -> str:
-    """Return the machine and the versions of the runs."""
+def facts(report: dict[str, Any], *settings: str) -> list[str]:
+    """Return the command, the seeds and settings, the machine and the versions of the runs."""
+    rows = report["rows"]
+    seeds = ", ".join(f"{seed} ({len(select(rows, seed=seed))} runs)" for seed in sorted(values(rows, "seed")))
     packages = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    return f"{report['machine']['cpu']}, one thread to a run; {packages}."
+    return [
+        f"`{report['command']}`",
+        *moved_scripts([report["command"]]),
+        "",
+        f"{len(rows)} runs: seeds {seeds}; {settings[0]}",
+        *settings[1:],
+        f"{report['machine']['cpu']}, one thread to a run; {packages}.",
+    ]
+
+
+def write_page(
+    page: Path,
+    results: Path,
+    tables: Callable[[dict[str, Any]], Mapping[str, Sequence[str]]],
+    draw: Callable[[dict[str, Any], Path], None],
+) -> None:
+    """Read the command line of a script that fills in a page and draws its figures.
+
+    Args:
+        page: The page, by default.
+        results: The file of the runs, by default.
+        tables: From what is in that file to the tables, by their marks in the page.
+        draw: Draws the figures into a folder.
+    """
+    parser = argparse.ArgumentParser(description=f"Fill in {page.name}.")
+    parser.add_argument("--results", type=Path, default=results, help="the runs (%(default)s)")
+    parser.add_argument("--page", type=Path, default=page, help="the page whose tables are filled in (%(default)s)")
+    parser.add_argument("--figures", type=Path, default=BENCHMARKS, help="folder of the figures (%(default)s)")
+    args = parser.parse_args()
+    report = json.loads(args.results.read_text())
+    fill(args.page, tables(report))
+    draw(report, args.figures)
+    print(f"wrote {args.page} and its figures in {args.figures}")
 
 
 def draw_accuracies(

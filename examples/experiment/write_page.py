@@ -5,7 +5,6 @@ python examples/experiment/write_page.py
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,30 +12,32 @@ from statistics import fmean, median, quantiles
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from examples.experiment.page_parts import (
     CHANCE,
-    INK,
     MODE_COLOURS,
     NAMES,
     TITLES,
     Row,
     accuracies,
-    clean,
     draw_accuracies,
+    facts,
     panels,
     select,
     spread,
-    table,
+    tables_of_panels,
+    twins,
     values,
-    versions,
+    write_page,
 )
-from examples.results_file import BENCHMARKS, moved_scripts, with_table
+from examples.results_file import BENCHMARKS, markdown_table
 
 PAGE = BENCHMARKS / "stability-experiment.md"
 RESULTS = BENCHMARKS / "compare_modes.json"
+FIGURE = "compare-modes-accuracy.png"
 IN_DOUBLE = BENCHMARKS / "compare_modes_float64.json"
+SETTINGS = ("net", "data", "seed", "lr")
+"""What two runs have in common that differ in their mode alone."""
 COLLAPSED = 0.05
 """A run whose accuracy is above chance by less than this has learnt nothing, or lost it all."""
 STYLES = {"train": ":", "eval": "-", "tune": "--", "deploy": "-."}
@@ -57,16 +58,12 @@ def modes_of(rows: Iterable[Row]) -> list[str]:
 def accuracy_tables(rows: Sequence[Row]) -> list[str]:
     """Draw a table of accuracies for each network and data set."""
     modes = modes_of(rows)
-    lines = []
-    for net, data in panels(rows):
-        chosen = select(rows, net=net, data=data)
-        cells = [
-            [f"{lr:g}", *(spread(accuracies(chosen, lr=lr, mode=mode)) for mode in modes)]
-            for lr in sorted(values(chosen, "lr"))
-        ]
-        header = ["learning rate", *(TITLES[mode] for mode in modes)]
-        lines += ["", f"**{NAMES[net]} on {NAMES[data]}**", "", *table(header, cells)]
-    return lines[1:]
+
+    def cells(chosen: list[Row]) -> list[list[str]]:
+        rates = sorted(values(chosen, "lr"))
+        return [[f"{lr:g}", *(spread(accuracies(chosen, lr=lr, mode=mode)) for mode in modes)] for lr in rates]
+
+    return tables_of_panels(rows, ["learning rate", *(TITLES[mode] for mode in modes)], cells)
 
 
 def stability_table(rows: Sequence[Row]) -> list[str]:
@@ -96,7 +93,7 @@ def stability_table(rows: Sequence[Row]) -> list[str]:
         "collapsed",
         "not finite",
     ]
-    return table(header, lines)
+    return markdown_table(header, lines)
 
 
 def collapse_table(rows: Sequence[Row]) -> list[str]:
@@ -105,22 +102,14 @@ def collapse_table(rows: Sequence[Row]) -> list[str]:
     for lr in sorted(values(rows, "lr")):
         chosen = [select(rows, lr=lr, mode=mode) for mode in modes_of(rows)]
         lines.append([f"{lr:g}", *(f"{sum(map(has_collapsed, runs))} of {len(runs)}" for runs in chosen)])
-    return table(["learning rate", *(TITLES[mode] for mode in modes_of(rows))], lines)
-
-
-def twins(rows: Sequence[Row], mode: str, other: str, **wanted: Any) -> list[tuple[Row, Row]]:
-    """Pair each run in one mode with the run in another mode that has the same settings."""
-    place = ("net", "data", "seed", "lr")
-    others = {tuple(row[name] for name in place): row for row in select(rows, mode=other)}
-    found = [(row, others.get(tuple(row[name] for name in place))) for row in select(rows, mode=mode, **wanted)]
-    return [(row, twin) for row, twin in found if twin is not None]
+    return markdown_table(["learning rate", *(TITLES[mode] for mode in modes_of(rows))], lines)
 
 
 def twins_table(rows: Sequence[Row]) -> list[str]:
     """Draw how far runs in Tune mode differ from runs in Eval mode with the same seed, for each rate."""
     lines = []
     for lr in sorted(values(rows, "lr")):
-        pairs = twins(rows, "tune", "eval", lr=lr)
+        pairs = twins(select(rows, lr=lr), "tune", "eval", SETTINGS)
         if not pairs:
             continue
         losses = [
@@ -131,7 +120,7 @@ def twins_table(rows: Sequence[Row]) -> list[str]:
         mean, largest = f"{fmean(differences):+.3f}", f"{max(map(abs, differences)):.3f}"
         lines.append([f"{lr:g}", str(len(pairs)), *(f"{loss:.0e}" for loss in losses), mean, largest])
     header = ["learning rate", "pairs", "first loss apart", "tenth loss apart", "accuracy apart, mean", "largest"]
-    return table(header, lines)
+    return markdown_table(header, lines)
 
 
 def cost_table(report: dict[str, Any]) -> list[str]:
@@ -141,11 +130,11 @@ def cost_table(report: dict[str, Any]) -> list[str]:
         for mode in modes_of(select(rows, net=net)):
             low, middle, high = times(rows, net, mode)
             saved = 100 * (1 - kept[mode] / kept["eval"])
-            pairs = twins(rows, mode, "eval", net=net)
+            pairs = twins(select(rows, net=net), mode, "eval", SETTINGS)
             ratio = median(row["cpu_ms_per_step"] / other["cpu_ms_per_step"] for row, other in pairs) if pairs else None
             cells = [f"{kept[mode]:.1f}", f"{round(saved)} %", f"{middle:.0f} ({low:.0f} to {high:.0f})"]
             lines.append([f"{NAMES[net]}: {TITLES[mode]}", *cells, "-" if ratio is None else f"{ratio:.2f}"])
-    return table(["network: mode", "kept, MiB", "less than Eval", "CPU ms per step", "to Eval's"], lines)
+    return markdown_table(["network: mode", "kept, MiB", "less than Eval", "CPU ms per step", "to Eval's"], lines)
 
 
 def times(rows: Iterable[Row], net: str, mode: str) -> tuple[float, float, float]:
@@ -155,20 +144,16 @@ def times(rows: Iterable[Row], net: str, mode: str) -> tuple[float, float, float
     return low, median(found), high
 
 
-def facts(report: dict[str, Any]) -> list[str]:
-    """Return the command, the settings, the machine and the versions of the runs."""
-    rows, settings = report["rows"], report["settings"]
-    seeds = ", ".join(f"{seed} ({len(select(rows, seed=seed))} runs)" for seed in sorted(values(rows, "seed")))
-    rates = ", ".join(f"{lr:g}" for lr in sorted(values(rows, "lr")))
-    return [
-        f"`{report['command']}`",
-        *moved_scripts([report["command"]]),
-        "",
-        f"{len(rows)} runs: seeds {seeds}; learning rates of the backbone {rates};",
+def facts_of_grid(report: dict[str, Any]) -> list[str]:
+    """Return what was run, where and with which versions."""
+    settings = report["settings"]
+    rates = ", ".join(f"{lr:g}" for lr in sorted(values(report["rows"], "lr")))
+    return facts(
+        report,
+        f"learning rates of the backbone {rates};",
         f"{settings['limit']} training images of {settings['image_size']} px,",
         f"batch {settings['batch_size']}, epochs {settings['epochs']}.",
-        versions(report),
-    ]
+    )
 
 
 def scales_table(report: dict[str, Any]) -> list[str]:
@@ -177,31 +162,28 @@ def scales_table(report: dict[str, Any]) -> list[str]:
         [NAMES[net], *(f"{factor:.2f} (squared {factor * factor:.2f})" for factor in quartiles)]
         for net, quartiles in report["scale_quartiles"].items()
     ]
-    return table(["network", "lower quartile", "median", "upper quartile"], lines)
+    return markdown_table(["network", "lower quartile", "median", "upper quartile"], lines)
 
 
-def fill_page(page: str, report: dict[str, Any], in_double: dict[str, Any]) -> str:
-    """Put facts and tables between their marks in a page. The runs in float64 have their own table."""
-    rows = report["rows"]
-    regions = {
-        "facts": facts(report),
+def tables(report: dict[str, Any]) -> dict[str, list[str]]:
+    """Draw the tables of the page, by their marks. The runs in float64 have their own."""
+    rows, in_double = report["rows"], json.loads(IN_DOUBLE.read_text())
+    return {
+        "facts": facts_of_grid(report),
         "accuracy": accuracy_tables(rows),
         "collapse": collapse_table(rows),
         "stability": stability_table(rows),
         "tune-eval": twins_table(rows),
-        "float64": [*facts(in_double), "", *twins_table(in_double["rows"])],
+        "float64": [*facts_of_grid(in_double), "", *twins_table(in_double["rows"])],
         "scales": scales_table(report),
         "cost": cost_table(report),
     }
-    for mark, lines in regions.items():
-        page = with_table(page, mark, lines)
-    return page
 
 
-def draw_accuracy(rows: Sequence[Row], path: Path) -> None:
+def draw(report: dict[str, Any], folder: Path) -> None:
     """Draw accuracy against learning rate: means as lines, the range as bands."""
-    across = "learning rate of the backbone"
-    draw_accuracies(rows, path, _draw_panel, across=across, dpi=150, legend={"fontsize": 10})
+    across, path = "learning rate of the backbone", folder / FIGURE
+    draw_accuracies(report["rows"], path, _draw_panel, across=across, dpi=150, legend={"fontsize": 10})
 
 
 def _draw_panel(axes: Axes, rows: Sequence[Row]) -> float:
@@ -217,48 +199,5 @@ def _draw_panel(axes: Axes, rows: Sequence[Row]) -> float:
     return float(rates[0])
 
 
-def draw_cost(report: dict[str, Any], path: Path) -> None:
-    """Draw memory and processor time of each mode as bars."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=150, facecolor="white")
-    memory, time = figure.subplots(1, 2)
-    nets = [*report["kept_mib"]]
-    width = 0.8 / len(TITLES)
-    for place, (mode, title) in enumerate(TITLES.items()):
-        positions = [number + (place - (len(TITLES) - 1) / 2) * width for number in range(len(nets))]
-        colour = MODE_COLOURS[mode]
-        sizes = [report["kept_mib"][net][mode] for net in nets]
-        bars = memory.bar(positions, sizes, width * 0.9, color=colour, label=title)
-        memory.bar_label(bars, [f"{size:.0f}" for size in sizes], padding=2, fontsize=8, color=INK)
-        spread = [times(report["rows"], net, mode) for net in nets]
-        middles = [middle for _, middle, _ in spread]
-        errors = [[middle - low for low, middle, _ in spread], [high - middle for _, middle, high in spread]]
-        bars = time.bar(positions, middles, width * 0.9, yerr=errors, color=colour, ecolor=INK, capsize=2)
-        time.bar_label(bars, [f"{middle:.0f}" for middle in middles], padding=2, fontsize=8, color=INK)
-    batch = report["settings"]["batch_size"]
-    memory.set_title(f"MiB kept for backward, batch {batch}", fontsize=10, color=INK)
-    time.set_title(f"CPU ms per training step, batch {batch}", fontsize=10, color=INK)
-    for axes in (memory, time):
-        axes.set_xticks(range(len(nets)), [NAMES[net] for net in nets])
-        axes.margins(y=0.12)
-        clean(axes)
-    figure.legend(loc="outside upper center", ncols=len(TITLES), frameon=False, fontsize=10)
-    figure.savefig(path, metadata={"Software": None})
-
-
-def main() -> None:
-    """Write the page and its figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the runs (%(default)s)")
-    parser.add_argument("--in-double", type=Path, default=IN_DOUBLE, help="those in double precision (%(default)s)")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page whose tables are filled in (%(default)s)")
-    parser.add_argument("--figures", type=Path, default=BENCHMARKS, help="folder of the figures (%(default)s)")
-    args = parser.parse_args()
-    report, in_double = (json.loads(path.read_text()) for path in (args.results, args.in_double))
-    args.page.write_text(fill_page(args.page.read_text(), report, in_double))
-    draw_accuracy(report["rows"], args.figures / "compare-modes-accuracy.png")
-    draw_cost(report, args.figures / "compare-modes-cost.png")
-    print(f"wrote {args.page} and its figures in {args.figures}")
-
-
 if __name__ == "__main__":
-    main()
+    write_page(PAGE, RESULTS, tables, draw)

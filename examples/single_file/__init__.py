@@ -1,1 +1,1 @@
-"""Pages to copy: one file each, plain Lightning, no command line."""
+"""Files to copy: each is one script, plain Lightning, no command line."""

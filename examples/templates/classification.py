@@ -3,7 +3,7 @@
     pip install --editable ".[examples]"  # in the root folder of this repository
     python examples/templates/classification.py fit  # MobileNetV2 on photographs of solar cells
     python examples/templates/classification.py fit --data.source=imagefolder:PATH/TO/IMAGES
-    python examples/templates/classification.py fit --model.backbone=timm:efficientnet_b0 --data.source=cub:PATH
+    python examples/templates/classification.py fit --model.backbone=timm:efficientnet_b0 --data.source=csv:PATH
     python examples/templates/classification.py fit --convbn.mode=eval --convbn.eval_mode=eval
     python examples/templates/classification.py test --ckpt_path=PATH/TO/CHECKPOINT
 
@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -106,19 +105,9 @@ def one_cycle(module: LightningModule, optimizer: torch.optim.Optimizer, peaks: 
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class ClassificationCLI(TemplateCLI):
-    """A TemplateCLI that gives the classes of the data to the model."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link the arguments, as in any LightningCLI."""
-        super().add_arguments_to_parser(parser)
-        parser.link_arguments("data.classes", "model.num_classes", compute_fn=len, apply_on="instantiate")
-        parser.link_arguments("data.class_weights", "model.class_weights", apply_on="instantiate")
-
-
 def main() -> None:
     """Run the command line."""
-    run(ClassificationCLI, Classifier, ImageData, "classification.yaml")
+    run(TemplateCLI, Classifier, ImageData, "classification.yaml")
 
 
 if __name__ == "__main__":

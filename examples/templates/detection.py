@@ -6,49 +6,34 @@
     python examples/templates/detection.py fit --data.source=coco:PATH/TO/FOLDER  # your own images
     python examples/templates/detection.py test --ckpt_path=PATH/TO/CHECKPOINT
 
-The defaults are in `configs/detection.yaml`; `--config` takes yours. In the end it prints a table with the kept bytes
-and the step time of each mode and the mean average precision. It also saves a picture of predictions. A page to copy,
-without a command line, is `examples/single_file/detection.py`.
+The defaults are in `configs/detection.yaml`; `--config` takes yours. In the end it prints the mean average precision
+of the best checkpoint, and saves a picture of predictions. A file to copy, without a command line, is
+`examples/single_file/detection.py`.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from examples.data.images_with_boxes import Batch, CocoData, CocoImages
 from examples.data.sources import DataError
-from examples.results_file import write_json
+from examples.templates.classification import one_cycle
 from examples.templates.networks.detectors import Architecture, Backbone, build_detector
-from examples.templates.template_cli import run
-from lightning_convbn import ConvBNModeCallback, Mode, conv_bn_mode, measure_memory
-from lightning_convbn.cli import ConvBNCLI
+from examples.templates.template_cli import TemplateCLI, run
 
-MODES: tuple[Mode, ...] = ("eval", "tune")
-COLUMNS = {
-    "kept_for_backward_mib": "kept MiB",
-    "seconds_per_step": "s/step",
-    "test_map": "test mAP",
-    "test_map_50": "at IoU 0.5",
-    "test_mask_map": "of masks",
-}
 SCORES = {"map": "map", "map_50": "map_50", "bbox_map": "map", "bbox_map_50": "map_50", "segm_map": "mask_map"}
 """torchmetrics' name of a score, of boxes alone or beside masks -> ours."""
-ROUNDS = 5
 SHOWN_IMAGES = 8
 SHOWN_ABOVE = 0.5
 
@@ -148,27 +133,29 @@ class Detector(LightningModule):
         for name, parameter in self.detector.named_parameters():
             groups[not name.startswith("backbone.body.")].append(parameter)
         optimizer = torch.optim.AdamW([{"params": group} for group in groups], weight_decay=1e-4)
-        steps = int(self.trainer.estimated_stepping_batches)
-        peaks = [self.lr / 10, self.lr]
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, cycle_momentum=False)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return one_cycle(self, optimizer, [self.lr / 10, self.lr])
 
 
-class DetectionCLI(ConvBNCLI):
-    """A ConvBNCLI that gives the classes of the data to the model, and that reports after training."""
+class DetectionCLI(TemplateCLI):
+    """A TemplateCLI that gives the classes of the data to the model, and tests the best checkpoint."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Set defaults and link the arguments, as in any LightningCLI."""
+        super().add_arguments_to_parser(parser)
         parser.link_arguments("data.classes", "model.classes", apply_on="instantiate")
         parser.link_arguments("model.architecture", "data.masks", compute_fn=lambda name: name == "maskrcnn")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.monitor": "val_map", "checkpoint.mode": "max", "checkpoint.filename": "best"})
 
     def after_fit(self) -> None:
-        """Test the best checkpoint, and report."""
-        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.trainer.test(self.model, self.datamodule, ckpt_path="best", verbose=False)
-            report(self.trainer, self.model, self.datamodule)
+        """Test the best checkpoint, and draw what it finds."""
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        (scores,) = self.trainer.test(self.model, self.datamodule, ckpt_path="best")
+        self.write_results([dict(scores)])
+        if self.trainer.is_global_zero:
+            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+            print(save_predictions(self.model, self.datamodule.test, folder / "predictions.png"))
 
 
 def total_loss(detector: nn.Module, batch: Batch) -> Tensor:
@@ -177,89 +164,31 @@ def total_loss(detector: nn.Module, batch: Batch) -> Tensor:
     return torch.stack([*losses.values()]).sum()
 
 
-def report(trainer: Trainer, model: Detector, data: CocoData) -> None:
-    """Print and save kept bytes, step times and the precision of the run; save a picture of predictions."""
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
-    if not trainer.is_global_zero:
-        return
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    mode: Mode = next((one.mode for one in callbacks if isinstance(one, ConvBNModeCallback)), "train")
-    rows = measure_modes(model.detector, next(iter(data.train_dataloader())))
-    scores = {name: float(score) for name, score in trainer.callback_metrics.items() if name in COLUMNS}
-    rows.setdefault(mode, {}).update(scores)
-    columns = [name for name in COLUMNS if any(name in row for row in rows.values())]
-    table = Table("backbone in", *(COLUMNS[name] for name in columns))
-    for name, row in rows.items():
-        table.add_row(f"{name.capitalize()} mode", *(f"{row[key]:.3f}" if key in row else "" for key in columns))
-    Console().print(table)
-    print("Kept: by the backbone for the backward pass of a step. s/step: forward and backward, the modes in turn.")
-    print(f"{len(data.train)} training, {len(data.val)} validation and {len(data.test)} test images")
-    packages = ("torch", "torchvision", "lightning", "torchmetrics")
-    print(write_json(folder / "results.json", [{"mode": name, **row} for name, row in rows.items()], packages))
-    print(save_predictions(model, data.test, folder / "predictions.png"))
-
-
-def measure_modes(detector: nn.Module, batch: Batch) -> dict[Mode, dict[str, float]]:
-    """Count what the backbone keeps in each mode, and time steps.
-
-    The modes take turns, so that other work on the machine slows down both alike. The detector is not changed.
-    """
-    device = next(detector.parameters()).device
-    images = tuple(image.to(device) for image in batch[0])
-    targets = tuple({name: value.to(device) for name, value in target.items()} for target in batch[1])
-    backbone = detector.get_submodule("backbone")
-    pixels = detector.get_submodule("transform")(images)[0].tensors
-    seconds: dict[Mode, list[float]] = {mode: [] for mode in MODES}
-    detector.train()
-    for number in range(ROUNDS + 1):
-        for mode in MODES if number % 2 else reversed(MODES):
-            with conv_bn_mode(backbone, mode):
-                torch.manual_seed(number)  # the detectors sample regions
-                started = time.perf_counter()
-                total_loss(detector, (images, targets)).backward()
-                seconds[mode].append(time.perf_counter() - started)
-            detector.zero_grad()
-    return {
-        mode: {
-            "kept_for_backward_mib": measure_memory(backbone, pixels, mode=mode).saved_mib,
-            "seconds_per_step": median(seconds[mode][1:]),  # the first round warms up
-        }
-        for mode in MODES
-    }
-
-
 def save_predictions(model: Detector, images: CocoImages, path: Path) -> Path:
     """Draw the first images with the true boxes in green and the predicted ones in red."""
     model.eval()
-    items = [images[index] for index in range(min(SHOWN_IMAGES, len(images)))]
     figure = Figure(figsize=(12, 6.4), layout="constrained")
-    for number, (image, target) in enumerate(items, start=1):
+    for number in range(min(SHOWN_IMAGES, len(images))):
+        image, target = images[number]
         with torch.no_grad():
             (found,) = model([image.to(model.device)])
-        axes = figure.add_subplot(2, (SHOWN_IMAGES + 1) // 2, number)
+        sure = {name: part[found["scores"] > SHOWN_ABOVE].cpu() for name, part in found.items()}
+        names = [
+            f"{model.classes[int(label) - 1]} {score:.2f}"
+            for label, score in zip(sure["labels"], sure["scores"], strict=True)
+        ]
+        drawn = image
+        if len(sure.get("masks", ())):
+            drawn = draw_segmentation_masks(drawn, sure["masks"][:, 0] > 0.5, alpha=0.6, colors="teal")
+        true, predicted = {"colors": "limegreen", "width": 3}, {"colors": "red", "labels": names}
+        for boxes, style in ((target["boxes"], true), (sure["boxes"], predicted)):
+            drawn = draw_bounding_boxes(drawn, boxes, **style) if len(boxes) else drawn
+        axes = figure.add_subplot(2, (SHOWN_IMAGES + 1) // 2, number + 1)
         axes.set_axis_off()
-        sure = (
-            (found["scores"] > SHOWN_ABOVE).nonzero().flatten().flip(0)
-        )  # the one with the highest score last, on top
-        if "masks" in found:
-            inside = (found["masks"][sure, 0] > 0.5).any(0).cpu()
-            image = torch.where(inside, image.mul(0.4) + torch.tensor([0.0, 0.6, 0.6])[:, None, None], image)
-        axes.imshow(image.permute(1, 2, 0))
-        for box in target["boxes"]:
-            axes.add_patch(_rectangle(box, "limegreen", linewidth=3))
-        for box, label, score in zip(*(found[key][sure].cpu() for key in ("boxes", "labels", "scores")), strict=True):
-            axes.add_patch(_rectangle(box, "red", linewidth=1))
-            left, top = box[:2].tolist()
-            text = f"{model.classes[int(label) - 1]}  {score:.2f}"
-            axes.text(left, top, text, color="white", backgroundcolor="red", fontsize=7, va="bottom")
+        axes.imshow(drawn.permute(1, 2, 0))
     figure.suptitle("green: true boxes; red: predicted boxes with their scores")
     figure.savefig(path)
     return path
-
-
-def _rectangle(box: Tensor, color: str, linewidth: float) -> Rectangle:
-    left, top, right, bottom = box.tolist()
-    return Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=linewidth)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@
 
 A new BatchNorm has mean 0 and variance 1. Frozen like that, it would not normalise. So the first 4 of 8 epochs run in
 Train mode, by `start_epoch: 4`, and find its statistics. Then they are frozen and folded. The defaults are in
-`configs/segmentation.yaml`. A page to copy, without a command line, is `examples/single_file/segmentation.py`;
+`configs/segmentation.yaml`. A file to copy, without a command line, is `examples/single_file/segmentation.py`;
 `examples/benchmarks/segmentation.py` compares three ways to treat the new head.
 """
 
@@ -197,13 +197,11 @@ def _made(path: Path) -> Path:
 
 
 class SegmentationCLI(TemplateCLI):
-    """A TemplateCLI that gives the classes of the data to the model."""
+    """A TemplateCLI that saves a picture of predictions."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link the arguments, as in any LightningCLI."""
+        """Add the options of the picture."""
         super().add_arguments_to_parser(parser)
-        parser.link_arguments("data.classes", "model.num_classes", compute_fn=len, apply_on="instantiate")
-        parser.link_arguments("data.class_weights", "model.class_weights", apply_on="instantiate")
         parser.add_lightning_class_args(SavePredictions, "picture")
 
 

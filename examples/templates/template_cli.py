@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,17 @@ SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
 class TemplateCLI(ConvBNCLI):
-    """A ConvBNCLI that tests after a fit, and writes the scores to the file of `--results`."""
+    """A ConvBNCLI that tests after a fit, and writes the scores to the file of `--results`.
+
+    If the model takes `num_classes` and `class_weights`, it gets those of the data.
+    """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add `--results`. A template that overrides this method calls it."""
+        """Add `--results`, and link the arguments. A template that overrides this method calls it."""
         parser.add_argument("--results", type=Path | None, default=None, help="A JSON file to write the scores to.")
+        if "num_classes" in signature(self._model_class).parameters:
+            parser.link_arguments("data.classes", "model.num_classes", compute_fn=len, apply_on="instantiate")
+            parser.link_arguments("data.class_weights", "model.class_weights", apply_on="instantiate")
 
     def before_fit(self) -> None:
         """Say how many images there are: with few of them, a fit has few steps."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lightning_convbn.blocks import reasons
@@ -124,13 +125,14 @@ def block_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     - if it can't run twice (`look.py`),
     - while none of its weights wants a gradient: then it keeps little,
     - without gradients, in graphs of a compiler or of a trace, and in transforms of ``torch.func``,
-    - under other saved-tensor hooks, such as those of a checkpoint around it: what they save is theirs to decide,
+    - under other saved-tensor hooks, such as those of a checkpoint around it: what they save is theirs to decide; and
+      where no such hooks are allowed,
     - while a CUDA graph captures a block that draws: the state of the random numbers can't be read then.
     """
     state, forward = state_of(self), type(self).forward
     if not isinstance(state, Block) or in_graph() or not torch.is_grad_enabled():
         return forward(self, *args, **kwargs)
-    if inside_transform() or other_saved_tensor_hooks() or not _trains_weights(self):
+    if inside_transform() or not _may_save_otherwise() or not _trains_weights(self):
         return forward(self, *args, **kwargs)
     leaves, structure = tree_flatten((args, kwargs))
     seen = Seen(_modules_of(self), structure, tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor)))
@@ -170,6 +172,21 @@ def _modules_of(block: nn.Module) -> tuple[tuple[type[nn.Module], bool, bool], .
 def _modes_of(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
     states = map(state_of, modules)
     return tuple(None if state is None else (id(state), state.mode, state.recompute) for state in states)
+
+
+def _may_save_otherwise() -> bool:
+    """Whether a checkpoint may decide here what is saved."""
+    if other_saved_tensor_hooks():
+        return False
+    try:
+        with saved_tensors_hooks(_as_it_is, _as_it_is):
+            return True
+    except RuntimeError:  # within torch.autograd.graph.disable_saved_tensors_hooks
+        return False
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _is_captured() -> bool:

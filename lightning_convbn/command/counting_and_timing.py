@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 from lightning_convbn.command.bytes_per_block import sum_by_block
+from lightning_convbn.command.errors import CommandError
 from lightning_convbn.command.inputs import Call, Inputs
 from lightning_convbn.command.model_checks import (
     check_has_batchnorm,
@@ -19,7 +22,7 @@ from lightning_convbn.command.model_checks import (
     is_within,
     runs_abstractly,
 )
-from lightning_convbn.command.results import RECOMPUTES, TITLES, VARIANTS, Measurement, Variant, VariantResult
+from lightning_convbn.command.results import MODES, TITLES, VARIANTS, Measurement, Variant, VariantResult, reference_of
 from lightning_convbn.command.terminal import Job, run_jobs
 from lightning_convbn.compat import tree_map
 from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
@@ -35,10 +38,11 @@ from lightning_convbn.text import first_line
 
 
 class ModelMeasurer:
-    """Measures one model in several variants, on the same inputs, in its eval state.
+    """Measures one model in several variants, on the same inputs.
 
-    Eval and Tune are modes of the model, Tune also with recomputation. The Deploy copy is the copy that
-    `fuse_for_deploy` makes, measured as if it were trained. Every parameter that wants a gradient gets one.
+    Train, Eval and Tune are modes of the model, also with recomputation. The Deploy copy is the copy that
+    `fuse_for_deploy` makes, measured as if it were trained. Every parameter that wants a gradient gets one. In Train's
+    variants the model is in its train state, in the others in its eval state. Its buffers are left as they were.
 
     Args:
         model: Any module. It is moved to ``device`` and ``dtype``.
@@ -78,7 +82,7 @@ class ModelMeasurer:
         self._timed: list[Variant] = []  # without those that ran out of memory
 
     def measure(self, variants: Sequence[Variant], *, rounds: int, budget: int | None) -> Measurement:
-        """Measure variants. Eval is always measured, because the others are compared with it.
+        """Measure variants, and what they are compared with: Train, Eval or both.
 
         Args:
             variants: What to measure.
@@ -86,21 +90,25 @@ class ModelMeasurer:
             budget: The bytes that the largest batch must fit into, or None. It needs inputs that have a batch.
 
         Returns:
-            What was measured. The model is in Train mode again.
+            What was measured. The model is in Train mode again, and in its eval state.
+
+        Raises:
+            CommandError: If no variant can be measured.
         """
-        chosen = [variant for variant in VARIANTS if variant in ("eval", *variants)]
+        chosen = [variant for variant in VARIANTS if variant in {*variants, *map(reference_of, variants)}]
         jobs: list[Job] = [(f"counting {TITLES[variant]}", partial(self._count, variant)) for variant in chosen]
         if budget is not None:
             search = "searching the largest batch of"
             jobs += [(f"{search} {TITLES[variant]}", partial(self._search, variant, budget)) for variant in chosen]
         if rounds:
-            self._timed = chosen
             jobs += [("warming up", partial(self._time, 0))]
             jobs += [
                 (f"timing round {number} of {rounds}", partial(self._time, number)) for number in range(1, rounds + 1)
             ]
         run_jobs(jobs)
-        set_mode(self.model, "train")
+        if not self.found.variants:
+            raise CommandError(self.found.notes[0])
+        set_mode(self.model.eval(), "train")
         self.found.blocks = sum_by_block(self.model, self.pairs, self._by_module)
         return self.found
 
@@ -115,16 +123,29 @@ class ModelMeasurer:
         return find_recorded_pairs(self.model, *inputs.call(writable=True))
 
     def _variant(self, variant: Variant) -> tuple[nn.Module, dict[str, Any]]:
-        """Return the module to run, and the arguments that set its mode."""
+        """Return the module to run, in the right state, and the arguments that set its mode."""
+        mode, recompute = MODES[variant]
         if variant == "deploy-copy":
-            return self.deploy_copy, {"mode": "train", "pairs": ConvBNPairs([])}  # Train mode does not convert anything
-        mode = "eval" if variant == "eval" else "tune"
-        return self.model, {"mode": mode, "pairs": self.pairs, "recompute": RECOMPUTES.get(variant, "none")}
+            return self.deploy_copy, {"mode": mode, "pairs": ConvBNPairs([])}
+        return self.model.train(mode == "train"), {"mode": mode, "pairs": self.pairs, "recompute": recompute}
 
     def _count(self, variant: Variant) -> None:
-        """Count the peak and the kept bytes, without data if the model allows it."""
+        """Count the peak and the kept bytes, without data if the model allows it.
+
+        A model may not run in its train state: a detector needs targets there, and a BatchNorm two values per channel.
+        """
+        reference = reference_of(variant)
+        if variant != reference and reference not in self.found.variants:
+            return
         model, mode = self._variant(variant)
-        use = measure_memory_abstractly(model, *self.inputs.call(), optimizer=self.found.optimizer, **mode)
+        try:
+            use = measure_memory_abstractly(model, *self.inputs.call(), optimizer=self.found.optimizer, **mode)
+        except Exception as error:  # a user's forward may raise anything
+            if variant != "train":
+                raise
+            self._note(variant, f"not measured, because the model can't run in its train state: {_named(error)}")
+            return
+        self._timed.append(variant)
         self._by_module[variant] = use.saved_by_module
         self.found.variants[variant] = VariantResult(use.saved_bytes, fixed_bytes(model), use.peak_bytes)
         if use.peak_bytes is None:
@@ -132,6 +153,8 @@ class ModelMeasurer:
 
     def _search(self, variant: Variant, budget: int) -> None:
         """Search the largest batch, without data."""
+        if variant not in self.found.variants:
+            return
         (model, mode), result = self._variant(variant), self.found.variants[variant]
         tried = self.inputs
 
@@ -139,7 +162,12 @@ class ModelMeasurer:
             nonlocal tried
             tried = self.inputs.with_batch(batch)
             asked = {"optimizer": self.found.optimizer, "allow_real_run": False, **mode}
-            peak = measure_memory_abstractly(model, *tried.call(), **asked).peak_bytes
+            try:
+                peak = measure_memory_abstractly(model, *tried.call(), **asked).peak_bytes
+            except ValueError:
+                if batch > 1 or reference_of(variant) != "train":
+                    raise
+                return needed(2)  # a BatchNorm in training needs more than one value per channel
             if peak is None:
                 raise RuntimeError("its backward pass fails")
             return peak
@@ -149,7 +177,7 @@ class ModelMeasurer:
             why = "a larger batch takes no more bytes"
         except Exception as error:  # a user's forward may raise anything if a tensor has no data
             why = f"the model can't run on tensors without data, on the input {tried}: "
-            why += f"{type(error).__name__}: {first_line(error)}"
+            why += _named(error)
         if result.largest_batch is None:
             self._note(variant, f"no largest batch, because {why}")
 
@@ -159,8 +187,12 @@ class ModelMeasurer:
         for variant in self._timed[:] if number % 2 else self._timed[::-1]:
             (model, mode), result = self._variant(variant), self.found.variants[variant]
             set_mode(model, **mode)
+            torch.manual_seed(number)  # so that all variants draw alike: whole layers may be dropped
+            random.seed(number)
             try:
-                seconds, peak = run_step(model, tree_map(lambda leaf: leaf, call), self.found.device)  # own containers
+                with buffers_put_back(model):
+                    own_containers = tree_map(lambda leaf: leaf, call)
+                    seconds, peak = run_step(model, own_containers, self.found.device)
             except torch.OutOfMemoryError as error:
                 self._note(variant, f"not timed, {first_line(error)}")
                 result.step_seconds.clear()
@@ -171,6 +203,29 @@ class ModelMeasurer:
 
     def _note(self, variant: Variant, text: str) -> None:
         self.found.notes.append(f"{TITLES[variant]}: {text}")
+
+
+@contextmanager
+def buffers_put_back(model: nn.Module) -> Iterator[None]:
+    """Give a model the buffers back that it has now, with their values: a forward in Train mode writes statistics."""
+    buffers = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for owner, name, buffer, values in buffers:
+            owner[name] = buffer
+            if not torch.equal(buffer, values):  # an expanded tensor can be neither changed nor written
+                with torch.no_grad():
+                    buffer.copy_(values)
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def run_step(model: nn.Module, call: Call, device: torch.device) -> tuple[float, int | None]:

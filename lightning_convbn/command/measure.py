@@ -23,6 +23,7 @@ from lightning_convbn.memory.optimizers import OPTIMIZERS
 EXAMPLES = """\
   lightning-convbn measure torchvision:resnet50 --batch-size 32
   lightning-convbn measure torchvision:resnet50 --rounds 0 --budget 8GiB      (only counts: no data, no waiting)
+  lightning-convbn measure torchvision:resnet50 --variants train-elementwise train-blocks
   lightning-convbn measure torchvision:resnet50 --rounds 0 --budget 8GiB --optimizer adamw --freeze conv1 layer1
   lightning-convbn measure my_project.models:two_inputs --input image=8x3x224x224 --input depth=8x1x224x224
   lightning-convbn measure timm:efficientnet_b0 --html report.html --plot report.png
@@ -32,10 +33,10 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 def add_parser(commands: Any) -> None:
     """Add the sub-command and its options to the parser."""
-    purpose = "measure memory and time in Eval mode, in Tune mode, and of the Deploy copy"
+    purpose = "measure memory and time in Train, Eval and Tune mode, and of the Deploy copy"
     parser = add_command(commands, "measure", purpose, EXAMPLES, batch=8)
     add = parser.add_argument
-    variants = "what to measure; eval is always measured, to compare with; default: all"
+    variants = "what to measure; train or eval is added, to compare with; default: all"
     add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help=variants)
     add("--dtype", choices=DTYPES, default="float32", help="dtype of model and input; default: %(default)s")
     add("--device", type=device, help="cpu, cuda, cuda:1; default: cuda if there is a CUDA device, else cpu")
@@ -95,9 +96,11 @@ def _write(options: Namespace, found: Measurement) -> None:
 
 
 def _notes(options: Namespace, found: Measurement) -> list[str]:
-    """Return at most three lines that explain the numbers."""
+    """Return at most four lines that explain the numbers."""
     peak = f"Peak: input, both passes, gradients, optimizer ({found.optimizer}); without workspaces."
     notes = [f"Bytes beyond parameters and buffers. {peak}"]
+    if "train" in found.variants:
+        notes.append("Train: statistics of the batch, dropout and auxiliary heads on. All others: frozen statistics.")
     if "deploy-copy" in found.variants:
         notes.append("The Deploy copy is only there to compare with: training it is unstable.")
     if options.rounds:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS: dict[Variant, str] = {
+    "train": "#1e293b",
+    "train-elementwise": "#db2777",
+    "train-blocks": "#eab308",
     "eval": "#c2570c",
     "tune": "#0f766e",
     "tune-elementwise": "#1d4ed8",

@@ -10,22 +10,44 @@ from typing import Any, Literal
 import torch
 
 from lightning_convbn.command.inputs import Inputs, dtype_name
-from lightning_convbn.layers.state import Recompute
+from lightning_convbn.layers.state import Mode, Recompute
 from lightning_convbn.memory.optimizers import Optimizer
 from lightning_convbn.memory.use import MIB, as_mib
 from lightning_convbn.pairs.pair import ConvBNPairs
 
-# What is compared: two modes of the model, Tune mode with recomputation, and the model's Deploy copy.
-Variant = Literal["eval", "tune", "tune-elementwise", "tune-blocks", "deploy-copy"]
-VARIANTS: tuple[Variant, ...] = ("eval", "tune", "tune-elementwise", "tune-blocks", "deploy-copy")
+# What is compared: modes of the model, with and without recomputation, and the model's Deploy copy.
+Variant = Literal[
+    "train", "train-elementwise", "train-blocks", "eval", "tune", "tune-elementwise", "tune-blocks", "deploy-copy"
+]
 TITLES: dict[Variant, str] = {
+    "train": "Train",
+    "train-elementwise": "Train + elementwise",
+    "train-blocks": "Train + blocks",
     "eval": "Eval",
     "tune": "Tune",
     "tune-elementwise": "Tune + elementwise",
     "tune-blocks": "Tune + blocks",
     "deploy-copy": "Deploy copy",
 }
-RECOMPUTES: dict[Variant, Recompute] = {"tune": "none", "tune-elementwise": "elementwise", "tune-blocks": "blocks"}
+VARIANTS: tuple[Variant, ...] = tuple(TITLES)
+MODES: dict[Variant, tuple[Mode, Recompute]] = {
+    "train": ("train", "none"),
+    "train-elementwise": ("train", "elementwise"),
+    "train-blocks": ("train", "blocks"),
+    "eval": ("eval", "none"),
+    "tune": ("tune", "none"),
+    "tune-elementwise": ("tune", "elementwise"),
+    "tune-blocks": ("tune", "blocks"),
+    "deploy-copy": ("train", "none"),  # of the copy, whose modules stay plain
+}
+
+
+def reference_of(variant: Variant) -> Variant:
+    """Return the variant that another one is compared with: the one without this package that trains the same.
+
+    Statistics are trained in Train's variants, and frozen in all others.
+    """
+    return "train" if variant in ("train", "train-elementwise", "train-blocks") else "eval"
 
 
 @dataclass(frozen=True)
@@ -96,8 +118,8 @@ class Measurement:
     notes: list[str] = field(default_factory=list)
 
     def step_time_ratio(self, variant: Variant) -> tuple[float, float, float] | None:
-        """Return the median step time divided by Eval's, and the smallest and the largest ratio of a round."""
-        own, reference = self.variants[variant], self.variants["eval"]
+        """Return the median step time divided by its reference's, and the smallest and the largest ratio of a round."""
+        own, reference = self.variants[variant], self.variants[reference_of(variant)]
         if own.median_seconds is None or reference.median_seconds is None:
             return None
         ratios = [seconds / other for seconds, other in zip(own.step_seconds, reference.step_seconds, strict=True)]
@@ -113,16 +135,17 @@ class Measurement:
 
     def as_table(self) -> tuple[list[str], list[list[str]]]:
         """Return the titles of the columns, and a row for each variant. A column without any number is left out."""
-        eval_ = self.variants["eval"]
+        refs = {variant: self.variants[reference_of(variant)] for variant in self.variants}
         columns: list[tuple[str, Callable[[Variant, VariantResult], str]]] = [
             ("variant", lambda variant, _: TITLES[variant]),
+            ("against", lambda variant, own: "-" if own is refs[variant] else TITLES[reference_of(variant)]),
             ("kept for backward", lambda _, own: as_mib(own.saved_bytes)),
-            ("against Eval", lambda variant, own: _change(variant, own.saved_bytes, eval_.saved_bytes)),
+            ("change", lambda variant, own: _change(own, refs[variant], "saved_bytes")),
             ("peak of a step", lambda _, own: _size(own.peak_bytes)),
-            ("against Eval", lambda variant, own: _change(variant, own.peak_bytes, eval_.peak_bytes)),
+            ("change", lambda variant, own: _change(own, refs[variant], "peak_bytes")),
             ("peak of the allocator", lambda _, own: _size(own.peak_allocated_bytes)),
             ("step time", lambda _, own: f"{1000 * own.median_seconds:.1f} ms" if own.median_seconds else "-"),
-            ("ratio to Eval (rounds)", lambda variant, _: _ratio(self.step_time_ratio(variant))),
+            ("ratio (rounds)", lambda variant, _: _ratio(self.step_time_ratio(variant))),
             ("largest batch", lambda _, own: "-" if own.largest_batch is None else str(own.largest_batch)),
         ]
         filled = [
@@ -143,7 +166,11 @@ class Measurement:
             "optimizer": self.optimizer,
             "threads": torch.get_num_threads(),
             "variants": {
-                variant: {**asdict(result), "step_time_ratio": self.step_time_ratio(variant)}
+                variant: {
+                    "reference": reference_of(variant),
+                    **asdict(result),
+                    "step_time_ratio": self.step_time_ratio(variant),
+                }
                 for variant, result in self.variants.items()
             },
             "blocks": [asdict(block) for block in self.blocks],
@@ -161,9 +188,10 @@ def _size(size: int | None) -> str:
     return "-" if size is None else as_mib(size)
 
 
-def _change(variant: Variant, own: int | None, reference: int | None) -> str:
-    """Return by how many percent a size differs from Eval's."""
-    return "-" if variant == "eval" or own is None or not reference else f"{100 * (own / reference - 1):+.1f} %"
+def _change(own: VariantResult, reference: VariantResult, size: str) -> str:
+    """Return by how many percent a size differs from the reference's."""
+    new, old = getattr(own, size), getattr(reference, size)
+    return "-" if own is reference or new is None or not old else f"{100 * (new / old - 1):+.1f} %"
 
 
 def _ratio(ratio: tuple[float, float, float] | None) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_convbn.compat import inside_transform, versions_in_call
+from lightning_convbn.compat import has_affine, inside_transform, pack_hook, versions_in_call, versions_of_affine
 from lightning_convbn.layers.state import Pair
 from lightning_convbn.ops.autocast import autocast, in_autocast
 from lightning_convbn.ops.convolution import conv_bn, convolve
@@ -27,6 +28,8 @@ class Call(NamedTuple):
     operands: Operands  # as they were read for this call
     spec: ConvSpec | None
     versions: tuple[int, ...] | None  # of input, weight and bias; None where PyTorch does not count writes
+    affine_versions: tuple[int, ...] | None  # of what the BatchNorm multiplies and adds; as above
+    pack_hook: Any  # the saved-tensor hook in force, as under a checkpoint; None if there is none
     with_grad: bool  # whether gradients are wanted
     autocast: torch.dtype | None  # the dtype of autocast; None if it is off
     folded: Tensor  # what the folded convolution has put out
@@ -35,6 +38,13 @@ class Call(NamedTuple):
         """Whether the plain output wants a gradient."""
         tensors = (self.input, *self.operands[:2])
         return self.with_grad and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+    def is_up_to_date(self) -> bool:
+        """Whether the BatchNorm still computes what was folded: nobody has given it other tensors, or written them."""
+        _, _, gamma, beta, mean, var, eps = self.operands
+        bn: Any = self.pair.bn
+        same = has_affine(bn, gamma, beta, mean, var) and getattr(bn, "eps", eps) == eps
+        return same and versions_of_affine(gamma, beta, mean, var) == self.affine_versions
 
     def is_trained(self) -> bool:
         """Whether a parameter of the pair wants a gradient."""
@@ -80,9 +90,15 @@ class Call(NamedTuple):
 
     @contextmanager
     def _state(self) -> Iterator[None]:
-        """What was in force in the call: gradients, and autocast."""
-        with torch.set_grad_enabled(self.with_grad), in_autocast(self.input.device.type, self.autocast):
+        """What was in force in the call: gradients, autocast, and no hooks of a checkpoint that has begun since."""
+        as_it_is = self.pack_hook is None and pack_hook() is not None
+        hooks = saved_tensors_hooks(_same, _same) if as_it_is else nullcontext()
+        with torch.set_grad_enabled(self.with_grad), in_autocast(self.input.device.type, self.autocast), hooks:
             yield
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def names_of(pair: Pair) -> str:
@@ -92,4 +108,7 @@ def names_of(pair: Pair) -> str:
 
 def described(layer: nn.Module) -> str:
     """Class and geometry of a layer."""
-    return f"{type(layer).__name__}({type(layer).extra_repr(layer)})"
+    try:
+        return f"{type(layer).__name__}({type(layer).extra_repr(layer)})"
+    except Exception:  # it can't show what a user has set: ``padding = 1``, say
+        return type(layer).__name__

@@ -12,24 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from lightning_convbn.compat import (
-    FakeTensor,
     in_graph,
     inside_transform,
     is_in_backward,
     is_watched,
+    pack_hook,
     tensors_of_pair,
+    version_of,
     versions_in_call,
     versions_of,
+    versions_of_affine,
     without_torch_function,
 )
-from lightning_convbn.layers.calls import Call, names_of
-from lightning_convbn.layers.marks import Mark, mark, mark_plain, taken_off, unmarked
-from lightning_convbn.layers.norms import EPSILON, frozen_forward, normalised, run_after
+from lightning_convbn.layers.calls import Call
+from lightning_convbn.layers.marks import Mark, mark, taken_off, unmarked
+from lightning_convbn.layers.norms import EPSILON, affine_of, frozen_forward, run_after
 from lightning_convbn.layers.state import Pair, pair_of
 from lightning_convbn.ops.autocast import autocast, autocast_dtype, dtype_of_autocast
 from lightning_convbn.ops.convolution import conv_bn, conv_bn_in_graph, folded_conv, output_numel
 from lightning_convbn.ops.fold import ConvSpec, Operands, fold_conv_bn
-from lightning_convbn.ops.recomputable import follow
+from lightning_convbn.ops.recomputable import follow, is_foreign
 
 
 def conv_forward(self: nn.Module, input: Tensor, output_size: Any = None) -> Tensor:
@@ -41,23 +43,26 @@ def conv_forward(self: nn.Module, input: Tensor, output_size: Any = None) -> Ten
     if pair is None:
         return type(self).forward(self, input, *arguments)  # type: ignore[no-any-return]
     if in_graph():
-        return _in_graph(pair, input, arguments)
+        return _conv_in_graph(pair, input, arguments)
     if _runs_plainly(pair):
         return type(self).forward(self, input, *arguments)  # type: ignore[no-any-return]
+    marked = None
     if type(input) is Tensor:
         marked = _marked(pair, input, output_size)
-    else:
+    elif not is_foreign(type(input)):
         with without_torch_function():  # a recomputable input has functions of its own for what is asked
             marked = _marked(pair, input, output_size)
-    return mark_plain(type(self).forward(self, input, *arguments), pair) if marked is None else marked
+    return type(self).forward(self, input, *arguments) if marked is None else marked  # type: ignore[no-any-return]
 
 
 def _runs_plainly(pair: Pair) -> bool:
-    """Whether the two layers run as they are: somebody sees what passes between them, or has set another convolution.
+    """Whether the two layers run as they are: somebody sees what passes between them, or has changed what one computes.
 
     A forward pass that runs again in the backward pass, as under a checkpoint, decides as it did in the forward pass.
     """
-    watched = is_watched(pair.conv, pair.bn) or "_conv_forward" in vars(pair.conv)
+    conv, bn = pair.conv, pair.bn
+    watched = is_watched(conv, bn) or "_conv_forward" in vars(conv)
+    watched = watched or (type(conv).forward, type(bn).forward) != pair.forwards
     if watched is not pair.watched:
         if is_in_backward():
             return pair.watched
@@ -71,12 +76,14 @@ def norm_forward(self: nn.Module, input: Tensor) -> Tensor:
     if pair is None:
         return frozen_forward(self, input)  # type: ignore[no-any-return]
     if isinstance(input, Mark):
-        folded = taken_off(input, pair)
+        folded = None if torch.compiler.is_compiling() else taken_off(input, pair)
         if folded is not None:
             return _finished(pair, input, folded)
         input = unmarked(input)
-    elif _is_normalised(pair, input):
-        return run_after(self, pair.norm_row, input)
+    elif in_graph():
+        folded = _norm_in_graph(pair, input)
+        if folded is not None:
+            return run_after(self, pair.norm_row, folded)
     if pair.check is not None:
         pair.check.note_plain(pair)
     return frozen_forward(self, input)  # type: ignore[no-any-return]
@@ -94,12 +101,14 @@ def _marked(pair: Pair, input: Tensor, output_size: Any) -> Tensor | None:
     operands = Operands(weight, bias, gamma, beta, mean, var, getattr(bn, "eps", EPSILON))
     if not weight.requires_grad and _eval_keeps_less(input, operands, spec):
         return None
-    versions, lower = versions_in_call(input, weight, bias), autocast_dtype(input)
+    versions, affine_versions = versions_in_call(input, weight, bias), versions_of_affine(gamma, beta, mean, var)
+    lower = autocast_dtype(input)
     if pair.mode == "deploy":
         output = _deployed(pair, input, operands, spec, lower)
     else:
         output = conv_bn(input, operands, spec, lower)
-    return mark(Call(pair, input, operands, spec, versions, torch.is_grad_enabled(), lower, output))
+    with_grad = torch.is_grad_enabled()
+    return mark(Call(pair, input, operands, spec, versions, affine_versions, pack_hook(), with_grad, lower, output))
 
 
 def _finished(pair: Pair, marked: Any, folded: Tensor) -> Tensor:
@@ -155,55 +164,50 @@ def _deployed(
 
 
 # ------------------------------------------------------------------------------------------------------- in a graph
-# In a graph of a compiler or of a trace there are no marks: the convolution returns the folded output, and its
-# BatchNorm returns what it gets. That is right if both do so. But one of the two may be in a graph, and the other one
-# not: if it was compiled alone, or if a graph ends between the two. So it is decided once, when a graph is first made
-# of one of the two, and all graphs go by that. Equal layers share a graph, so each run of a graph notes it anew.
-#
-# - The convolution comes first: the pair is folded in graphs. If its BatchNorm then gets a tensor without a mark
-#   outside of a graph, nobody knows if that is normalised already, and an error says so.
-# - The BatchNorm comes first, so it was compiled without its convolution: in graphs the pair runs plainly.
+# In a graph of a compiler or of a trace there are no marks. The convolution puts out the plain output, and an attribute
+# of it says what it was made of. The BatchNorm of the pair runs the folded convolution on that. Nobody reads the plain
+# output then, so the compiler drops it. Whoever else reads it gets what Eval would have given; a graph may also end
+# between the two layers, or hold one of them alone.
+
+_MADE_OF = "_convbn_made_of"
 
 
-def _in_graph(pair: Pair, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
-    """Return the folded output, if graphs fold the pair, and else the plain output."""
-    conv, bn = pair.conv, pair.bn
-    mean, var = bn.running_mean, bn.running_var
-    if pair.plain_in_graphs or _runs_plainly(pair) or mean is None or var is None:
-        return type(conv).forward(conv, input, *arguments)  # type: ignore[no-any-return]
-    if torch.compiler.is_exporting():
-        pair.note_export()
-    else:
-        pair.folded_in_graphs = True
-    weight: Any = conv.weight
-    eps = getattr(bn, "eps", EPSILON)
-    operands = Operands(weight, conv.bias, bn.weight, bn.bias, mean, var, eps)  # type: ignore[arg-type]
-    if input.dim() == pair.dims:
-        padded, spec = pair.geometry(conv, input, *(arguments or (None,)))
-        if not _eval_keeps_less(padded, operands, spec):
-            return conv_bn_in_graph(padded, operands, spec, dtype_of_autocast(input.device.type))
-    plain: Tensor = type(conv).forward(conv, input, *arguments)
-    return normalised(bn, plain)
+class MadeOf(NamedTuple):
+    """What a plain output was made of, within a graph."""
+
+    pair: Pair
+    input: Tensor
+    arguments: tuple[Any, ...]
+    version: int | None  # of the output; None in a graph of Dynamo, which does not know it
 
 
-def _is_normalised(pair: Any, input: Tensor) -> bool:
-    """Whether what a BatchNorm gets is normalised already, although it has no mark: in a graph, by the proof.
+def _conv_in_graph(pair: Pair, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+    """Return the plain output, and note on it what it was made of."""
+    output: Tensor = type(pair.conv).forward(pair.conv, input, *arguments)
+    if not _runs_plainly(pair):
+        setattr(output, _MADE_OF, MadeOf(pair, input, arguments, _version_in_graph(output)))
+    return output
 
-    Raises:
-        RuntimeError: If it may be, and nobody knows: outside of a graph, while the pair is folded in graphs.
-    """
-    if pair.mode == "eval":
-        return False
-    if in_graph():
-        if pair.folded_in_graphs and not _runs_plainly(pair) and pair.bn.running_mean is not None:
-            return True
-        pair.plain_in_graphs = True
-        return False
-    if pair.folded_in_graphs and not _runs_plainly(pair) and type(input) in (Tensor, FakeTensor):
-        raise RuntimeError(
-            f"{names_of(pair)} in a graph (torch.compile). Outside of a graph the BatchNorm got a tensor that does not "
-            "come from the convolution directly. If the graph ends between the two, the tensor is normalised already; "
-            "else it is not. Compile a block that holds both layers, before the switch; or leave this pair out: "
-            "set_mode(model, mode, pairs=...)"
-        )
-    return False
+
+def _norm_in_graph(pair: Pair, input: Tensor) -> Tensor | None:
+    """Return the folded output for a plain one; None if that is not the pair's, was written, or is not to be folded."""
+    made_of: MadeOf | None = getattr(input, _MADE_OF, None)
+    if (
+        made_of is None
+        or made_of.pair is not pair
+        or made_of.version != _version_in_graph(input)
+        or pair.mode == "eval"
+    ):
+        return None
+    conv, affine = pair.conv, affine_of(pair.bn)
+    if affine.running_mean is None or affine.running_var is None or made_of.input.dim() != pair.dims:
+        return None
+    padded, spec = pair.geometry(conv, made_of.input, *(made_of.arguments or (None,)))
+    operands = Operands(conv.weight, conv.bias, *affine)  # type: ignore[arg-type]
+    if _eval_keeps_less(padded, operands, spec):
+        return None
+    return conv_bn_in_graph(padded, operands, spec, dtype_of_autocast(padded.device.type))
+
+
+def _version_in_graph(tensor: Tensor) -> int | None:
+    return None if torch.compiler.is_dynamo_compiling() else version_of(tensor)

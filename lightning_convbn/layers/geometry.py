@@ -22,7 +22,19 @@ def of_conv(conv: Any, input: Tensor, output_size: Sequence[int] | None) -> tupl
     padding = conv.padding
     if conv.padding_mode != "zeros" or type(padding) is str:
         input, padding = _padded(input, conv)
-    return input, ConvSpec(conv.stride, padding, conv.dilation, False, conv.output_padding, conv.groups)
+    return input, _spec(conv, padding, False, conv.output_padding)
+
+
+def _spec(conv: Any, padding: Any, transposed: bool, output_padding: Any) -> ConvSpec:
+    """Put the geometry together. A user may have set a number or a list, which ``F.conv2d`` takes, too."""
+    stride, dilation = conv.stride, conv.dilation
+    if not type(stride) is type(padding) is type(dilation) is type(output_padding) is tuple:
+        dims = conv.weight.dim() - 2
+        stride, padding, dilation, output_padding = (
+            (value,) * dims if isinstance(value, int) else tuple(value)
+            for value in (stride, padding, dilation, output_padding)
+        )
+    return ConvSpec(stride, padding, dilation, transposed, output_padding, conv.groups)
 
 
 def _padded(input: Tensor, conv: Any) -> tuple[Tensor, tuple[int, ...]]:
@@ -66,7 +78,7 @@ def of_transposed(conv: Any, input: Tensor, output_size: Sequence[int] | None) -
                 f"requested an output size of {sizes}, but valid sizes range from {smallest} to {largest} (for an "
                 f"input of {list(input.shape[2:])})"
             )
-    return input, ConvSpec(conv.stride, conv.padding, conv.dilation, True, extra, conv.groups)
+    return input, _spec(conv, conv.padding, True, extra)
 
 
 def of_linear(conv: Any, input: Tensor, output_size: Sequence[int] | None) -> tuple[Tensor, ConvSpec | None]:
@@ -87,7 +99,7 @@ def of_same(conv: Any, input: Tensor, output_size: Sequence[int] | None) -> tupl
     if any(padding):
         input = F.pad(input, padding)
     zeros = (0,) * len(conv.stride)
-    return input, ConvSpec(conv.stride, zeros, conv.dilation, False, zeros, conv.groups)
+    return input, _spec(conv, zeros, False, zeros)
 
 
 def of_static_same(conv: Any, input: Tensor, output_size: Sequence[int] | None) -> tuple[Tensor, ConvSpec | None]:

@@ -27,6 +27,7 @@ from lightning_convbn.compat import (
     DelayedError,
     FakeTensor,
     inside_transform,
+    pack_hook,
     tree_map_only,
     without_torch_function,
 )
@@ -160,14 +161,18 @@ def plain_output(marked: Mark, *, noted: bool = True) -> Tensor:
 def taken_off(marked: Mark, pair: Pair | None) -> Tensor | None:
     """The folded output behind a mark, if it is right for the BatchNorm of a pair; None if this must normalise.
 
-    It is right if the mark is of its pair, if nobody has read or changed the plain output, and if gradients are wanted
-    now as they were in the call.
+    It is right if the mark is of its pair, if nobody has read or changed the plain output, if the BatchNorm is as it
+    was, and if gradients are wanted now as they were in the call. A checkpoint may begin between the two layers. It
+    runs the BatchNorm a second time, and not the convolution: then the BatchNorm normalises both times.
 
     Raises:
         RuntimeError: If checkpointing with ``use_reentrant=True`` has run the convolution, and not the BatchNorm.
     """
     call = marked.call
-    if call.pair is not pair or marked.plain is not None or marked.taken:
+    if call.pair is not pair or marked.plain is not None or marked.taken or not call.is_up_to_date():
+        return None
+    hook = pack_hook()
+    if hook is not None and hook is not call.pack_hook:
         return None
     if call.with_grad == torch.is_grad_enabled():
         marked.taken = True  # a second call of the BatchNorm must give a tensor of its own
@@ -192,15 +197,6 @@ def guard_of(pair: Pair) -> Callable[[Tensor], Tensor]:
             1,
         )
     return pair.guard
-
-
-def mark_plain(output: Tensor, pair: Pair) -> Tensor:
-    """Mark the plain output of a convolution that is folded in graphs, so that nobody takes it for a folded one."""
-    if not pair.folded_in_graphs or type(output) is not Tensor:
-        return output
-    marked: Any = output.as_subclass(MarkedTensor)
-    marked.call, marked.plain = Call(pair, output, (None,) * 7, None, None, False, None, output), output  # type: ignore[arg-type]
-    return marked  # type: ignore[no-any-return]
 
 
 def unmarked(input: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ def frozen_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
     The forward of the class runs, with a training flag that is False. If the flag was set directly, that was what is
     asked for last: it is noted, and cleared. With recomputation, what ``F.batch_norm`` puts out can be computed again.
+    Where the class multiplies and adds in its place, so do we, on a recomputable tensor: the bits stay the same.
     """
     state: Any = state_of(self)
     if state is None:
@@ -64,6 +65,10 @@ def frozen_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     weight, bias, mean, var, eps = affine_of(self)
     if row is None or mean is None or args[0].dim() not in row.dims:
         return type(self).forward(self, *args, **kwargs)
+    if row.scales:
+        if args[0].grad_fn is not None:
+            follow(args[0], frozen=False)
+        return type(self).forward(self, args[0])
     return run_after(self, row, follow_function(F.batch_norm, args[0], mean, var, weight, bias, False, 0.0, eps))
 
 

@@ -122,12 +122,11 @@ class Pair(State):
         flag: The training flag of the BatchNorm.
 
     Attributes:
+        forwards: The forwards of both classes. Somebody may change a class, or the module's class.
         fold: What Deploy mode has folded.
         keeps_fold: Whether Deploy mode may keep a fold from one forward pass to the next.
         owns_weight: Whether the weight is the module's own between two calls, and not sharded or computed.
         check: Compares the pair with Eval mode while it runs, in the first training step of a Trainer; else None.
-        folded_in_graphs: Whether there may be a graph of a compiler, or of a trace, in which the pair is folded.
-        plain_in_graphs: Whether graphs must not fold the pair.
         watched: Whether the pair was watched, and ran plainly, in the last forward pass.
         guard: Gives a tensor an autograd node that raises an error (`marks.py`).
     """
@@ -138,19 +137,14 @@ class Pair(State):
         self.dims: int = conv_row.dims
         self.geometry = conv_row.geometry
         self.norm_row = norm_row
+        self.forwards = type(conv).forward, type(bn).forward
         self.flag = flag
         self.fold: Any = None
         self.keeps_fold = True
         self.owns_weight = type(conv.weight) is nn.Parameter
         self.check: Any = None
-        self.folded_in_graphs = self.plain_in_graphs = False
         self.watched = False
         self.guard: Callable[[torch.Tensor], torch.Tensor] | None = None
-
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def note_export(self) -> None:
-        """Note that the pair is folded in a graph that is exported: an export allows no writes in the graph itself."""
-        self.folded_in_graphs = True
 
 
 def state_of(module: nn.Module) -> State | None:
@@ -176,7 +170,7 @@ def attach(module: nn.Module, state: State, methods: Mapping[str, Callable[..., 
     """
     detach(module)
     attributes = vars(module)
-    for name, method in {**methods, "__getstate__": _getstate, "extra_repr": _extra_repr}.items():
+    for name, method in {**methods, **_OF_EVERY_MODULE}.items():
         attributes.setdefault(name, MethodType(method, module))
     attributes[STATE] = state
 
@@ -184,7 +178,8 @@ def attach(module: nn.Module, state: State, methods: Mapping[str, Callable[..., 
 def detach(module: nn.Module) -> None:
     """Undo `attach`. Does nothing to a plain module, nor to what somebody else has set on the instance since."""
     attributes = vars(module)
-    if attributes.pop(STATE, None) is not None:
+    if STATE in attributes:  # None in a copy of the ``__dict__``, which has our methods, too
+        del attributes[STATE]
         for name in [name for name, value in attributes.items() if is_ours(value)]:
             del attributes[name]
 
@@ -223,6 +218,27 @@ def _extra_repr(self: nn.Module) -> str:
     if state is None:
         return text
     return f"{text}{', ' if text else ''}convbn={state}"
+
+
+def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
+    """Refuse: a replica would share the state, and so compute with the layers of the original.
+
+    Raises:
+        RuntimeError: While the module is converted.
+    """
+    if state_of(self) is None:
+        return type(self)._replicate_for_data_parallel(self)  # type: ignore[operator, no-any-return]
+    raise RuntimeError(
+        f"DataParallel: this {type(self).__name__} is converted by set_mode or ConvBNModeCallback, and its replicas "
+        'would compute with the layers of the original. Use DistributedDataParallel, or set_mode(model, "train") first'
+    )
+
+
+_OF_EVERY_MODULE = {
+    "__getstate__": _getstate,
+    "extra_repr": _extra_repr,
+    "_replicate_for_data_parallel": _replicate_for_data_parallel,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------- hooks

@@ -40,16 +40,18 @@ class NormLayer:
     Attributes:
         dims: Dimensions that an input may have.
         runs_after: The children of the BatchNorm that run on what is normalised, in their order.
+        scales: Whether its forward multiplies and adds. ``F.batch_norm`` gives other bits.
     """
 
     dims: frozenset[int]
     runs_after: tuple[str, ...] = ()
+    scales: bool = False
 
 
 _IMAGES, _ANY = frozenset({4}), frozenset({2, 3, 4, 5})
 _SAME, _STATIC_SAME = ConvLayer(4, geometry.of_same), ConvLayer(4, geometry.of_static_same)
 _DROP_AND_ACT = ("drop", "act")
-FROZEN = NormLayer(_IMAGES)
+FROZEN = NormLayer(_IMAGES, scales=True)
 """The row of ``FrozenBatchNorm2d``, of whatever package: there are as many of them as detectors."""
 
 # Keys are classes, or their qualified names where importing a package just to name its class would be too much.
@@ -77,7 +79,7 @@ NORM_LAYERS: dict[type[nn.Module] | str, NormLayer] = {
     BatchNorm: NormLayer(_ANY),  # such as Lightning's, which `sync_batchnorm=True` leaves behind
     "timm.layers.norm_act.BatchNormAct2d": NormLayer(_IMAGES, _DROP_AND_ACT),
     "timm.layers.norm_act.SyncBatchNormAct": NormLayer(_IMAGES, _DROP_AND_ACT),
-    "timm.layers.norm_act.FrozenBatchNormAct2d": NormLayer(_IMAGES, _DROP_AND_ACT),
+    "timm.layers.norm_act.FrozenBatchNormAct2d": NormLayer(_IMAGES, _DROP_AND_ACT, scales=True),
 }
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)

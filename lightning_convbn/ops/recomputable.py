@@ -57,7 +57,7 @@ class Recomputable:
         if torch.compiler.is_compiling():  # a compiled part of a model decides by itself what it saves
             with without_torch_function():
                 return func(*args, **kwargs)
-        if not _OURS.issuperset(types) and any(map(_is_foreign, types)):
+        if not _OURS.issuperset(types) and any(map(is_foreign, types)):
             for leaf in tree_leaves((args, kwargs)):
                 unmark(leaf)
             return func(*args, **kwargs)  # the other subclass decides
@@ -91,7 +91,7 @@ _READERS = {"__index__", "__int__", "__invert__", "__iter__"}
 _QUIET = {Tensor.dim, Tensor.size, Tensor.numel, Tensor.backward, torch.autograd.grad, torch.autograd.backward}
 
 
-def _is_foreign(kind: type[Any]) -> bool:
+def is_foreign(kind: type[Any]) -> bool:
     """Whether a subclass of Tensor handles functions by itself. Parameters don't."""
     return kind not in _OURS and kind.__torch_function__ is not nn.Parameter.__torch_function__  # type: ignore[comparison-overlap]
 

@@ -25,10 +25,6 @@ ROOT = Path(__file__).resolve().parents[2]
         (["measure"], "required: MODEL"),
         (["measure", *SMALL, "--variants", "trian"], "invalid choice: 'trian'"),
         (["measure", *SMALL, "--batch-size", "0"], "argument --batch-size: '0' is no whole number of 1 or more"),
-        (["measure", *SMALL, "--rounds", "-1"], "argument --rounds: '-1' is no whole number of 0 or more"),
-        (["measure", *SMALL, "--variants", "deploy"], "invalid choice: 'deploy'"),
-        (["measure", *SMALL, "--modes", "tune"], "unrecognized arguments: --modes tune"),
-        (["export", *SMALL], "required: PATH"),
         (["measure", *SMALL, "--input", "8x3"], "argument --input: not allowed with argument --size"),
     ],
 )
@@ -95,10 +91,6 @@ def test_whoever_stops_reading_hears_nothing(
         monkeypatch.setattr(sys, "stdout", closed)
         assert main(["inspect", "helpers.networks:small_net"]) == 1
     assert capfd.readouterr().err == ""
-
-
-def test_the_console_script_is_this_command() -> None:
-    assert 'lightning-convbn = "lightning_convbn.command.main:main"' in (ROOT / "pyproject.toml").read_text()
 
 
 class TestHelp:

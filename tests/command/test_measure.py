@@ -161,11 +161,10 @@ class TestMeasure:
             assert result["peak_bytes"] > BATCH * 3 * 8 * 8 * 4
             assert 8 < result["largest_batch"] < 1000
 
-    @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-    def test_the_type_is_that_of_what_is_kept(self, dtype: str, found: Any, capsys: pytest.CaptureFixture[str]) -> None:
-        other = run_json(capsys, "measure", *SMALL, "--batch-size", "4", "--rounds", "0", "--dtype", dtype)
-        ratio = other["variants"]["deploy-copy"]["saved_bytes"] / found["variants"]["deploy-copy"]["saved_bytes"]
-        assert ratio == {"float64": 2, "bfloat16": 0.5}[dtype]
+    def test_the_type_is_that_of_what_is_kept(self, found: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        half = run_json(capsys, "measure", *SMALL, "--batch-size", "4", "--rounds", "0", "--dtype", "bfloat16")
+        kept = half["variants"]["deploy-copy"]["saved_bytes"]
+        assert kept == 0.5 * found["variants"]["deploy-copy"]["saved_bytes"]
 
 
 @pytest.mark.parametrize(
@@ -173,11 +172,9 @@ class TestMeasure:
     [
         (["--size", "1"], "can't take the input 8x3x1x1, float32: RuntimeError: "),
         (["--budget", "8 apples"], "--budget '8 apples' is no amount of memory, as 8GiB"),
-        (["--budget", "0GiB"], "--budget '0GiB' is no amount of memory"),
         (["--freeze", "layer9"], "--freeze layer9: nothing of that name wants a gradient; the model has 0, 1, 3, 4, 7"),
         (["--device", "cuda:99"], "--device 'cuda:99' can't be used"),
         (["--plot", "a.docx"], "--plot a.docx: the suffix must be one of "),
-        (["--plot", "no/a.png"], "--plot no/a.png: there is no folder "),
         (["--html", "no/a.html"], "--html no/a.html: there is no folder"),
     ],
 )

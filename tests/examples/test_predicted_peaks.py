@@ -12,6 +12,8 @@ from examples.benchmarks import predicted_peaks
 from examples.benchmarks.networks import DETECTOR, MODELS
 from examples.results_file import with_table
 
+pytestmark = pytest.mark.slow  # a benchmark of the authors, which no user runs
+
 ROWS: list[dict[str, Any]] = json.loads(predicted_peaks.RESULTS.read_text())["rows"]
 
 

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from torchvision.models import mobilenet_v2
 from examples.data.digit_scenes import write_digit_masks
 from examples.data.pretrained_weights import WeightsError
 from examples.results_file import as_table
-from examples.templates import adversarial, segmentation
-from examples.templates.adversarial import Attack, fgsm, pgd
+from examples.single_file.adversarial import Attack
+from examples.templates import segmentation
 from examples.templates.networks.classifiers import BackboneError, build_backbone, build_classifier
 from lightning_convbn import conv_bn_mode, measure_memory
 
@@ -30,7 +31,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
 ]
 
-ROOT = Path(__file__).resolve().parents[2]
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
 
@@ -102,30 +102,33 @@ def small_classifier() -> nn.Module:
     return network.double().eval().requires_grad_(requires_grad=False)
 
 
+def attacked(network: nn.Module, images: torch.Tensor, **options: Any) -> torch.Tensor:
+    return Attack(network, epsilon=0.1, **options).double().predict_step(images, 0).images
+
+
 @pytest.mark.parametrize("mode", ["tune", "deploy"])
-def test_examples_are_evals_in_double_precision(mode: str) -> None:
+def test_adversarial_examples_are_evals_in_double_precision(mode: str) -> None:
     network = small_classifier()
     images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    labels = network(images).argmax(1)
     found = {}
     for each in ("eval", mode):
         with conv_bn_mode(network, each):
-            found[each] = fgsm(network, images, labels, 0.1), pgd(network, images, labels, 0.1, 0.03, 5)
-    for one, other in zip(*found.values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
-        assert 0.09 < (one - images).abs().max() <= 0.1 + 1e-12
-        assert one.min() >= 0
-        assert one.max() <= 1
+            found[each] = attacked(network, images, step_size=0.03)
+    one, other = found.values()
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    assert 0.09 < (one - images).abs().max() <= 0.1 + 1e-12
+    assert one.min() >= 0
+    assert one.max() <= 1
 
 
 def test_attacks_raise_the_loss_and_pgd_the_most() -> None:
     network = small_classifier()
     images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    labels = network(images).argmax(1)
-    losses = [
-        nn.functional.cross_entropy(network(each), labels).item()
-        for each in (images, fgsm(network, images, labels, 0.1), pgd(network, images, labels, 0.1, 0.02, 20))
-    ]
+    scores = Attack(network).double()
+    labels = scores(images).argmax(1)
+    fgsm = attacked(network, images, step_size=0.1, steps=1, random_start=False)
+    pgd = attacked(network, images, step_size=0.02, steps=20, random_start=False)
+    losses = [nn.functional.cross_entropy(scores(each), labels).item() for each in (images, fgsm, pgd)]
     assert losses == sorted(losses)
     assert losses[0] < losses[1]
 
@@ -139,27 +142,6 @@ def test_a_frozen_network_in_tune_keeps_no_input_of_a_convolution() -> None:
     assert kept["eval"]["0"] >= activation
     assert all(kept["tune"].get(name, 0) < activation for name in "0134")
     assert kept["tune"]["2"] == kept["tune"]["5"] == activation  # by which ReLU knows where it let values pass
-
-
-def test_adversarial_examples_are_saved(
-    images: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tiny = [f"--data.source=imagefolder:{images}", "--data.image_size=32", "--data.batch_size=4", "--model.steps=2"]
-    args = [*tiny, f"--model.weights={weights}", *QUIET, "--results=scores.json"]
-    typed(adversarial.main, monkeypatch, "predict", *args)
-    (row,) = json.loads(Path("scores.json").read_text())["rows"]
-    assert f"{row['fooled']} of {row['images']} images are taken for something else" in capsys.readouterr().out
-    typed(adversarial.main, monkeypatch, "predict", *args)  # and again, over what the first run has left
-    assert {path.name for path in Path().iterdir()} == {"runs", "scores.json"}
-    with Image.open("runs/adversarial.png") as picture:
-        assert picture.width == 750
-
-
-def test_an_attack_without_gradients_says_what_to_do(weights: Path) -> None:
-    batch = torch.zeros(1, 3, 32, 32), torch.zeros(1)
-    attack = Attack(weights=str(weights))
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="make the Trainer with inference_mode=False"):
-        attack.predict_step(batch, 0)
 
 
 @pytest.mark.parametrize(

@@ -125,11 +125,6 @@ class Training:
         trainer.model.train()
 
 
-def test_no_extra_of_this_project_installs_it(project: dict[str, Any]) -> None:
-    needed = [*project["project"]["dependencies"], *sum(project["project"]["optional-dependencies"].values(), [])]
-    assert not [need for need in needed if "ultralytics" in need.lower()]
-
-
 def test_ultralytics(ultralytics: Any, pretrained: Path, data: Path) -> None:
     def freeze_by_hand(yolo: Any) -> None:
         yolo.add_callback("on_train_start", lambda trainer: freeze(trainer.model))
@@ -160,22 +155,6 @@ def test_ultralytics(ultralytics: Any, pretrained: Path, data: Path) -> None:
     (ours,), (theirs,) = (training.model.predict(image, imgsz=64, conf=1e-3) for training in (tune, frozen))
     assert len(ours.boxes) > 0
     torch.testing.assert_close(ours.boxes.data, theirs.boxes.data, rtol=1e-2, atol=1e-2)
-
-
-def test_an_exception_gives_back_the_plain_network(ultralytics: Any, pretrained: Path, data: Path) -> None:
-    seen = []
-
-    def stop(trainer: Any) -> None:
-        seen.append((trainer.model, get_mode(trainer.model)))
-        raise RuntimeError("the user's own")
-
-    yolo = ultralytics.YOLO(pretrained)
-    add_tune_mode(yolo)
-    yolo.add_callback("on_train_batch_end", stop)
-    with pytest.raises(RuntimeError, match="the user's own"):
-        yolo.train(data=str(data), project=str(data.parent / "stopped"), imgsz=64, batch=2, device="cpu", workers=0)
-    ((network, mode),) = seen
-    assert (mode, get_mode(network)) == ("tune", "train")
 
 
 def test_the_code_on_the_page_trains(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pickle
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,7 @@ def expected_output(net: nn.Module, input: Tensor) -> Tensor:
     return net.eval()(input)
 
 
-@pytest.mark.parametrize("mode", ["train", "eval", "tune", "deploy"])
+@pytest.mark.parametrize("mode", ["train", "tune", "deploy"])
 def test_the_copy_equals_eval_and_the_original_is_not_touched(mode: Mode) -> None:
     net, input = small_net().double().train(), images(2, 3, 8, 8, dtype=torch.float64)
     set_mode(net, mode)
@@ -103,25 +101,6 @@ def test_only_the_pairs_given_are_folded() -> None:
 def test_pairs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="pairs: Sequential has no module `nowhere`"):
         fuse_for_deploy(small_net(), pairs=ConvBNPairs([("nowhere", "1")]))
-
-
-def test_a_model_without_norms_is_copied() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 3))
-    fused = fuse_for_deploy(net)
-    assert fused is not net
-    assert torch.equal(fused(images(1, 3, 8, 8)), net(images(1, 3, 8, 8)))
-
-
-def test_the_copy_of_a_transposed_convolution_and_a_linear_layer_equals_eval() -> None:
-    net = nn.Sequential(
-        nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, bias=False),
-        nn.BatchNorm2d(6),
-        nn.Flatten(),
-        nn.Linear(6 * 9 * 9, 5),
-        nn.BatchNorm1d(5),
-    )
-    net, input = randomized(net).double(), images(2, 4, 4, 4, dtype=torch.float64)
-    assert_close([fuse_for_deploy(net)(input)], [expected_output(net, input)], 1e-12)
 
 
 class TiedDecoder(nn.Module):
@@ -213,7 +192,7 @@ def test_other_pairs_of_a_tied_decoder_are_folded() -> None:
     assert type(fuse_for_deploy(TiedDecoder()).last_bn) is nn.Identity
 
 
-@pytest.mark.parametrize("read", ["dtype", "device", "shape"])
+@pytest.mark.parametrize("read", ["dtype", "shape"])
 def test_reading_what_a_weight_is_like_is_no_use_of_it(read: str) -> None:
     class Reading(TiedDecoder):
         def forward(self, input: Tensor) -> Tensor:
@@ -300,24 +279,9 @@ def test_a_pair_seen_with_other_dimensions_is_not_folded() -> None:
     assert pairs.unpaired == {"1": "gets an input of 3 dimensions from `0` (Linear), whose fold is for 2"}
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".pt"])
-@pytest.mark.parametrize("shape", [(6, 5), (2, 4, 5)])
+@pytest.mark.parametrize(("suffix", "shape"), [(".onnx", (2, 4, 5)), (".pt2", (6, 5)), (".pt", (2, 4, 5))])
 def test_a_file_of_a_linear_pair_computes_what_eval_computes(
     shape: tuple[int, ...], suffix: str, tmp_path: Path
 ) -> None:
     net = randomized(nn.Sequential(*SEVERAL["linear"][0]()))
     assert export(net, tmp_path / f"net{suffix}", (images(*shape),)).exists()
-
-
-def test_a_saved_copy_runs_where_the_package_can_not_be_imported(tmp_path: Path) -> None:
-    net, input = small_net(), images(2, 3, 8, 8)
-    set_mode(net, "deploy")
-    fused = fuse_for_deploy(net)
-    torch.save((fused, input, fused(input).detach()), tmp_path / "fused.pt")
-    script = (
-        "import sys, torch; sys.modules['lightning_convbn'] = None\n"
-        "model, input, output = torch.load('fused.pt', weights_only=False)\n"
-        "torch.testing.assert_close(model(input).detach(), output)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr

@@ -8,8 +8,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -126,7 +127,12 @@ def assert_ships(model: nn.Module, input: Tensor, runs_elsewhere: RunsElsewhere)
         assert_close(floats(fuse_for_deploy(model, pairs=pairs)(input.double())), expected, 1e-12)
 
 
-@pytest.mark.parametrize("name", SMALL)
+def fast(names: Iterable[str], *chosen: str) -> list[Any]:
+    """Leave all but the chosen ones to the nightly run."""
+    return [pytest.param(name, marks=[] if name in chosen else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", fast(SMALL, "densenet121", "googlenet", "mobilenet_v3_small", "resnet18"))
 def test_torchvision(name: str, runs_elsewhere: RunsElsewhere) -> None:
     assert_ships(random_model(name), images(1, 3, FAMILIES[name], FAMILIES[name]), runs_elsewhere)
 
@@ -146,21 +152,21 @@ def test_all_of_torchvisions_classifiers(name: str, runs_elsewhere: RunsElsewher
         assert_ships(settled(model, images(2, 3, 224, 224)), images(1, 3, 224, 224), runs_elsewhere)
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("name", fast(TIMM, "mixnet_s", "repvgg_a0", "regnety_004"))
 def test_timm(name: str, runs_elsewhere: RunsElsewhere) -> None:
     torch.manual_seed(0)
     model = settled(timm.create_model(name, num_classes=10), images(4, 3, TIMM[name], TIMM[name]))
     assert_ships(model, images(1, 3, TIMM[name], TIMM[name]), runs_elsewhere)
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d])
-def test_faster_rcnn_backbone(norm: type[nn.Module], runs_elsewhere: RunsElsewhere) -> None:
+def test_faster_rcnn_backbone(runs_elsewhere: RunsElsewhere) -> None:
     torch.manual_seed(0)
-    model = mobilenet_backbone(backbone_name="mobilenet_v3_large", weights=None, fpn=True, norm_layer=norm).eval()
+    options = {"weights": None, "fpn": True, "norm_layer": FrozenBatchNorm2d}
+    model = mobilenet_backbone(backbone_name="mobilenet_v3_large", **options).eval()
     assert_ships(randomized(model), images(1, 3, 64, 64), runs_elsewhere)
 
 
-@pytest.mark.parametrize("name", SHORTENED)
+@pytest.mark.parametrize("name", fast(SHORTENED, "efficientnet", "resnet"))
 def test_onnx_graph_of_five_families(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     assert_lean_graph(settled(SHORTENED[name](), images(4, 3, 64, 64)), tmp_path)

@@ -41,6 +41,7 @@ class DoublingBatchNorm2d(nn.BatchNorm2d):
 CONVOLUTIONS = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 TRANSPOSED = {3: nn.ConvTranspose1d, 4: nn.ConvTranspose2d, 5: nn.ConvTranspose3d}
 BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+OTHER_NORMS = {"LayerNorm": nn.LayerNorm, "RMSNorm": nn.RMSNorm}  # over all that one input of a batch holds
 INSTANCE_NORMS = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
 POOLS = {3: nn.AvgPool1d, 4: nn.MaxPool2d, 5: nn.AvgPool3d}
 
@@ -146,13 +147,15 @@ def make_norm(layer: Layer, x: Tensor) -> nn.Module:
             return nn.GroupNorm(1, size, layer.eps)
         case "InstanceNorm" if x.dim() > 2:
             return INSTANCE_NORMS[x.dim()](size, layer.eps, affine=True)
+        case name if name in OTHER_NORMS:
+            return OTHER_NORMS[name](x.shape[1:], layer.eps)
         case "SyncBatchNorm":
-            return nn.SyncBatchNorm(size, layer.eps, affine=layer.affine)
+            return nn.SyncBatchNorm(size, layer.eps, layer.momentum, layer.affine)
         case "_BatchNormXd":
-            return _BatchNormXd(size, layer.eps, affine=layer.affine)
+            return _BatchNormXd(size, layer.eps, layer.momentum, layer.affine)
         case name if name in SPECIAL_NORMS and x.dim() == 4:
             return SPECIAL_NORMS[name](size, layer)
-    return BATCH_NORMS[x.dim()](size, layer.eps, affine=layer.affine, track_running_stats=layer.track)
+    return BATCH_NORMS[x.dim()](size, layer.eps, layer.momentum, layer.affine, layer.track)
 
 
 def randomize(model: nn.Module, seed: int, prefix: str = "") -> None:

@@ -22,6 +22,11 @@ def raises(function: Callable[[], Any]) -> bool:
     return False
 
 
+def norms_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The BatchNorms of a model by their names."""
+    return {name: module for name, module in model.named_modules() if is_norm(module)}
+
+
 def inside_norm(model: nn.Module, name: str) -> bool:
     """Whether a module is a BatchNorm or a part of one."""
     parents = [name.rsplit(".", count)[0] for count in range(name.count(".") + 1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from fuzz.drawing import draw_network
+from fuzz.drawing_training import with_training
 from fuzz.drawing_unseen import with_unseen
 from fuzz.network import Action, Network, Scenario
 
@@ -60,4 +61,4 @@ def draw_scenario(seed: int) -> Scenario:
         random.random() < 0.5,
         random.choice(["float64"] * 18 + ["float32", "autocast"]),
     )
-    return with_unseen(scenario)
+    return with_training(with_unseen(scenario))

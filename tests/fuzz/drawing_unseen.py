@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
 
@@ -81,10 +81,10 @@ CHANGES: list[Change] = [
 ]
 
 
-def changed(random: Random, network: Network) -> Network:
+def changed(random: Random, network: Network, changes: Sequence[Change] = CHANGES) -> Network:
     """Change a network in one way, if that fits."""
     try:
-        candidate = random.choice(CHANGES)(random, network)
+        candidate = random.choice(changes)(random, network)
         build(candidate)
     except INVALID:
         return network

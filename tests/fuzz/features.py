@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from fuzz.building import ACTIVATIONS, SPECIAL_NORMS
+from fuzz.building import ACTIVATIONS, OTHER_NORMS, SPECIAL_NORMS
+from fuzz.drawing_training import RECOMPUTE, TIMES
 from fuzz.network import Layer, Network, Scenario
 from fuzz.operations import FUNCTIONS, GUARDS, OPERATIONS
 from fuzz.unseen import EVERY_MODULE, UNSEEN
@@ -16,8 +17,12 @@ EXPECTED = {
     *(f"function {name}" for name in FUNCTIONS),
     *(f"guard {guard}" for guard in GUARDS),
     *(f"act {name}" for name in ACTIVATIONS),
-    *(f"norm {name}" for name in (*SPECIAL_NORMS, "", "SyncBatchNorm", "_BatchNormXd", "GroupNorm", "InstanceNorm")),
-    *(f"layer {kind}" for kind in ("conv", "transposed", "norm", "act", "drop", "pool", "seq", "block")),
+    *(
+        f"norm {name}"
+        for name in (*SPECIAL_NORMS, "", "SyncBatchNorm", "_BatchNormXd", "GroupNorm", "InstanceNorm", *OTHER_NORMS)
+    ),
+    *(f"layer {kind}" for kind in ("conv", "transposed", "norm", "act", "drop", "pool", "seq", "block", "stage")),
+    *(f"norm {attribute}" for attribute in ("momentum=None", "affine=False", "track=False")),
     *(f"conv {name}" for name in ("", "grouped", "strided", "same", "circular", "reflect", "weight_norm", "subclass")),
     *(f"{size} dimensions" for size in range(4)),
     *(f"hook {does}" for does in ("read", "store", "scale", "scale_")),
@@ -25,13 +30,16 @@ EXPECTED = {
     *(f"gives {how}" for how in ("tensor", "list", "dict", "nested")),
     *(f"action {do}" for do in ("mode", "run", "flags", "domain", "replace", "copy", "fuse", "load", "free")),
     *(f"mode {mode}" for mode in ("train", "eval", "tune", "deploy")),
+    *(f"{mode} recompute={what}" for mode in ("train", "eval", "tune") for what in ("none", *RECOMPUTE)),
+    *(f"unfreeze in {mode}" for mode in ("eval", "tune", "deploy")),
+    *(f"times {times}" for times in ("", *TIMES)),
     *(f"look {look}" for look in ("", "trace", "record")),
     *(f"trained {policy}" for policy in ("all", "none", "norms", "convs", "some")),
     *(f"precision {name}" for name in ("float64", "float32", "autocast")),
     *(f"unseen {name}" for name in UNSEEN),
     *(f"hook of every module {kind}" for kind in EVERY_MODULE),
     *("conv derived", "norm derived"),
-    *("recompute", "no_grad", "part of a Sequential", "shared", "tap"),
+    *("no_grad", "part of a Sequential", "shared", "tap"),
 }
 
 
@@ -42,9 +50,11 @@ def features_of(scenario: Scenario) -> Counter[str]:
     for action in scenario.actions:
         found[f"action {action.do}"] += 1
         found[f"hook of every module {action.every_module}"] += 1
+        found[f"times {action.times}"] += action.do == "run" and action.grad == "grad"
         if action.do == "mode":
             found.update([f"mode {action.mode}", f"look {action.look}"])
-            found["recompute"] += action.recompute != "none"
+            found[f"{action.mode} recompute={action.recompute}"] += 1
+            found[f"unfreeze in {action.mode}"] += action.unfreeze
     return found
 
 
@@ -75,6 +85,7 @@ def features_of_layer(layer: Layer) -> Iterator[str]:
     yield f"layer {layer.kind}"
     if layer.kind in ("norm", "act"):
         yield f"{layer.kind} {layer.name}"
+        yield from (f"norm {name}={getattr(layer, name)}" for name in ("momentum", "affine", "track"))
     if layer.kind in ("conv", "transposed"):
         yield f"conv {layer.name}"
         yield from ["conv grouped"] * (layer.groups > 1) + ["conv strided"] * (layer.stride > 1)

@@ -121,6 +121,12 @@ FOUND: dict[str, Scenario] = {
         ),
         training=True,
     ),
+    "a parametrized module copies its __dict__ by itself, so the copy has our methods": Scenario(
+        network(*pair().steps, layers={"a": Layer("conv", "weight_norm"), "b": NORM}), (TUNE, Action("copy"))
+    ),
+    "FrozenBatchNorm2d has other bits than F.batch_norm, which recomputation has called": Scenario(
+        pair(norm="FrozenBatchNorm2d"), (Action("mode", "eval"), RUN)
+    ),
     "Deploy copy: a hook returns another input of the BatchNorm": Scenario(
         pair(hooks=(Hook("b", True, "scale"),)), (Action("fuse"),)
     ),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from fuzz.building import make
-from fuzz.network import Hook, Network
+from fuzz.network import Hook, Layer, Network
 from fuzz.operations import Frame, run_step, sample
 from torch import Tensor, nn
 
@@ -43,7 +43,7 @@ class Interpreter(nn.Module):
         name = path.partition(".")[0]
         if name not in self._modules:
             layer = self.network.layers[name]
-            self.add_module(name, make(layer, x) if layer.body is None else Interpreter(layer.body, x))
+            self.add_module(name, make(layer, x) if layer.body is None else make_blocks(layer, x))
         return self.get_submodule(path)
 
     def shape_of(self, number: int) -> tuple[int, ...]:
@@ -72,6 +72,12 @@ class Interpreter(nn.Module):
             return self.run([x], x, domain)
         keys = KEYS if self.network.takes == "dict" else range(len(self.network.inputs))
         return self.run([x[key] for key, _ in zip(keys, self.network.inputs, strict=False)], x, domain)
+
+
+def make_blocks(layer: Layer, x: Tensor) -> nn.Module:
+    """Build a block, or a stage of two."""
+    block = Interpreter(layer.body, x)
+    return block if layer.kind == "block" else nn.Sequential(block, Interpreter(layer.body, block(x)))
 
 
 class TwoInputs(Interpreter):

@@ -24,12 +24,12 @@ class Layer(Short):
     """A module. What it is for its input (Conv1d or Conv2d, how many channels) follows from its first input.
 
     Attributes:
-        kind: "conv", "transposed", "norm", "act", "drop", "pool", "seq" or "block".
+        kind: "conv", "transposed", "norm", "act", "drop", "pool", "seq", "block", or "stage": two blocks in a row.
         name: Of a norm or an activation, its class; of a convolution, what is special ("weight_norm", "subclass" ...);
             "derived" for a class that inherits all of its own.
         out: Channels of a convolution's output; 0 for those of its input.
         parts: The layers of a Sequential.
-        body: The network inside of a block.
+        body: The network inside of a block, or of each block of a stage.
     """
 
     kind: str
@@ -43,6 +43,7 @@ class Layer(Short):
     eps: float = 1e-5
     affine: bool = True
     track: bool = True
+    momentum: float | None = 0.1
     inplace: bool = False
     parts: tuple[Layer, ...] = ()
     body: Network | None = None
@@ -106,9 +107,12 @@ class Action(Short):
 
     Attributes:
         do: "mode", "run", "flags" (``.train()`` or ``.eval()``), "domain", "replace", "copy", "fuse", "load" or "free".
+        recompute: Of a mode, "none", "elementwise", "blocks", "names" (all that can be named) or "whole" (the network).
         look: Of a mode, how pairs are found: "" by ``pairs=None``, "trace", or "record" (with example inputs).
+        unfreeze: Of a mode, whether half of the BatchNorms stay unfrozen.
         grad: Of a run: "grad" with a backward pass, "no_grad" or "inference".
         domain: The argument of the forward, or the attribute's value.
+        times: Of a run, two forwards for one backward pass ("forwards"), or two of each ("accumulate").
         every_module: Of a run, the kind of hook that all modules have in the meantime.
     """
 
@@ -116,11 +120,13 @@ class Action(Short):
     mode: str = "tune"
     recompute: str = "none"
     look: str = ""
+    unfreeze: bool = False
     grad: str = "grad"
     batch: int = 2
     domain: int = 0
     layer: str = ""
     training: bool = False
+    times: str = ""
     every_module: str = ""
 
 

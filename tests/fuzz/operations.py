@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from fuzz.network import Network, Step
 from fuzz.unseen import ask, compute, unseen
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -72,19 +73,42 @@ def checkpointed(frame: Frame, step: Step, x: Any) -> Any:
     numbers are up to the network. Without them a branch goes another way the second time. Then Eval mode, too, raises
     or computes a gradient of something else, as the number of saved tensors happens to be.
     """
-    state = random.getstate()
+    state, layer = random.getstate(), frame.model.layer(step.layer, x)
 
     @contextmanager
-    def same_numbers() -> Iterator[None]:
+    def second_run() -> Iterator[None]:
         now = random.getstate()
         random.setstate(state)
         try:
-            yield
+            with statistics_unwritten(layer):
+                yield
         finally:
             random.setstate(now)
 
-    contexts = nullcontext(), same_numbers()
-    return checkpoint(frame.model.layer(step.layer, x), x, use_reentrant=False, context_fn=lambda: contexts)
+    contexts = nullcontext(), second_run()
+    return checkpoint(layer, x, use_reentrant=False, context_fn=lambda: contexts)
+
+
+ONCE: WeakSet[nn.Module] = WeakSet()  # BatchNorms of plain models that write no statistics in a second run
+
+
+@contextmanager
+def statistics_unwritten(layer: nn.Module) -> Iterator[None]:
+    """Let the BatchNorms of `ONCE` write to copies of their buffers, as those of the package do in a second run."""
+    kept: dict[nn.Module, dict[str, Any]] = {}
+
+    def before(module: nn.Module, args: Any) -> None:
+        kept[module] = dict(module._buffers)
+        module._buffers.update({name: tensor.clone() for name, tensor in module.named_buffers(recurse=False)})
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        module._buffers.update(kept.pop(module))
+
+    with ExitStack() as stack:
+        for module in ONCE.intersection(layer.modules()):
+            stack.callback(module.register_forward_pre_hook(before).remove)
+            stack.callback(module.register_forward_hook(after, always_call=True).remove)
+        yield
 
 
 def rows(frame: Frame, step: Step, x: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ Outcome = dict[str, Any]  # what it is, "output.0" say -> a tensor, or a value t
 
 # Relative bounds of outputs and of gradients. In float64 they are far above the rounding errors of ten layers, and far
 # below any mistake. A half-precision gradient is not compared: a ReLU whose input is rounded over 0 changes it.
-BOUNDS = {"float64": (1e-9, 1e-9), "float32": (1e-3, 5e-2), "autocast": (0.3, None)}
+# "exact" is for any precision: to the bit.
+BOUNDS = {"exact": (0.0, 0.0), "float64": (1e-9, 1e-9), "float32": (1e-3, 5e-2), "autocast": (0.3, None)}
 # A tensor far smaller than the largest one of its kind, or than 1, may be the difference of two that are larger. The
 # gradient of what an InstanceNorm and a mean cancel is an example. So errors are not compared with less than this part.
 FLOOR = 1e-4
@@ -57,23 +59,34 @@ def run(model: nn.Module, scenario: Scenario, action: Action) -> Outcome:
     """
     torch.manual_seed(scenario.seed)
     random.seed(scenario.seed)
-    leaves, given = draw_inputs(scenario, action)
-    inference = torch.inference_mode(action.grad == "inference")
-    seen: list[Any] = []
+    all_leaves, outputs, seen = [], [], []
+    outcome: Outcome = {}
     with hook_of_every_module(action.every_module, seen):
-        with inference, torch.set_grad_enabled(action.grad == "grad"), autocast(scenario):
-            output = model(*arguments_of(scenario, given), action.domain)
-        outcome: Outcome = {"random state": (torch.get_rng_state().tolist(), random.getstate())}
-        taken_down(outcome, model, output, given)
+        for time in ("", " again")[: 2 if action.times else 1]:
+            leaves, given = draw_inputs(scenario, replace(action, batch=5 - action.batch) if time else action)
+            all_leaves += leaves
+            outputs.append(forward(model, scenario, action, given))
+            noted: Outcome = {"random state": (torch.get_rng_state().tolist(), random.getstate())}
+            taken_down(noted, model, outputs[-1], given)
+            outcome |= {f"{name}{time}": value for name, value in noted.items()}
+            if action.grad == "grad" and action.times == "accumulate":
+                differentiate(outputs.pop())
         if action.grad == "grad":
-            differentiate(output)
+            differentiate(outputs)
     note(outcome, "seen", seen)
     for name, parameter in model.named_parameters():
         outcome[f"gradient.{name}"] = taken_gradient(parameter)
-    for number, leaf in enumerate(leaves):
+    for number, leaf in enumerate(all_leaves):
         outcome[f"input gradient.{number}"] = taken_gradient(leaf)
     note(outcome, "buffer", dict(model.named_buffers()))
     return outcome
+
+
+def forward(model: nn.Module, scenario: Scenario, action: Action, given: Any) -> Any:
+    """Run a model forward."""
+    inference = torch.inference_mode(action.grad == "inference")
+    with inference, torch.set_grad_enabled(action.grad == "grad"), autocast(scenario):
+        return model(*arguments_of(scenario, given), action.domain)
 
 
 def taken_down(outcome: Outcome, model: nn.Module, output: Any, given: Any) -> None:

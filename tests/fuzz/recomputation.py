@@ -8,26 +8,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from fuzz.checks import norms_of
 from fuzz.interpreter import Interpreter
 from fuzz.network import Action, Scenario
+from fuzz.operations import ONCE
 from fuzz.outcomes import Outcome, Wrong, arguments_of, autocast, draw_inputs, kind_of, run
-from helpers.torch_settings import one_thread
 from torch import Tensor, nn
 
 from lightning_convbn import Recompute, set_mode
-from lightning_convbn.layers.supported_layers import is_norm
 from lightning_convbn.memory import count_saved_bytes
 from lightning_convbn.pairs.find import pairs_in_force
 
 LEVELS: Sequence[Recompute] = ("none", "elementwise")
 
 
-@one_thread()
 def compare_recomputation(model: nn.Module, mode: Any, scenario: Scenario, action: Action) -> None:
     """Raise `Wrong` if recomputation changes a bit of one pass, or keeps more for the backward pass."""
     plain, recomputing = (copy_in_mode(model, mode, level) for level in LEVELS)
     if plain is None or recomputing is None:
         return
+    ONCE.update(norms_of(plain).values())
     kept = [kept_bytes(one, scenario, action) for one in (plain, recomputing)]
     if kept[1] > kept[0]:
         raise Wrong("recomputation", f"keeps {kept[1]} bytes in the place of {kept[0]}")
@@ -41,7 +41,7 @@ def compare_recomputation(model: nn.Module, mode: Any, scenario: Scenario, actio
 
 def copy_in_mode(model: nn.Module, mode: Any, recompute: Recompute) -> nn.Module | None:
     """Return a copy of a model in a mode; None if it can't be copied, or has no BatchNorm any more."""
-    if not any(is_norm(module) for module in model.modules()):
+    if not norms_of(model):
         return None
     forget(model)  # tensors of a graph can't be copied
     try:

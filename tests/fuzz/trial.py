@@ -5,24 +5,27 @@ from __future__ import annotations
 import copy
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from zlib import crc32
 
 import torch
 from fuzz.building import randomize
-from fuzz.checks import compare_given, compare_histories, compare_modules, inside_norm, raises, scramble
+from fuzz.checks import compare_given, compare_histories, compare_modules, inside_norm, norms_of, raises, scramble
 from fuzz.interpreter import Interpreter, build
 from fuzz.models import build_model
 from fuzz.network import Action, Network, Scenario, Step
+from fuzz.operations import ONCE
 from fuzz.outcomes import Outcome, Wrong, arguments_of, autocast, compare, draw_inputs, finite, run
-from fuzz.recomputation import compare_recomputation
+from fuzz.recomputation import compare_recomputation, forget
+from helpers.torch_settings import one_thread
 from torch import nn
 
 from lightning_convbn import ConvBNPairs, find_conv_bn_pairs, fuse_for_deploy, set_mode
+from lightning_convbn.blocks.find import why_not
 from lightning_convbn.layers.supported_layers import is_norm
-from lightning_convbn.pairs.find import statistics_missing
+from lightning_convbn.pairs.find import pairs_in_force, statistics_missing
 
 # Errors of the package that may end a scenario -> why they are right. The model must be plain and whole afterwards.
 REFUSALS = {
@@ -58,6 +61,7 @@ class Report:
     ended: str = ""
 
 
+@one_thread()
 def try_scenario(scenario: Scenario) -> Report:
     """Run a scenario to its end, or to the first difference."""
     torch.manual_seed(scenario.seed)  # a trace that draws decides by these numbers which branch it sees
@@ -79,7 +83,8 @@ def try_scenario(scenario: Scenario) -> Report:
 class Trial:
     """A converted model, its twin, and what must be known to compare them.
 
-    The twin is built from the same seed. Only plain PyTorch works on it: its BatchNorms are put in their eval state.
+    The twin is built from the same seed. Only plain PyTorch works on it: its BatchNorms are put in their eval state,
+    except in Train mode, where the two are equal to the bit.
     """
 
     def __init__(self, scenario: Scenario) -> None:
@@ -91,9 +96,10 @@ class Trial:
         self.wanted = self.flags()  # the training flags as they were last set
         self.frozen: set[str] = set()
         self.replaced: set[str] = set()
+        self.unfrozen: set[str] = set()  # the BatchNorms that were to stay unfrozen since the last restore
         self.pairs: ConvBNPairs | None = None
         self.folded = False
-        self.mode = "train"
+        self.mode, self.recompute = "train", "none"
 
     def flags(self) -> dict[str, bool]:
         return {name: module.training for name, module in self.ours.named_modules()}
@@ -128,19 +134,21 @@ class Trial:
         if ids != [id(parameter) for parameter in self.ours.parameters()]:
             raise Wrong("parameter", "set_mode has replaced a parameter")
         self.folded = action.mode in ("tune", "deploy") and len(chosen) > 0
-        self.mode = action.mode
+        self.mode, self.recompute = action.mode, action.recompute
+        norms = norms_of(self.twin).values()
+        (ONCE.difference_update if action.recompute == "none" else ONCE.update)(norms)
         if action.mode == "train":
-            self.compare_restored()
+            self.compare_restored(whole=action.recompute == "none")
         else:
+            self.unfrozen |= half(norms_of(self.twin)) if action.unfreeze else set()
             self.pairs = chosen
             self.report.folded += len(chosen) if self.folded else 0
             self.freeze_twin(chosen)
 
     def freeze_twin(self, chosen: ConvBNPairs) -> None:
         """Put the twin's BatchNorms in their eval state. Only those that were put in since may stay unfrozen."""
-        norms = {name for name, module in self.twin.named_modules() if is_norm(module)}
-        norms = {name for name in norms if statistics_missing(self.twin.get_submodule(name)) is None}
-        if forgotten := (norms & chosen.unfrozen) - self.replaced:
+        norms = {name for name, module in norms_of(self.twin).items() if statistics_missing(module) is None}
+        if forgotten := (norms & chosen.unfrozen) - self.replaced - self.unfrozen:
             raise Wrong("unfrozen", f"{sorted(forgotten)}")
         self.frozen = norms - chosen.unfrozen
         self.set_twin_flags()
@@ -194,20 +202,25 @@ class Trial:
         hidden = any(step.op == "unseen" for step in steps_of(self.scenario.network))
         return any(refusal in text for refusal in REFUSALS) or (hidden and NAMES_LAYERS.search(text) is not None)
 
-    def compare_restored(self) -> None:
-        """After a switch to "train", everything is as found."""
-        compare_modules(self.ours, self.twin)
+    def compare_restored(self, whole: bool = True) -> None:
+        """After a switch to "train", everything is as found; the modules themselves if nothing is recomputed."""
+        if whole:
+            compare_modules(self.ours, self.twin)
         for name, module in self.ours.named_modules():
             if module.training not in (self.found.get(name, self.wanted[name]), self.wanted[name]):
                 raise Wrong("flags", f"`{name}`.training is {module.training} after the switch to train")
-        self.found, self.frozen, self.replaced, self.wanted, self.folded = {}, set(), set(), self.flags(), False
+        self.found, self.frozen, self.replaced, self.unfrozen = {}, set(), set(), set()
+        self.wanted, self.folded = self.flags(), False
         self.set_twin_flags()
 
     def do_run(self, action: Action) -> None:
+        if self.recompute not in ("none", "elementwise") and action.every_module.startswith("forward"):
+            action = replace(action, every_module="")  # modules inside of a block are called twice, and so are hooks
         expected = self.compare_pass(self.ours, self.twin, action)
         self.report.runs += self.folded
-        if self.mode in ("eval", "tune") and action.grad == "grad":
+        if self.mode != "deploy" and action.grad == "grad":
             compare_recomputation(self.ours, self.mode, self.scenario, action)
+            forget(self.twin)
         with torch.no_grad():
             for (name, one), other in zip(self.ours.named_parameters(), self.twin.parameters(), strict=True):
                 gradient = expected[f"gradient.{name}"]
@@ -215,6 +228,12 @@ class Trial:
                     step = 0.05 * gradient / (1 + gradient.norm())
                     one -= step
                     other -= step
+            for one, other in zip(self.ours.buffers(), self.twin.buffers(), strict=True):
+                if not torch.equal(one, other):  # the statistics of what a folded pair has computed
+                    one.copy_(other)
+            for module, other in zip(self.ours.modules(), self.twin.modules(), strict=True):
+                if isinstance(module, Interpreter):
+                    module.history[:] = other.history
 
     def compare_pass(self, ours: Interpreter, twin: Interpreter, action: Action) -> Outcome:
         """Run both and compare. Return what the twin has computed."""
@@ -225,7 +244,7 @@ class Trial:
         if not finite(expected):
             raise Ended("the twin's results are not finite")
         outcome = self.attempt("a run", lambda: run(ours, self.scenario, action))
-        compare(outcome, expected, self.scenario.precision)
+        compare(outcome, expected, "exact" if self.mode == "train" else self.scenario.precision)
         return expected
 
     def do_flags(self, action: Action) -> None:
@@ -321,4 +340,16 @@ def steps_of(network: Network) -> Iterator[Step]:
 
 
 def switch(model: nn.Module, action: Action, pairs: ConvBNPairs | None) -> ConvBNPairs:
-    return set_mode(model, action.mode, pairs=pairs, recompute=action.recompute)  # type: ignore[arg-type]
+    if action.unfreeze:
+        pairs = set_mode(model, action.mode, pairs=pairs)  # type: ignore[arg-type]
+        pairs = pairs.unfreeze(dict.fromkeys(half(norms_of(model)), "it is to learn its statistics"))
+    within = pairs or pairs_in_force(model) or find_conv_bn_pairs(model)
+    blocks = [name for name, module in model.named_modules() if any(module.children()) and not is_norm(module)]
+    named = {"names": [name for name in blocks if name and why_not(model, name, within) is None], "whole": [""]}
+    recompute: Any = named.get(action.recompute, action.recompute)
+    return set_mode(model, action.mode, pairs=pairs, recompute=recompute)  # type: ignore[arg-type]
+
+
+def half(names: Iterable[str]) -> set[str]:
+    """Half of some names, the same ones each time."""
+    return {name for name in names if crc32(name.encode()) % 2}

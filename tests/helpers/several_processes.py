@@ -38,6 +38,7 @@ from helpers.tiny_training import (
 from helpers.torch_settings import apply_torch_settings
 from lightning_convbn import ConvBNModeCallback, get_mode
 from lightning_convbn.blocks.find import recompute_of
+from lightning_convbn.layers import state as layer_state
 
 BATCHES_PER_PROCESS = 4
 MODES = ("eval", "tune")
@@ -217,8 +218,8 @@ def seen_of(module: Shared, told: list[str]) -> dict[str, Any]:
 
 
 def is_converted(part: nn.Module) -> bool:
-    """Say whether a module has a class of the package, or one that FSDP made of such a class."""
-    return any(cls.__module__.startswith("lightning_convbn") for cls in type(part).__mro__)
+    """Say whether a module still has a state of the package."""
+    return layer_state.state_of(part) is not None
 
 
 def whole(tensor: Tensor) -> Tensor:

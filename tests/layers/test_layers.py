@@ -213,6 +213,7 @@ def test_function_transforms_of_a_net_equal_eval(mode: Mode) -> None:
     assert_close(slope_along_ones(net), slope_along_ones(plain), 1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # PyTorch's, once in a process
 @pytest.mark.parametrize("kernel", [2, 3, 4, (3, 4)])
 def test_uneven_padding_keeps_what_the_plain_convolution_keeps(kernel: Any) -> None:
     plain = nn.Conv2d(3, 4, kernel, padding="same")

@@ -28,9 +28,6 @@ def parameters() -> list[Tensor]:
 
 
 class TestByHand:
-    def test_none_needs_nothing(self) -> None:
-        assert optimizer_bytes(parameters(), "none") == (0, 0)
-
     def test_sgd_has_a_momentum_for_each_parameter(self) -> None:
         assert optimizer_bytes(parameters(), "sgd") == (1600 * FLOAT, 0)
 

@@ -216,7 +216,10 @@ def network(name: str) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in ("resnet18", "densenet121") else pytest.mark.slow) for name in NETWORKS],
+)
 def test_the_peak_agrees_with_the_allocator(name: str) -> None:
     model, batch = network(name), images(2, 3, 64, 64)
     for mode, recompute in VARIANTS:

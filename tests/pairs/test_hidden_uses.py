@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
@@ -10,16 +9,12 @@ import torch
 from helpers.comparing import FORWARD, relative
 from helpers.networks import images, randomized
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lightning_convbn import (
-    conv_bn_mode,
     find_conv_bn_pairs,
     fuse_for_deploy,
-    measure_memory,
     set_mode,
 )
-from lightning_convbn.memory import measure_memory_abstractly
 
 IMAGE = images(2, 3, 6, 6)
 
@@ -107,27 +102,6 @@ def test_finding_pairs_is_not_in_the_way_of_a_pending_backward() -> None:
     output.sum().backward()
 
 
-def test_extra_passes_leave_random_numbers_and_attributes_alone() -> None:
-    class Counting(Net):
-        calls = 0
-        cache: Tensor | None = None
-
-        def forward(self, input: Tensor) -> Tensor:
-            self.calls += 1
-            if self.cache is None:
-                self.cache = torch.ones(1)
-            output: Tensor = super().forward(input)
-            return output * self.cache if random.random() < 0.5 else -output * self.cache
-
-    model = Counting()
-    state = random.getstate()
-    find_conv_bn_pairs(model, example_inputs=(IMAGE,))
-    measure_memory(model, IMAGE, mode="tune")
-    measure_memory_abstractly(model, (IMAGE,), {}, mode="tune")
-    assert random.getstate() == state
-    assert (model.calls, model.cache) == (0, None)
-
-
 def test_a_deploy_copy_folds_only_what_is_proven_in_its_eval_state() -> None:
     class Residual(Net):
         def forward(self, input: Tensor) -> Tensor:
@@ -139,15 +113,6 @@ def test_a_deploy_copy_folds_only_what_is_proven_in_its_eval_state() -> None:
     expected = model(image)
     set_mode(model.train(), "tune")
     assert relative(fuse_for_deploy(model)(image), expected) < FORWARD
-
-
-def test_deploy_notices_parameters_with_other_storage() -> None:
-    model, image = Net().double(), IMAGE.double()
-    with conv_bn_mode(model, "deploy"), torch.no_grad():
-        model(image)
-        vector_to_parameters(parameters_to_vector(model.parameters()) * 3, model.parameters())
-        found = model(image)
-    assert relative(found, model(image)) < FORWARD
 
 
 @pytest.mark.parametrize(("epsilon", "folded"), [(1e-5, 1), (0.5, 0)])

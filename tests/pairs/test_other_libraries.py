@@ -28,11 +28,6 @@ def regnet() -> nn.Module:
     return transformers.RegNetForImageClassification(config)
 
 
-def mobilenet_v1() -> nn.Module:
-    config = transformers.MobileNetV1Config(depth_multiplier=0.25, image_size=64)
-    return transformers.MobileNetV1ForImageClassification(config)
-
-
 def detr() -> nn.Module:
     """Its backbone's BatchNorms are replaced by frozen ones, whose epsilon stands in their forward."""
     config = transformers.DetrConfig(
@@ -54,8 +49,7 @@ def detr() -> nn.Module:
     [
         pytest.param(resnet, Counts(8, 0), 0, id="resnet"),
         pytest.param(regnet, Counts(12, 0), 0, id="regnet"),
-        pytest.param(mobilenet_v1, Counts(27, 0), 27, id="mobilenet_v1"),  # pads by the size of the image
-        pytest.param(mobilenet_v2, Counts(52, 0), 52, id="mobilenet_v2"),
+        pytest.param(mobilenet_v2, Counts(52, 0), 52, id="mobilenet_v2"),  # pads by the size of the image
         pytest.param(detr, Counts(8, 0), 0, id="detr"),
         pytest.param(rt_detr, Counts(65, 0), 0, id="rt_detr"),
     ],
@@ -77,17 +71,11 @@ def test_detr_folds_its_own_frozen_batch_norm() -> None:
 @pytest.mark.parametrize(
     ("architecture", "encoder", "counts"),
     [
-        ("Unet", "resnet18", Counts(30, 0)),
         ("Unet", "mobilenet_v2", Counts(62, 0)),
         ("UnetPlusPlus", "resnet18", Counts(42, 0)),
-        ("FPN", "resnet18", Counts(20, 0)),
-        ("DeepLabV3", "resnet18", Counts(27, 0)),
         ("DeepLabV3Plus", "resnet18", Counts(29, 0)),
         ("DeepLabV3Plus", "tu-mobilenetv3_small_050", Counts(43, 0)),
-        ("Linknet", "resnet18", Counts(35, 0)),
-        ("MAnet", "resnet18", Counts(38, 0)),
         ("PSPNet", "resnet18", Counts(14, 10)),
-        ("UPerNet", "resnet18", Counts(32, 0)),
     ],
 )
 def test_segmentation_models_pytorch(architecture: str, encoder: str, counts: Counts) -> None:
@@ -146,11 +134,10 @@ def test_mmcv_module_told_not_to_normalize() -> None:
     [({}, "Conv2dStaticSamePadding"), ({"image_size": None}, "Conv2dDynamicSamePadding")],
     ids=["static", "dynamic"],
 )
-@pytest.mark.parametrize("size", [64, 75])
-def test_efficientnet_pytorch(options: dict[str, Any], convolution: str, size: int) -> None:
+def test_efficientnet_pytorch(options: dict[str, Any], convolution: str) -> None:
     torch.manual_seed(0)
     model = randomized(efficientnet_pytorch.EfficientNet.from_name("efficientnet-b0", **options).eval())
-    image = images(1, 3, size, size)
+    image = images(1, 3, 75, 75)
     pairs = assert_provers_agree(model, image)
     assert Counts.of(pairs) == Counts(49, 0)
     assert {type(model.get_submodule(pair.conv)).__name__ for pair in pairs} == {convolution}

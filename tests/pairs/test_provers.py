@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from helpers.comparing import BACKWARD, gradients, relative
@@ -10,8 +12,12 @@ from helpers.networks import FAMILIES, images, random_model
 
 from lightning_convbn import Mode, set_mode
 
+FAST = re.compile("densenet|googlenet|mobilenet|regnet_x|resnet18|shufflenet")
 
-@pytest.mark.parametrize("name", FAMILIES)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if FAST.match(name) else pytest.mark.slow) for name in FAMILIES]
+)
 def test_output_in_tune_and_deploy_mode_equals_eval(name: str) -> None:
     model, batch = random_model(name), images(1, 3, FAMILIES[name], FAMILIES[name])
     assert_folded_equals_eval(model, batch)
@@ -19,8 +25,7 @@ def test_output_in_tune_and_deploy_mode_equals_eval(name: str) -> None:
         assert model(batch).std() > 0
 
 
-@pytest.mark.parametrize("mode", ["tune", "deploy"])
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+@pytest.mark.parametrize(("name", "mode"), [("resnet18", "deploy"), ("mobilenet_v3_small", "tune")])
 def test_gradients_of_parameters_equal_evals(name: str, mode: Mode) -> None:
     model = random_model(name).double()
     batch = images(2, 3, FAMILIES[name], FAMILIES[name], dtype=torch.float64)

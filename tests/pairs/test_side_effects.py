@@ -87,11 +87,6 @@ def test_a_container_may_hold_itself() -> None:
     assert list(leaves_of(loop)) == [ONE]
 
 
-def test_a_module_is_not_looked_into() -> None:
-    module = nn.Linear(1, 1)
-    assert list(leaves_of([module, nn.Linear])) == [module, nn.Linear]
-
-
 def test_attributes_are_searched_but_not_what_every_module_has() -> None:
     module = nn.Sequential(nn.BatchNorm2d(2))
     module[0].seen = {"features": [ONE]}

@@ -11,7 +11,6 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs" / "contributing"
-SECTIONS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}  # of Keep a Changelog
 
 in_the_repository = pytest.mark.skipif(not (ROOT / ".github").exists(), reason="the sdist is without it")
 
@@ -102,43 +101,8 @@ def test_the_citation_is_of_this_version_and_of_the_paper_that_the_readme_links(
     assert "(CITATION.cff)" in readme
 
 
-@in_the_repository
-def test_forms_can_be_filled_in() -> None:
-    for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"):
-        asked = yaml.safe_load(form.read_text())
-        assert asked.keys() == {"name", "description", "labels", "body"}
-        fields = [field for field in asked["body"] if field["type"] != "markdown"]
-        assert len({field["id"] for field in fields}) == len(fields) > 1
-        assert all(field["attributes"]["label"] for field in fields)
-
-
 def test_paths_in_the_guide_exist() -> None:
     text = (DOCS / "contributing.md").read_text()
     paths = re.findall(r"`((?:lightning_convbn|tests|examples|docs|\.ci)/[\w./-]*)`", text)
     assert len(paths) > 15
     assert [path for path in paths if not (ROOT / path).exists() and not path.startswith(".ci")] == []
-
-
-def test_the_changelog_is_in_the_form_of_keep_a_changelog() -> None:
-    text = (ROOT / "docs" / "changelog.md").read_text()
-    for heading in re.findall(r"^## (.*)$", text, re.MULTILINE):
-        assert re.fullmatch(r"\d+\.\d+\.\d+ \((unreleased|\d{4}-\d\d-\d\d)\)", heading)
-    for version in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
-        sections = re.findall(r"^### (.*)$", version, re.MULTILINE)
-        assert len(set(sections)) == len(sections)
-        assert set(sections) <= SECTIONS
-
-
-def test_the_python_files_that_docstrings_of_the_package_name_are_there() -> None:
-    """A file that is renamed is easily forgotten there."""
-    folders = ("lightning_convbn", "examples", "tests")
-    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
-    ends = [f"/{file.relative_to(ROOT).as_posix()}" for file in files]
-    missing = [
-        (file.name, name)
-        for file in files
-        if "tests" not in file.parts
-        for name in re.findall(r"`([\w/]+\.py)`", file.read_text())
-        if not any(end.endswith(f"/{name}") for end in ends)
-    ]
-    assert missing == []

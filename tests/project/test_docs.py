@@ -21,12 +21,16 @@ from torch import nn
 from torch._functorch import config as functorch_config
 from torchvision.ops import FrozenBatchNorm2d
 
-from examples.benchmarks import against_revision, figures, memory_budget, recomputed_work
-from examples.benchmarks import coverage_of_models as coverage_table
-from examples.benchmarks import deploy as deploy_table
+from examples.benchmarks import (
+    against_revision,
+    coverage_of_models,
+    detectors,
+    figures,
+    host_time,
+    memory_budget,
+)
 from examples.benchmarks import memory as memory_table
-from examples.benchmarks import overhead as overhead_table
-from examples.results_file import with_table
+from examples.results_file import BENCHMARKS, filled
 from lightning_convbn import measure_memory
 from lightning_convbn.blocks import reasons as block_reasons
 from lightning_convbn.layers import supported_layers
@@ -156,20 +160,20 @@ def test_memory_tables_come_from_the_committed_counts() -> None:
     )
 
 
-def test_the_comparison_with_the_earlier_core_comes_from_its_results() -> None:
-    page, rows = against_revision.PAGE.read_text(), json.loads(against_revision.RESULTS.read_text())["rows"]
-    assert with_table(page, against_revision.MARK, against_revision.table(rows)) == page
-
-
-def test_the_table_of_recomputed_work_comes_from_its_results() -> None:
-    page = recomputed_work.PAGE.read_text()
-    rows = json.loads(recomputed_work.RESULTS.read_text())["rows"]
-    assert with_table(page, recomputed_work.MARK, recomputed_work.table(rows)) == page
-
-
-def test_the_table_of_runs_under_a_budget_comes_from_its_results() -> None:
-    page, rows = memory_budget.PAGE.read_text(), json.loads(memory_budget.RESULTS.read_text())["rows"]
-    assert with_table(page, memory_budget.MARK, memory_budget.table(rows)) == page
+@pytest.mark.parametrize(
+    ("script", "results", "page", "mark"),
+    [
+        (against_revision, "against-revision", against_revision.PAGE, against_revision.MARK),
+        (coverage_of_models, "coverage", BENCHMARKS / "coverage.md", "table"),
+        (detectors, "detectors", BENCHMARKS / "detectors.md", "table"),
+        (host_time, "host_time", host_time.PAGE, host_time.MARK),
+        (memory_budget, "memory_budget", memory_budget.PAGE, memory_budget.MARK),
+    ],
+)
+def test_a_table_comes_from_its_results(script: types.ModuleType, results: str, page: Path, mark: str) -> None:
+    rows = json.loads((BENCHMARKS / f"{results}.json").read_text())["rows"]
+    assert filled(text := page.read_text(), {mark: script.table(rows)}) == text
+    assert f"<!-- {mark} -->" in text
 
 
 @pytest.mark.parametrize("name", ["memory", "modes"])
@@ -208,25 +212,10 @@ def test_what_is_kept_with_frozen_parameters_is_what_the_table_of_choices_says()
     assert tune_bytes < 0.01 * output
 
 
-def test_deploy_table_comes_from_the_committed_times() -> None:
-    rows = json.loads((ROOT / "docs" / "benchmarks" / "deploy.json").read_text())["rows"]
-    assert deploy_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "deploy.md").read_text()
-
-
-def test_overhead_table_comes_from_the_committed_times() -> None:
-    rows = json.loads((ROOT / "docs" / "benchmarks" / "overhead.json").read_text())["rows"]
-    assert overhead_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "overhead.md").read_text()
-
-
-def test_coverage_table_comes_from_the_committed_counts() -> None:
-    rows = json.loads((ROOT / "docs" / "benchmarks" / "coverage.json").read_text())["rows"]
-    assert coverage_table.as_markdown(rows) == (ROOT / "docs" / "benchmarks" / "coverage.md").read_text()
-
-
 @pytest.mark.parametrize("name", ["timm:efficientnet_b0", "timm:repvgg_a0", "torchvision:retinanet_resnet50_fpn"])
 def test_committed_coverage_is_still_so(name: str) -> None:
     rows = json.loads((ROOT / "docs" / "benchmarks" / "coverage.json").read_text())["rows"]
-    assert coverage_table.count(name) == next(row for row in rows if row["model"] == name)
+    assert coverage_of_models.count(name) == next(row for row in rows if row["model"] == name)
 
 
 def test_every_row_of_the_lightning_matrix_that_works_names_a_test_and_refusals_are_quoted() -> None:

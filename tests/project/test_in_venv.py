@@ -62,6 +62,7 @@ class Project:
         own = {"PYTHONPATH": str(self.packages), "ASKED": str(self.asked), "UV": UV, "PATH": os.pathsep.join(path)}
         done = subprocess.run(
             [sys.executable, str(self.root / ".ci" / "in_venv.py"), *command],
+            cwd=self.root,
             env={**os.environ, **own, **environment},
             capture_output=True,
             text=True,
@@ -71,14 +72,26 @@ class Project:
         return done.stdout + done.stderr
 
     def installed_by(self) -> list[str]:
-        """What has installed the project, in order."""
-        lines = self.asked.read_text().splitlines() if self.asked.exists() else []
-        return [line.split()[0] for line in lines if "--editable .[examples,test]" in line]
+        """What has installed the project with the extra of the tests, in order."""
+        return [line.split()[0] for line in self.asked_for() if "--editable .[test]" in line]
+
+    def asked_for(self) -> list[str]:
+        """All that pip and uv were asked for."""
+        return self.asked.read_text().splitlines() if self.asked.exists() else []
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     return Project(tmp_path)
+
+
+def test_a_script_gets_what_it_needs_and_the_tests_add_theirs(project: Project) -> None:
+    project.install("uv", UV)
+    (project.root / "examples").mkdir()
+    (project.root / "examples" / "finetune.py").touch()
+    for command in (["python", "examples/finetune.py"], SHOW, ["python", "examples/finetune.py"], SHOW):
+        project.run(*command)
+    assert [line.split("--editable ")[1] for line in project.asked_for()] == [".[finetune]", ".[test]"]
 
 
 needs_no_uv = pytest.mark.skipif(importlib.util.find_spec("uv") is not None, reason="a real uv can be imported")

@@ -20,6 +20,7 @@ import lightning_convbn
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(page.relative_to(ROOT / "docs") for page in (ROOT / "docs").rglob("*.md"))
+FAST = ("index.md", "understand/how-it-works.md")  # a picture and code; equations and tables
 OFFLINE = """
 import socket
 
@@ -134,7 +135,11 @@ def tab(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterator[
     tab.close()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=str)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[] if str(page) in FAST else pytest.mark.slow) for page in PAGES],
+    ids=str,
+)
 def test_a_page_can_be_read_wide_and_on_a_phone(tab: Any, address: str, page: Path) -> None:
     """Nothing is loaded from another server, nothing is broken, and the page does not scroll sideways."""
     tab.amiss.clear()

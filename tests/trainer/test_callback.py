@@ -40,7 +40,7 @@ from lightning_convbn import ConvBNModeCallback
 from lightning_convbn.layers import folded as folded_layers
 from lightning_convbn.layers import state
 from lightning_convbn.trainer.converted_part import ConvertedPart
-from lightning_convbn.trainer.report import Findings, describe
+from lightning_convbn.trainer.report import Findings, describe, sides_of
 
 pytestmark = LIGHTNING_SAYS
 
@@ -53,8 +53,7 @@ KEYS = {
 # ------------------------------------------------------------------------------------------------ modes in force
 
 
-@pytest.mark.parametrize("eval_mode", ["eval", "tune", "deploy"])
-@pytest.mark.parametrize("mode", ["train", "eval", "tune"])
+@pytest.mark.parametrize(("mode", "eval_mode"), [("train", "tune"), ("eval", "eval"), ("tune", "deploy")])
 def test_every_stage_runs_in_its_mode_and_gives_back_the_plain_module(mode: Any, eval_mode: Any) -> None:
     """Validation, test and predict before the fit, test after it, and the fit itself with its sanity check."""
     module = half_in_eval()
@@ -70,10 +69,9 @@ def test_every_stage_runs_in_its_mode_and_gives_back_the_plain_module(mode: Any,
         assert Snapshot.of(module) == before, f"after {stage}"
 
 
-@pytest.mark.parametrize("mode", ["train", "eval", "tune"])
-def test_predictions_without_a_fit_equal_the_plain_models(mode: Any) -> None:
+def test_predictions_without_a_fit_equal_the_plain_models() -> None:
     """In Deploy mode, from the running statistics."""
-    plain, module = (make_trainer(*given).predict(BoringModule())[0] for given in ((), [quick(mode)]))
+    plain, module = (make_trainer(*given).predict(BoringModule())[0] for given in ((), [quick()]))
     assert not torch.equal(module, torch.zeros_like(module))
     torch.testing.assert_close(module, plain)
 
@@ -201,10 +199,9 @@ def test_before_start_epoch_batchnorm_is_ordinary_and_then_frozen(mode: Any) -> 
     assert Snapshot.of(module) == before
 
 
-@pytest.mark.parametrize("mode", ["eval", "tune"])
-def test_a_start_epoch_that_is_never_reached_is_warned_of(mode: Any) -> None:
+def test_a_start_epoch_that_is_never_reached_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="start_epoch=2 is not reached: max_epochs=2 ends this fit before"):
-        make_trainer(quick(mode, start_epoch=2), max_epochs=2).fit(BoringModule())
+        make_trainer(quick(start_epoch=2), max_epochs=2).fit(BoringModule())
 
 
 @pytest.mark.parametrize(
@@ -418,7 +415,6 @@ def test_the_table_says_what_was_asked_for_and_not_done(arguments: dict[str, Any
     assert lines.text.splitlines()[-1] == line
 
 
-@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
 @pytest.mark.parametrize(
     ("target", "message"),
     [
@@ -426,23 +422,19 @@ def test_the_table_says_what_was_asked_for_and_not_done(arguments: dict[str, Any
             "network.nek",
             r"'network' \(\w+\) has no module 'nek'; did you mean 'network.neck'\? its modules are .*'neck'",
         ),
-        ("net", r"target='net': Parts has no module 'net'; did you mean 'network'\? its modules are 'network', 'head'"),
-        ("netwrk.neck", r"Parts has no module 'netwrk'; did you mean 'network.neck'\?"),
         ("trunk", r"target='trunk': Parts has no module 'trunk'; its modules are 'network', 'head'"),
         ("head.fc", r"target='head.fc': 'head' \(Linear\) has no module 'fc'; it has no modules"),
         ("head", r"target='head': Linear has no BatchNorm; name the part that has, or leave ConvBNModeCallback out"),
         (["network", "network.neck"], r"target=\['network', 'network.neck'\]: 'network.neck' lies within 'network'"),
-        (["network.neck", "network"], r"'network.neck' lies within 'network'; name one of them"),
-        (["network", "network"], r"'network' lies within 'network'"),
     ],
 )
-def test_a_target_that_does_not_fit_is_refused(stage: str, target: Any, message: str) -> None:
+def test_a_target_that_does_not_fit_is_refused(target: Any, message: str) -> None:
     """With the module as it was."""
     module = Parts()
     before, state = Snapshot.of(module), state_of(module)
     trainer = make_trainer(quick(target=target))
     with pytest.raises(ValueError, match=message):
-        getattr(trainer, stage)(module)
+        trainer.fit(module)
     assert Snapshot.of(module) == before
     assert differing(state_of(module), state) == []
 
@@ -474,27 +466,16 @@ def test_a_module_without_a_batchnorm_is_refused() -> None:
     ("arguments", "message"),
     [
         ({"mode": "deploy"}, r"mode must be one of 'train', 'eval', 'tune'; got 'deploy'\. .*unstable .*: use 'tune'"),
-        ({"mode": "tuned"}, r"mode must be one of 'train', 'eval', 'tune'; got 'tuned'\.$"),
-        ({"mode": None}, r"mode must be one of 'train', 'eval', 'tune'; got None"),
         ({"eval_mode": "train"}, r"eval_mode must be one of 'eval', 'tune', 'deploy'; got 'train'"),
-        ({"eval_mode": "Deploy"}, r"eval_mode must be one of 'eval', 'tune', 'deploy'; got 'Deploy'"),
         ({"start_epoch": -1}, r"start_epoch must be an epoch, 0 or later; got -1"),
-        ({"start_epoch": 1.0}, r"start_epoch must be an epoch, 0 or later; got 1\.0"),
         ({"start_epoch": True}, r"start_epoch must be an epoch, 0 or later; got True"),
         ({"recompute": True}, r"recompute must be one of 'none', 'elementwise', 'blocks'; got True"),
-        (
-            {"mode": "train", "recompute": "elementwise"},
-            r"recompute='elementwise' needs the mode to be 'eval' or 'tune'; got 'train'",
-        ),
         (
             {"export_path": "x.tflite"},
             r"export_path='x\.tflite': the suffix must be one of \.onnx, \.pt2, \.pt, \.safet",
         ),
-        ({"target": ""}, r"target must be one or more attribute paths such as 'backbone'; got ''"),
         ({"target": []}, r"target must be one or more attribute paths such as 'backbone'; got \[\]"),
-        ({"target": ["backbone", ""]}, r"target must be one or more attribute paths .*; got \['backbone', ''\]"),
         ({"target": ["backbone", 3]}, r"target must be one or more attribute paths .*; got \['backbone', 3\]"),
-        ({"target": 3}, r"target must be one or more attribute paths such as 'backbone'; got 3"),
     ],
     ids=str,
 )
@@ -504,7 +485,7 @@ def test_an_argument_that_cannot_be_used_is_refused(arguments: dict[str, Any], m
         ConvBNModeCallback(**arguments)
 
 
-@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("stage", ["fit", "predict"])
 def test_two_callbacks_are_refused(stage: str) -> None:
     """They would convert each other's work."""
     module = BoringModule()
@@ -588,8 +569,7 @@ def test_a_pair_whose_convolution_others_read_goes_back_to_eval_mode() -> None:
     assert module.losses["validate"] == pytest.approx(expected.losses["validate"], rel=1e-9)
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("eval_mode", ["tune", "deploy"])
+@pytest.mark.parametrize(("mode", "eval_mode"), [("train", "tune"), ("eval", "deploy")])
 def test_what_only_validation_folds_is_right_too(mode: Any, eval_mode: Any) -> None:
     module, _ = deceived(mode, eval_mode=eval_mode)
     expected, _ = deceived(mode, eval_mode="eval")
@@ -623,14 +603,6 @@ def test_verification_catches_a_wrong_fold_before_it_does_harm(monkeypatch: pyte
     assert module.losses["fit"] == pytest.approx(expected.losses["fit"], rel=1e-9)
 
 
-def test_dropout_does_not_fool_the_verification(recwarn: pytest.WarningsRecorder) -> None:
-    """Both passes draw the same random numbers."""
-    lines = PrintedLines()
-    make_trainer(quick(), lines).fit(BoringModule(lambda: Backbone(dropout=0.5)))
-    assert "verified: Tune equals Eval" in lines.text
-    assert not [warning for warning in recwarn if "goes back to Eval" in str(warning.message)]
-
-
 def losses_of(*callbacks: Any, dropout: float = 0.0, precision: Any = "32-true", epochs: int = 2) -> list[float]:
     """Train on shuffled batches from one and the same seed."""
     lightning.pytorch.seed_everything(3, verbose=False)
@@ -647,10 +619,9 @@ def test_verification_and_count_leave_the_random_numbers_alone() -> None:
         assert losses_of(ConvBNModeCallback(**looks), dropout=0.5) == expected
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_the_loss_curve_of_tune_is_evals(dropout: float) -> None:
+def test_the_loss_curve_of_tune_is_evals() -> None:
     """In float64, over 12 steps with momentum."""
-    tune, frozen = (losses_of(quick(mode), dropout=dropout, precision="64-true", epochs=4) for mode in ("tune", "eval"))
+    tune, frozen = (losses_of(quick(mode), dropout=0.5, precision="64-true", epochs=4) for mode in ("tune", "eval"))
     assert len(tune) == 4 * BATCHES_PER_EPOCH
     assert len(set(tune)) == len(tune)
     assert tune == pytest.approx(frozen, rel=1e-9)
@@ -664,8 +635,7 @@ def test_train_mode_is_the_run_without_the_callback() -> None:
 # --------------------------------------------------------------------------------------------------------- logging
 
 
-@pytest.mark.parametrize("mode", ["tune", "eval"])
-@pytest.mark.parametrize("start_epoch", [0, 1])
+@pytest.mark.parametrize(("mode", "start_epoch"), [("tune", 0), ("eval", 1)])
 def test_each_metric_is_logged_once(tmp_path: Path, mode: Any, start_epoch: int) -> None:
     """With numbers that fit together."""
     logger = CSVLogger(tmp_path)
@@ -699,22 +669,6 @@ def test_nothing_is_logged_when_it_should_not_be(
     logger = CSVLogger(tmp_path)
     make_trainer(ConvBNModeCallback(**arguments), logger=logger, **options).fit(BoringModule())
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and "convbn" in file.read_text()]
-
-
-@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
-def test_evaluation_logs_nothing_of_ours(tmp_path: Path, stage: str) -> None:
-    """There is no backward pass to keep anything for."""
-    logger = CSVLogger(tmp_path)
-    getattr(make_trainer(ConvBNModeCallback(), logger=logger), stage)(BoringModule())
-    logger.save()
-    assert not [file for file in tmp_path.rglob("*") if file.is_file() and "convbn" in file.read_text()]
-
-
-def test_a_count_needs_no_logger() -> None:
-    """The table has it."""
-    lines = PrintedLines()
-    make_trainer(ConvBNModeCallback(), lines, logger=False).fit(BoringModule())
-    assert "kept for backward: Eval" in lines.text
 
 
 class KeepsGradients(BoringModule):
@@ -777,21 +731,12 @@ def test_the_table_does_not_call_folded_what_is_not(mode: Any, eval_mode: Any, l
     assert lines_of_table(mode=mode, eval_mode=eval_mode)[1] == line
 
 
-def test_the_table_leaves_out_what_was_not_asked_for() -> None:
-    """Neither a verification nor a count."""
-    text = "\n".join(lines_of_table(verify=False, log_memory=False))
-    assert "folded         3 of 4" in text
-    assert "verified" not in text
-    assert "kept" not in text
-    assert "counted" not in text
-
-
 @pytest.mark.parametrize(("after", "words"), [(97, ("3.0 % saved", "3.0 % less")), (103, ("3.0 % more", "3.0 % more"))])
 def test_the_table_says_more_where_more_is_kept(after: int, words: tuple[str, str]) -> None:
     """And not a negative share."""
-    bytes_of: dict[Any, int] = {"eval": 100, "tune": after}
-    found = Findings(kept_bytes=bytes_of, peak_bytes=bytes_of)
-    kept, peak = describe(ConvertedPart("backbone", Backbone()), found, "tune", "deploy")[-2:]
+    part = ConvertedPart("backbone", Backbone())
+    found = Findings(sides=sides_of(part), kept_bytes=[100, after], peak_bytes=[100, after])
+    kept, peak = describe(part, found, "tune", "deploy")[-2:]
     assert (kept.endswith(f", {words[0]}"), peak.endswith(f", {words[1]}")) == (True, True)
 
 

@@ -13,10 +13,8 @@ import torch
 from helpers.tiny_training import (
     BATCHES_PER_EPOCH,
     LIGHTNING_SAYS,
-    TRUSTED,
     BoringModule,
     Snapshot,
-    csv_metrics,
     differing,
     half_in_eval,
     images_and_targets,
@@ -29,12 +27,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
-    EarlyStopping,
     LearningRateFinder,
-    LearningRateMonitor,
-    ModelCheckpoint,
 )
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -96,19 +90,32 @@ MODULE_HOOKS = {
     "test": ["on_test_start", "test_step", "on_test_end"],
     "predict": ["on_predict_start", "predict_step", "on_predict_end", "teardown"],
 }
-CALLBACK_HOOKS = [
+ALWAYS = {
     "setup",
+    "on_train_batch_start",
+    "training_step",
+    "validation_step",
+    "test_step",
+    "predict_step",
+    "on_fit_end",
+}
+CALLBACK_HOOKS = [
     "on_fit_start",
     "on_train_batch_start",
-    "on_train_batch_end",
     "on_validation_start",
     "on_validation_batch_end",
-    "on_train_end",
     "teardown",
 ]
 
 
-@pytest.mark.parametrize(("stage", "hook"), [(stage, hook) for stage, hooks in MODULE_HOOKS.items() for hook in hooks])
+@pytest.mark.parametrize(
+    ("stage", "hook"),
+    [
+        pytest.param(stage, hook, marks=[] if hook in ALWAYS else pytest.mark.slow)
+        for stage, hooks in MODULE_HOOKS.items()
+        for hook in hooks
+    ],
+)
 def test_an_error_in_a_hook_of_the_module_leaves_it_plain(stage: str, hook: str) -> None:
     """With the flags that it had, and the same callback can be used again."""
     module, callback = half_in_eval(), quick()
@@ -198,9 +205,6 @@ def interruptible() -> Iterator[None]:
     [
         ("fit", "training_step"),
         ("fit", "validation_step"),
-        ("fit", "on_train_epoch_start"),
-        ("validate", "validation_step"),
-        ("test", "test_step"),
         ("predict", "predict_step"),
     ],
 )
@@ -220,7 +224,7 @@ def test_ctrl_c_leaves_the_module_plain(stage: str, hook: str) -> None:
 # ------------------------------------------------------------------------------------------- a stale conversion
 
 
-@pytest.mark.parametrize("mode", ["eval", "tune", "deploy"])
+@pytest.mark.parametrize("mode", ["eval", "deploy"])
 def test_a_module_that_was_left_converted_is_plain_after_a_fit(mode: Any) -> None:
     """Somebody else's conversion, or that of a callback that is gone."""
     module = half_in_eval()
@@ -290,8 +294,7 @@ class KeepsValidation(BoringModule):
 
 
 @needs_averaging
-@pytest.mark.parametrize("ours_first", [False, True])
-@pytest.mark.parametrize("val_check_interval", [2, 1.0])
+@pytest.mark.parametrize(("ours_first", "val_check_interval"), [(False, 1.0), (True, 2)])
 def test_validation_sees_averaged_weights_folded(ours_first: bool, val_check_interval: float) -> None:
     """They are put in place after our ``on_validation_start``, and without a trace in the tensors' versions."""
     module = KeepsValidation()
@@ -309,41 +312,6 @@ def test_validation_sees_averaged_weights_folded(ours_first: bool, val_check_int
     if val_check_interval == 1.0:  # the last validation is at the very end, and the averages are what remains
         assert differing(state_of(module), module.seen) == []
     assert Snapshot.of(module) == before
-
-
-@needs_averaging
-def test_averaging_is_that_of_a_run_in_eval_mode() -> None:
-    """Step by step, to rounding."""
-    states = []
-    for mode in ("tune", "eval"):
-        module = BoringModule()
-        averaging = EMAWeightAveraging(decay=0.5)
-        make_trainer(averaging, quick(mode), max_epochs=2, precision="64-true").fit(module)
-        states.append(state_of(module))
-    torch.testing.assert_close(*states, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.filterwarnings(r"ignore:Be aware that when using `ckpt_path`")
-def test_checkpoints_early_stopping_and_monitors_work_as_ever(tmp_path: Path) -> None:
-    """The best checkpoint tests the same with the callback and without."""
-    module = BoringModule()
-    before = Snapshot.of(module)
-    logger, stopping = CSVLogger(tmp_path), EarlyStopping("loss", patience=1, min_delta=10.0)
-    saving = ModelCheckpoint(tmp_path / "saved", monitor="loss", save_last=True)
-    trainer = make_trainer(
-        stopping, LearningRateMonitor(), saving, quick(), max_epochs=5, logger=logger, enable_checkpointing=True
-    )
-    trainer.fit(module)
-    assert stopping.stopped_epoch == 1
-    assert len(module.modes["fit"]) == 2 * BATCHES_PER_EPOCH
-    assert csv_metrics(logger)["lr-SGD"][0] == module.learning_rate
-    trainer.test(module, ckpt_path="best", **TRUSTED)
-    assert module.modes["test"] == ["deploy"]
-    assert Snapshot.of(module) == before
-
-    plain = BoringModule()
-    make_trainer().test(plain, ckpt_path=saving.best_model_path, **TRUSTED)
-    assert module.losses["test"] == pytest.approx(plain.losses["test"], rel=1e-5)
 
 
 class StartsWithTheHead(BoringModule):

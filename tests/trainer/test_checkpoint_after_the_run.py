@@ -11,7 +11,6 @@ import torch
 from helpers.tiny_training import (
     BATCHES_PER_EPOCH,
     LIGHTNING_SAYS,
-    TRUSTED,
     BoringModule,
     make_trainer,
     quick,
@@ -19,18 +18,6 @@ from helpers.tiny_training import (
 )
 
 pytestmark = LIGHTNING_SAYS
-
-
-def test_an_untrained_batchnorm_stays_in_train_mode_in_the_resumed_run(tmp_path: Path) -> None:
-    """By the checkpoint it has been trained, but the run that it comes from left it in Train mode."""
-    trainer = make_trainer(quick())
-    with pytest.warns(UserWarning, match="stay in Train mode"):
-        trainer.fit(with_fresh_norm())
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    resumed = with_fresh_norm()
-    with pytest.warns(UserWarning, match="stay in Train mode: `middle.1`"):
-        make_trainer(quick(), max_epochs=2).fit(resumed, ckpt_path=tmp_path / "last.ckpt", **TRUSTED)
-    assert resumed.backbone.middle[1].num_batches_tracked == 2 * BATCHES_PER_EPOCH
 
 
 STAYS = pytest.mark.filterwarnings("ignore:ConvBN. 1 BatchNorm.s. of `backbone` stay in Train mode")

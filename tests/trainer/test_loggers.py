@@ -62,7 +62,9 @@ def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
-@pytest.mark.parametrize("names", [[name] for name in LOGGERS] + [[*LOGGERS]], ids="+".join)
+@pytest.mark.parametrize(
+    "names", [pytest.param([name], marks=pytest.mark.slow) for name in LOGGERS] + [[*LOGGERS]], ids="+".join
+)
 def test_every_key_arrives_once(names: list[str], tmp_path: Path) -> None:
     """In one logger, and in each of several."""
     loggers = [LOGGERS[name][0](tmp_path) for name in names]

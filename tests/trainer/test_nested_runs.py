@@ -66,10 +66,7 @@ HOOKS = [
     "on_train_epoch_start",
     "on_train_batch_start",
     "training_step",
-    "on_train_batch_end",
-    "on_validation_start",
     "validation_step",
-    "on_validation_end",
     "on_train_epoch_end",
 ]
 

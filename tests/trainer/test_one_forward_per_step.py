@@ -108,7 +108,7 @@ def run(backbone: type[SpiedBackbone], *callbacks: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("backbone", [SpiedBackbone, UntracedBackbone])
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"log_memory": False}, {"verify": False}, {"mode": "eval", "eval_mode": "tune"}, {"start_epoch": 1}],
+    [{}, {"mode": "eval", "eval_mode": "tune"}, {"start_epoch": 1}],
     ids=str,
 )
 def test_a_module_sees_one_real_forward_in_each_step_and_nothing_of_the_callback(

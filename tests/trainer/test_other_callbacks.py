@@ -16,7 +16,6 @@ from helpers.tiny_training import (
     RESUMING_SAYS,
     TRUSTED,
     BoringModule,
-    PrintedLines,
     Snapshot,
     differing,
     images_and_targets,
@@ -28,7 +27,7 @@ from lightning.pytorch import callbacks
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_convbn import ConvBNModeCallback, measure_memory
+from lightning_convbn import measure_memory
 
 pytestmark = [
     *RESUMING_SAYS,
@@ -113,7 +112,7 @@ def fit(mode: Any, name: str, ours_first: bool, folder: Path) -> tuple[Filtering
 
 
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
-@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("ours_first", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_run_with_another_callback_is_evals(
     name: str, ours_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -133,13 +132,6 @@ def test_a_run_with_another_callback_is_evals(
     torch.testing.assert_close(state_of(tuned), state_of(frozen), rtol=DRIFT, atol=DRIFT)
     after = Snapshot.of(tuned)
     assert (after.classes, after.keys) == (plain.classes, plain.keys) or name == "ModelPruning"
-
-
-@pytest.mark.parametrize("bar", [callbacks.RichProgressBar, callbacks.TQDMProgressBar])
-def test_progress_bars_show_the_table(bar: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """Above the bar."""
-    make_trainer(ConvBNModeCallback(), bar(), enable_progress_bar=True).fit(BoringModule())
-    assert "3 of 4 BatchNorms" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------- batch size
@@ -163,7 +155,7 @@ class Limited(BoringModule):
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")
-@pytest.mark.parametrize("search", ["power", "binsearch"])
+@pytest.mark.parametrize("search", ["power", pytest.param("binsearch", marks=pytest.mark.slow)])
 def test_the_finder_reaches_a_larger_batch_in_tune_mode(tmp_path: Path, search: Any) -> None:
     """Under one limit in bytes, which 12 images reach in Eval mode."""
     images = torch.zeros(12, 3, 8, 8)
@@ -228,14 +220,6 @@ def test_hooks_on_layers_of_pairs_see_what_they_see_in_eval_mode() -> None:
             make_trainer(quick("eval", eval_mode="eval"), precision="64-true").fit(module)
     for name in ("backbone.stem.0", "backbone.middle.1", "backbone.lone"):
         assert_close(seen[f"tune {name}"], seen[f"eval {name}"], 1e-9)
-
-
-def test_hooks_are_not_worth_a_word_where_nothing_is_folded(recwarn: pytest.WarningsRecorder) -> None:
-    """In Eval mode a convolution puts out what it always did."""
-    module = BoringModule()
-    module.backbone.stem[0].register_forward_hook(lambda *args: None)
-    make_trainer(quick("eval", eval_mode="eval"), PrintedLines()).fit(module)
-    assert not [warning for warning in recwarn if "hooks" in str(warning.message)]
 
 
 def test_every_callback_has_a_row_in_the_docs() -> None:

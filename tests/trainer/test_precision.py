@@ -200,11 +200,6 @@ def surely_at_least(precision: str, mode: str) -> dict[str, float]:
     return ratios
 
 
-def test_the_quantile_is_students() -> None:
-    stats = pytest.importorskip("scipy.stats")
-    assert pytest.approx(stats.t.ppf(1 - FALSE_ALARMS, NETWORKS - 1), abs=1e-3) == STUDENT
-
-
 def test_the_shifts_are_as_small_as_the_bound_supposes() -> None:
     module = OneStep()
     shares = []

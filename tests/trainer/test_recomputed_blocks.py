@@ -100,12 +100,6 @@ def test_a_run_is_resumed_as_without_recomputation(tmp_path: Path) -> None:
     assert differing(state_of(module), state_of(expected)) == []
 
 
-@pytest.mark.parametrize("recompute", [["backbone.body.0"], "block", True, None])
-def test_the_argument_takes_a_choice_and_no_names(recompute: Any) -> None:
-    with pytest.raises(ValueError, match="recompute must be one of 'none', 'elementwise', 'blocks'; got "):
-        ConvBNModeCallback(recompute=recompute)
-
-
 def test_a_network_without_blocks_trains_as_with_elementwise() -> None:
     lines = PrintedLines()
     module = BoringModule(Backbone)

@@ -142,6 +142,7 @@ def test_a_run_in_several_processes_is_resumed_in_the_middle_of_an_epoch(ranks: 
         assert differing(resumed["state"], straight["state"]) == []
 
 
+@pytest.mark.slow
 def test_spawned_processes_train_and_the_main_process_stays_plain(ranks: list[dict[Any, Any]]) -> None:
     """The workers convert; the module that comes back has the weights that plain DDP arrives at."""
     module = Shared()
