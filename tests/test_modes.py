@@ -587,14 +587,9 @@ class TestBadInput:
             ("tune", {"recompute": "all"}, "recompute must be one of 'none', 'elementwise', 'blocks'; got 'all'."),
             ("train", {"recompute": True}, "recompute must be one of 'none', 'elementwise', 'blocks'; got True."),
             (
-                "train",
-                {"recompute": "elementwise"},
-                "recompute='elementwise' needs the mode to be 'eval' or 'tune'; got 'train'",
-            ),
-            (
                 "deploy",
                 {"recompute": "elementwise"},
-                "recompute='elementwise' needs the mode to be 'eval' or 'tune'; got 'deploy'",
+                "recompute='elementwise' needs the mode to be 'train', 'eval' or 'tune'; got 'deploy'",
             ),
             ("tune", {"pairs": ConvBNPairs([("body.0", "no")])}, "pairs: Patchwork has no module `no`"),
             ("tune", {"pairs": ConvBNPairs([("no", "body.1")])}, "pairs: Patchwork has no module `no`"),

@@ -221,7 +221,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"mode": "deploy"}, "mode must be one of 'eval', 'tune'; got 'deploy'"),
+            ({"mode": "deploy"}, "mode must be one of 'train', 'eval', 'tune'; got 'deploy'"),
             ({"optimizer": "adam"}, "optimizer='adam' is unknown"),
         ],
     )

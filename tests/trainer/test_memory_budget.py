@@ -256,10 +256,6 @@ class TestBadInput:
                 {"memory_budget": "8GiB", "recompute": "blocks"},
                 "memory_budget='8GiB' chooses what to recompute, and so does recompute='blocks'; give one of the two",
             ),
-            (
-                {"memory_budget": "8GiB", "mode": "train"},
-                "memory_budget='8GiB' needs the mode to be 'eval' or 'tune'; got 'train', which recomputes nothing",
-            ),
         ],
     )
     def test_arguments_are_checked_at_once(self, arguments: Any, message: str) -> None:
