@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from threading import Thread
 from typing import Any, get_args
 
 import pytest
 import torch
+from helpers.blocks import Tower
 from helpers.comparing import Snapshot, assert_close, gradients
 from helpers.counting_operations import NewTensors, count_alive
 from helpers.networks import BATCH_NORMS, images, randomized, small_net, torchvision_model
@@ -574,6 +576,58 @@ def test_a_scripted_activation_does_not_matter(mode: Mode) -> None:
     assert_close([fuse_for_deploy(model)(batch())], [expected], 1e-12)
     set_mode(model, "train")
     assert isinstance(model[1], nn.BatchNorm2d)
+
+
+class TestTrainModeWithRecomputation:
+    """It is Train mode: switching to it, from it and back is exact, and pairs are found as in the plain model."""
+
+    @pytest.mark.parametrize("recompute", ["elementwise", "blocks", ["blocks.1"]], ids=str)
+    @pytest.mark.parametrize("mode", ["train", "eval", "tune", "deploy"])
+    def test_switches_to_and_from(self, mode: Mode, recompute: Any) -> None:
+        model = Tower().train()
+        model.blocks[0].bn1.eval()  # type: ignore[union-attr]
+        found, pairs = Snapshot.of(model), find_conv_bn_pairs(model)
+        assert set_mode(model, mode) == pairs
+        other = Snapshot.of(model)
+        assert set_mode(model, "train", recompute=recompute) == pairs
+        recomputing = Snapshot.of(model)
+        assert get_mode(model) == "train"
+        assert "convbn='train', recompute=" in str(model)
+        assert recomputing.training == found.training
+        with conv_bn_mode(model, mode) as chosen:
+            assert (chosen, Snapshot.of(model)) == (pairs, other)
+        assert Snapshot.of(model) == recomputing
+        assert set_mode(model, mode) == pairs
+        with conv_bn_mode(model, "train", recompute=recompute):
+            assert Snapshot.of(model) == recomputing
+        assert Snapshot.of(model) == other
+        set_mode(model, "train", recompute=recompute)
+        set_mode(model, "train")
+        assert Snapshot.of(model) == found
+
+    @pytest.mark.filterwarnings("ignore:.torch.jit.trace")
+    @pytest.mark.parametrize("recompute", ["elementwise", "blocks"])
+    def test_copies_pickles_traces_and_exports_are_those_of_the_plain_model(self, recompute: Any) -> None:
+        plain, model = Tower().eval(), Tower().eval()
+        set_mode(model, "train", recompute=recompute)
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert Snapshot.of(copied)[:4] == Snapshot.of(plain)[:4]  # all but what tells parameters apart
+        image = images(2, 3, 8, 8)
+        assert torch.fx.symbolic_trace(model).code == torch.fx.symbolic_trace(plain).code
+        for run in (torch.export.export(model, (image,)).module(), torch.jit.trace(model, image)):
+            assert torch.equal(run(image), plain(image))
+
+    @pytest.mark.parametrize("recompute", ["elementwise", "blocks"])
+    def test_a_compiled_step_is_the_plain_models(self, recompute: Any) -> None:
+        found = []
+        for how in ("none", recompute):
+            model = Tower().train()
+            set_mode(model, "train", recompute=how)
+            torch.compiler.reset()
+            output = torch.compile(model, backend="aot_eager", fullgraph=True)(images(2, 3, 8, 8))
+            gradients = torch.autograd.grad(output.sum(), [*model.parameters()])
+            found.append([output.detach(), *gradients, *model.buffers()])
+        assert all(map(torch.equal, *found))
 
 
 class TestBadInput:

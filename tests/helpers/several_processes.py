@@ -248,11 +248,22 @@ def resume(folder: Path) -> dict[str, Any]:
     return {"straight": seen_of(straight, []), "resumed": seen_of(resumed, [])}
 
 
+def train_statistics(*callbacks: Any) -> dict[str, Any]:
+    """Train with the statistics of the batch, of repeated blocks."""
+    module = Shared(ResidualBackbone)
+    make_trainer(*callbacks, strategy="ddp", devices=2, max_epochs=EPOCHS).fit(module)
+    return seen_of(module, [])
+
+
 def main(folder: Path) -> None:
     """Run everything and write it down."""
     apply_torch_settings()
     results: dict[Any, Any] = {(name, mode): run(name, mode, folder) for name in RUNS for mode in ("eval", "tune")}
     results["resume"] = resume(folder)
+    results["train"] = train_statistics()
+    for recompute in ("elementwise", "blocks"):
+        callback = ConvBNModeCallback("train", eval_mode="eval", recompute=recompute)  # type: ignore[arg-type]
+        results["train", recompute] = train_statistics(callback)
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
 
 

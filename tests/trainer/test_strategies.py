@@ -87,6 +87,16 @@ def test_the_loss_curve_in_several_processes_is_evals(ranks: list[dict[Any, Any]
         assert len(set(tune["losses"]["fit"])) == STEPS
 
 
+@pytest.mark.parametrize("recompute", ["elementwise", "blocks"])
+def test_train_mode_with_recomputation_is_plain_ddp(ranks: list[dict[Any, Any]], recompute: str) -> None:
+    """Losses, weights and statistics, to the bit."""
+    for rank in ranks:
+        plain, seen = rank["train"], rank["train", recompute]
+        assert seen["losses"] == plain["losses"]
+        assert differing(seen["state"], plain["state"]) == []
+        assert seen["converted"] == []
+
+
 def test_what_one_process_finds_wrong_is_unfolded_in_all(ranks: list[dict[Any, Any]]) -> None:
     """The first process has nothing to find, and would go on with other pairs than the second."""
     for rank in ranks:
