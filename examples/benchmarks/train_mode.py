@@ -154,7 +154,9 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="take every n-th photograph for the epoch")
     parser.add_argument("--out", type=Path, default=train_mode_tables.RESULTS)
     options = parser.parse_args()
-    found = json.loads(options.out.read_text()) if options.out.exists() else {"commands": {}, "machines": {}, "rows": []}
+    found: dict[str, Any] = {"commands": {}, "machines": {}, "rows": []}
+    if options.out.exists():
+        found = json.loads(options.out.read_text())
     asked = [part for part in PARTS if getattr(options, part.__name__)] or list(PARTS)
     threads = torch.get_num_threads()
     for part in asked:
