@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 
 
 def memory(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Count what a step keeps and its peak, by the allocator. Predict the peak, but of a detector: it looks at values."""
+    """Count what a step keeps and its peak, by the allocator. Predict the peak, but not of a detector."""
     work = workload(name, options.batch or 4, options.pixels, CPU, channels_last=False)
     row: dict[str, Any] = {"batch": options.batch or 4, "pixels": options.pixels}
     for variant, recompute in RECOMPUTING.items():
@@ -154,15 +154,19 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="take every n-th photograph for the epoch")
     parser.add_argument("--out", type=Path, default=train_mode_tables.RESULTS)
     options = parser.parse_args()
-    found = json.loads(options.out.read_text()) if options.out.exists() else {"commands": {}, "machines": {}, "rows": []}
+    found: dict[str, Any] = {"commands": {}, "machines": {}, "rows": []}
+    if options.out.exists():
+        found = json.loads(options.out.read_text())
     asked = [part for part in PARTS if getattr(options, part.__name__)] or list(PARTS)
     threads = torch.get_num_threads()
     for part in asked:
         torch.set_num_threads(1 if part in (fits, epoch) else threads)  # PyTorch repeats its own bits on one thread
-        own, others = [], [row for row in found["rows"] if row["part"] != part.__name__]
+        names = options.names or PARTS[part]
+        others = [row for row in found["rows"] if row["part"] != part.__name__ or row["model"] not in names]
+        own: list[dict[str, Any]] = []
         found["commands"][part.__name__] = results_file.command()
         found["machines"][part.__name__] = results_file.machine(CPU)
-        for name in options.names or PARTS[part]:
+        for name in names:
             own.append({"part": part.__name__, "model": name, **part(name, options)})
             print({key: value for key, value in own[-1].items() if key != "variants"}, flush=True)
             found["rows"] = [*others, *own]

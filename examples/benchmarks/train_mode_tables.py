@@ -58,7 +58,8 @@ def coverage(rows: Sequence[Row]) -> Iterator[str]:
     """Kept bytes in relation to plain training."""
     yield from _head("network", "Train keeps", *(VARIANTS[name].title for name in OURS))
     for row in rows:
-        yield _line(row["model"], f"{row['train'] / MIB:.0f} MiB", *(f"{row[name] / row['train']:.2f}" for name in OURS))
+        ratios = [f"{row[name] / row['train']:.2f}" for name in OURS]
+        yield _line(row["model"], f"{row['train'] / MIB:.0f} MiB", *ratios)
 
 
 def fits(rows: Sequence[Row]) -> Iterator[str]:

@@ -143,7 +143,9 @@ VARIANTS: dict[str, Variant] = {
     "train_recompute": Variant(
         "Train + elementwise", partial(_train, recompute="elementwise"), "#b07aa1", has_evals_gradients=False
     ),
-    "train_blocks": Variant("Train + blocks", partial(_train, recompute="blocks"), "#7b4a6e", has_evals_gradients=False),
+    "train_blocks": Variant(
+        "Train + blocks", partial(_train, recompute="blocks"), "#7b4a6e", has_evals_gradients=False
+    ),
     "train_checkpoint_blocks": Variant(
         "checkpoint per block (Train)",
         partial(_checkpointed, units="blocks", build=_train),

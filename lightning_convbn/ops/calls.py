@@ -52,7 +52,7 @@ class Call:
             return layout_of(tensor, dense=self._func is F.batch_norm)
         if self._row.saves == "layout":
             return self._recipe_of_indices(tensor) if self._row.kind == "max-pool" else Source(tensor).value
-        value = self._value_of(tensor) or self._input_in_other_shape(tensor)
+        value = self._value_of(tensor)
         holder = Holder(Value.kept(tensor)) if value is None else value.save(tensor)
         self._saved.append((tensor, holder))
         return holder
@@ -64,14 +64,6 @@ class Call:
         if self._func is F.batch_norm:
             return tensor is self.tensors[0] and not _reads_input(*self._args, **self._kwargs)
         return self._row.saves == "layout" and tensor.is_floating_point()
-
-    def _input_in_other_shape(self, tensor: Tensor) -> Value | None:
-        """Return the value of a view that has all of the input: an instance norm saves it as one image."""
-        input, value, shape = self.tensors[0], self._values[0], tensor.shape
-        if value is None or tensor.numel() != input.numel() or storage_id(tensor) != storage_id(input):
-            return None
-        dense = tensor.is_contiguous() and input.is_contiguous() and tensor.dtype is input.dtype
-        return Value(lambda values: values.view(shape), [value], passes=0) if dense else None
 
     def finish(self, output: Any) -> Iterator[tuple[Tensor, Value]]:
         """Yield each tensor that the function has put out, with its value."""
