@@ -22,8 +22,8 @@ MODEL is one of
                             the current directory is importable
   path/to/last.ckpt         a Lightning checkpoint, with --class package.module:LightningModuleClass;
                             only weights and plain values are loaded from it
-No weights are downloaded. The model is used in its eval state: dropout is off, and auxiliary heads do not run. Train's
-variants of measure alone use its train state.
+No weights are downloaded. The model is used in its eval state: dropout is off, and auxiliary heads do not run.
+Only the Train variants of measure use its train state.
 """
 
 INPUT_HELP = """\

@@ -47,7 +47,7 @@ def write_plot(path: Path, title: str, found: Measurement) -> None:
     """
     from matplotlib.figure import Figure
 
-    bars = 1 + 0.1 * (len(found.variants) + 1) * min(len(found.blocks), MOST_BLOCKS)
+    bars = 1 + 0.08 * (len(found.variants) + 1) * min(len(found.blocks), MOST_BLOCKS)
     heights = [3.2, bars] if found.points() else [bars]
     figure = Figure(figsize=(9, 0.8 + sum(heights)), layout="constrained", dpi=150)
     *others, blocks = figure.subplots(len(heights), squeeze=False, height_ratios=heights).flat
@@ -59,7 +59,7 @@ def write_plot(path: Path, title: str, found: Measurement) -> None:
         axes.grid(axis="x", color="#e2e8f0")
         axes.set_axisbelow(True)
     figure.suptitle(_literal(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
-    figure.legend(*blocks.get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+    figure.legend(*blocks.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path)
 
 

@@ -138,7 +138,7 @@ class Measurement:
         refs = {variant: self.variants[reference_of(variant)] for variant in self.variants}
         columns: list[tuple[str, Callable[[Variant, VariantResult], str]]] = [
             ("variant", lambda variant, _: TITLES[variant]),
-            ("against", lambda variant, own: "-" if own is refs[variant] else TITLES[reference_of(variant)]),
+            ("vs", lambda variant, own: "-" if own is refs[variant] else TITLES[reference_of(variant)]),
             ("kept for backward", lambda _, own: as_mib(own.saved_bytes)),
             ("change", lambda variant, own: _change(own, refs[variant], "saved_bytes")),
             ("peak of a step", lambda _, own: _size(own.peak_bytes)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
@@ -18,9 +19,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for index, column in enumerate(columns):
-            table.add_column(Text(column), justify="right" if index else "left", overflow="fold")
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        for index, (column, *cells) in enumerate(zip(columns, *rows, strict=True)):
+            title = textwrap.fill(column, max(map(len, cells), default=1), break_long_words=False)
+            table.add_column(Text(title), justify="right" if index else "left", overflow="fold")
         for row in rows:
             table.add_row(*map(Text, row))  # as Text, so that nothing is taken for markup
         Console().print(table)
