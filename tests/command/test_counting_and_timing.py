@@ -35,6 +35,27 @@ def test_rounds_are_interleaved_and_the_first_one_does_not_count(monkeypatch: py
     assert get_mode(net) == "train"
 
 
+def test_statistics_are_trained_in_train_variants_alone_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(small_net(), nn.Dropout())
+    buffers = [(name, buffer, buffer.clone()) for name, buffer in net.named_buffers()]
+    seen: list[tuple[bool, bool, float]] = []
+
+    def run_step(model: nn.Module, call: Any, _: Any) -> tuple[float, None]:
+        model(*call[0])
+        written = any(not torch.equal(buffer, values) for _, buffer, values in buffers)
+        seen.append((model.training, written, torch.rand(()).item()))
+        return 1.0, None
+
+    monkeypatch.setattr(counting_and_timing, "run_step", run_step)
+    measurer_of(net).measure(["train-elementwise", "train-blocks", "tune"], rounds=1, budget=None)
+    states = [(training, written) for training, written, _ in seen]
+    train, other = [(True, True)] * 3, [(False, False)] * 2
+    assert states == [*other, *train, *train, *other]
+    assert len({drawn for *_, drawn in seen[5:8]}) == 1  # dropout draws alike: after it, so does the next draw
+    assert [(name, buffer) for name, buffer in net.named_buffers()] == [(name, buffer) for name, buffer, _ in buffers]
+    assert all(torch.equal(buffer, values) for _, buffer, values in buffers)
+
+
 def test_running_out_of_memory_is_noted_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     net = small_net()
 

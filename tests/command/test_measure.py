@@ -19,15 +19,20 @@ from lightning_convbn import fuse_for_deploy, measure_memory
 from lightning_convbn.command import measure
 from lightning_convbn.command.counting_and_timing import ModelMeasurer
 from lightning_convbn.command.main import main
+from lightning_convbn.command.results import VARIANTS
 from lightning_convbn.memory import MIB, count_saved_bytes
 
 BATCH = 4
 ASKED = {
+    "train": {"mode": "train"},
+    "train-elementwise": {"mode": "train", "recompute": "elementwise"},
+    "train-blocks": {"mode": "train", "recompute": "blocks"},
     "eval": {"mode": "eval"},
     "tune": {"mode": "tune"},
     "tune-elementwise": {"mode": "tune", "recompute": "elementwise"},
     "tune-blocks": {"mode": "tune", "recompute": "blocks"},
 }
+TRAIN = [variant for variant in ASKED if variant.startswith("train")]
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +47,11 @@ def found() -> Any:
 
 class TestMeasure:
     def test_counts_are_those_of_measure_memory(self, found: Any) -> None:
-        net, batch = small_net().eval(), images(BATCH, 3, 8, 8)
-        for mode in ("eval", "tune"):
-            use = measure_memory(net, batch, mode=mode)
-            assert found["variants"][mode]["saved_bytes"] == use.saved_bytes
-            assert found["variants"][mode]["peak_bytes"] == use.peak_bytes
+        net, batch = small_net(), images(BATCH, 3, 8, 8)
+        for variant, asked in ASKED.items():
+            use = measure_memory(net.train(variant in TRAIN), batch, **asked)  # type: ignore[arg-type]
+            assert found["variants"][variant]["saved_bytes"] == use.saved_bytes
+            assert found["variants"][variant]["peak_bytes"] == use.peak_bytes
         assert found["variants"]["deploy-copy"]["saved_bytes"] == count_saved_bytes(fuse_for_deploy(net), batch)
 
     def test_blocks_add_up_and_pairs_are_one_block(self, found: Any) -> None:
@@ -57,7 +62,11 @@ class TestMeasure:
         output = BATCH * 6 * 8 * 8 * 4
         # Eval keeps the convolution's output for BatchNorm; ReLU keeps its own, and not what it gets.
         vectors = 2 * 6 * 4  # two values for each of six channels
+        statistics = output + vectors
         assert blocks["0 + 1"]["saved_bytes"] == {
+            "train": statistics,
+            "train-elementwise": statistics,
+            "train-blocks": statistics,
             "eval": output,
             "tune": vectors,
             "tune-elementwise": vectors,
@@ -71,15 +80,17 @@ class TestMeasure:
         for result in found["variants"].values():
             assert len(result["step_seconds"]) == 3
             assert min(result["step_seconds"]) > 0
-        assert found["variants"]["eval"]["step_time_ratio"] == [1, 1, 1]
-        low, high = found["variants"]["tune"]["step_time_ratio"][1:]
-        assert (
-            low <= found["variants"]["tune"]["step_seconds"][0] / found["variants"]["eval"]["step_seconds"][0] <= high
-        )
+        for variant, result in found["variants"].items():
+            assert result["reference"] == ("train" if variant in TRAIN else "eval")
+            reference = found["variants"][result["reference"]]
+            ratio, low, high = result["step_time_ratio"]
+            assert low <= result["step_seconds"][0] / reference["step_seconds"][0] <= high
+            assert ratio == 1 or result is not reference
 
     def test_the_largest_batch_fits_and_the_next_one_does_not(self, found: Any) -> None:
-        net = small_net().eval()
+        net = small_net()
         for variant, asked in ASKED.items():
+            net.train(variant in TRAIN)
             result = found["variants"][variant]
             assert result["fixed_bytes"] == sum(tensor.nbytes for tensor in (*net.parameters(), *net.buffers()))
             peaks = [
@@ -87,9 +98,10 @@ class TestMeasure:
                 for more in (0, 1)
             ]
             assert peaks[0] <= MIB - result["fixed_bytes"] < peaks[1]  # type: ignore[operator]
-        largest = [found["variants"][variant]["largest_batch"] for variant in ASKED]
-        assert largest == sorted(largest)
-        assert largest[0] < largest[-1]
+        for group in (TRAIN, [variant for variant in ASKED if variant not in TRAIN]):
+            largest = [found["variants"][variant]["largest_batch"] for variant in group]
+            assert largest == sorted(largest)
+            assert largest[0] < largest[-1]
 
     def test_an_optimizer_takes_memory(self, found: Any, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ["--batch-size", str(BATCH), "--rounds", "0", "--budget", "1MiB", "--optimizer", "adamw"]
@@ -100,26 +112,31 @@ class TestMeasure:
             with_optimizer, without = with_state["variants"][variant], found["variants"][variant]
             assert with_optimizer["peak_bytes"] >= without["peak_bytes"] + state
             assert with_optimizer["largest_batch"] <= without["largest_batch"]
-            expected = measure_memory(small_net().eval(), images(BATCH, 3, 8, 8), optimizer="adamw", **asked)  # type: ignore[arg-type]
+            net = small_net().train(variant in TRAIN)
+            expected = measure_memory(net, images(BATCH, 3, 8, 8), optimizer="adamw", **asked)  # type: ignore[arg-type]
             assert with_optimizer["peak_bytes"] == expected.peak_bytes
 
     def test_frozen_parameters_get_no_gradient(self, found: Any, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ["--batch-size", str(BATCH), "--rounds", "0", "--freeze", "0", "1", "4"]
         frozen = run_json(capsys, "measure", *SMALL, *arguments)
-        for variant in found["variants"]:
-            assert frozen["variants"][variant]["saved_bytes"] < found["variants"][variant]["saved_bytes"]
-            assert frozen["variants"][variant]["peak_bytes"] <= found["variants"][variant]["peak_bytes"]
+        for variant, result in frozen["variants"].items():
+            # Where Train recomputes, frozen layers keep nothing that the next output could be recomputed from.
+            before = frozen["variants"]["train"] if variant in TRAIN[1:] else found["variants"][variant]
+            assert result["saved_bytes"] < before["saved_bytes"]
+            assert result["peak_bytes"] <= before["peak_bytes"]
 
-    def test_the_table_has_what_was_asked_for_and_three_lines_below(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_table_has_what_was_asked_for_and_four_lines_below(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["measure", *SMALL, "--rounds", "1", "--budget", "1 mib"]) == 0
         _, table, prose = capsys.readouterr().out.split("\n\n")
         columns = re.split(" {2,}", table.splitlines()[0])
-        kept = ["variant", "kept for backward", "against Eval", "peak of a step", "against Eval"]
-        assert columns == [*kept, "step time", "ratio to Eval (rounds)", "largest batch"]
+        kept = ["variant", "vs", "kept for backward", "change", "peak of a step", "change"]
+        assert columns == [*kept, "step time", "ratio (rounds)", "largest batch"]
         number = r"[\d.]+"
-        row = rf"^Tune +{number} MiB +-{number} % +{number} MiB +[+-]{number} % +{number} ms +{number} \(.*\) +\d+$"
+        row = (
+            rf"^Tune +Eval +{number} MiB +-{number} % +{number} MiB +[+-]{number} % +{number} ms +{number} \(.*\) +\d+$"
+        )
         assert re.search(row, table, re.MULTILINE)
-        assert len(prose.splitlines()) == 3
+        assert len(prose.splitlines()) == 4
         for said in ("gradients, optimizer (none)", "training it is unstable", "median of 1", "expect noise"):
             assert said in prose
         assert main(["measure", *SMALL, "--rounds", "0", "--variants", "tune", "--optimizer", "sgd"]) == 0
@@ -128,6 +145,11 @@ class TestMeasure:
         assert [line.split()[0] for line in table.splitlines()] == ["variant", "Eval", "Tune"]
         assert "gradients, optimizer (sgd)" in prose
         assert prose.count("\n") == 1
+        assert main(["measure", *SMALL, "--rounds", "0", "--variants", "train-elementwise"]) == 0
+        _, table, prose = capsys.readouterr().out.split("\n\n")
+        rows = [re.split(" {2,}", line)[:2] for line in table.splitlines()[1:]]
+        assert [[cell.strip() for cell in row] for row in rows] == [["Train", "-"], ["Train + elementwise", "Train"]]
+        assert "statistics of the batch" in prose
 
     def test_without_rounds_and_peaks_nothing_is_computed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[type] = []
@@ -152,6 +174,34 @@ class TestMeasure:
         out, err = capsys.readouterr()
         assert "Tune: no largest batch, because the model can't run on tensors without data" in err
         assert "1 of 1 BatchNorms folded" in out  # proven by running it
+
+    def test_what_does_not_run_in_its_train_state_is_measured_in_the_others(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write_module(
+            "detectors",
+            """class Detector(nn.Sequential):
+    def forward(self, images, targets=None):
+        if self.training and targets is None:
+            raise ValueError("targets are missing")
+        return super().forward(images)
+
+net = Detector(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))""",
+        )
+        arguments = ["measure", "detectors:net", "--size", "8", "--rounds", "1", "--budget", "1MiB"]
+        found = run_json(capsys, *arguments)
+        assert list(found["variants"]) == [variant for variant in VARIANTS if variant not in TRAIN]
+        why = "the model can't run in its train state: ValueError: targets are missing"
+        assert found["notes"] == [f"Train: not measured, because {why}"]
+        assert why in refusal(capsys, *arguments, "--variants", "train-blocks")
+
+    def test_a_batch_of_one_can_not_be_trained(self, capsys: pytest.CaptureFixture[str]) -> None:
+        write_module("pooled", "net = nn.Sequential(nn.Conv2d(3, 64, 8), nn.BatchNorm2d(64), nn.ReLU())")
+        arguments = ["measure", "pooled:net", "--size", "8", "--rounds", "0", "--variants", "train"]
+        plenty = run_json(capsys, *arguments, "--budget", "1MiB")["variants"]["train"]
+        assert plenty["largest_batch"] > 8
+        budget = f"{(plenty['fixed_bytes'] + 1000) / 1e6}MB"  # not even the gradients fit
+        assert run_json(capsys, *arguments, "--budget", budget)["variants"]["train"]["largest_batch"] == 0
 
     def test_without_gradients_the_forward_pass_decides(self, capsys: pytest.CaptureFixture[str]) -> None:
         write_module("frozen", "from helpers.networks import small_net\nnet = small_net().requires_grad_(False)")
