@@ -35,7 +35,11 @@ FOLDER = ROOT / "examples" / "other_trainers"
 PAGE = ROOT / "docs" / "use" / "other-trainers.md"
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("[!_]*.py")), ids=lambda file: file.stem)
+# The hook for MMEngine is a file to import, so the page says how to name it.
+SHOWN = [file for file in sorted(FOLDER.glob("[!_]*.py")) if file.stem != "mmengine_hook"]
+
+
+@pytest.mark.parametrize("file", SHOWN, ids=lambda file: file.stem)
 def test_the_page_shows_the_file_and_it_is_short(file: Path) -> None:
     """The page is docs/use/other-trainers.md."""
     (shown,) = re.findall(
