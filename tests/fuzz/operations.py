@@ -105,7 +105,7 @@ def statistics_unwritten(layer: nn.Module) -> Iterator[None]:
         module._buffers.update(kept.pop(module))
 
     with ExitStack() as stack:
-        for module in ONCE.intersection(layer.modules()):
+        for module in [norm for norm in ONCE.intersection(layer.modules()) if norm.training]:
             stack.callback(module.register_forward_pre_hook(before).remove)
             stack.callback(module.register_forward_hook(after, always_call=True).remove)
         yield
