@@ -29,7 +29,7 @@ from lightning_convbn.layers.state import (
 from lightning_convbn.layers.supported_layers import conv_layer, is_norm, norm_layer
 from lightning_convbn.pairs import reasons
 from lightning_convbn.pairs.find import mismatch, statistics_missing
-from lightning_convbn.pairs.pair import ConvBNPairs
+from lightning_convbn.pairs.pair import ConvBNPair, ConvBNPairs
 
 
 def restore_modules(modules: Iterable[nn.Module]) -> None:
@@ -92,7 +92,7 @@ def convert(model: nn.Module, mode: Mode, pairs: ConvBNPairs, recompute: Recompu
         ValueError: If ``pairs`` or ``recompute`` names what does not fit the model.
     """
     conv_of = _checked_partners(model, pairs)
-    blocks = _checked_blocks(model, pairs, recompute)
+    blocks = _checked_blocks(model, () if mode == "train" else pairs, recompute)  # Train mode folds no pair
     level: Recompute = recompute if recompute in ("none", "elementwise") else "blocks"  # type: ignore[assignment]
     try:
         _convert(model, mode, pairs, conv_of, blocks, level)
@@ -161,7 +161,9 @@ def keep_no_fold(model: nn.Module) -> None:
             pair.keeps_fold = False
 
 
-def _checked_blocks(model: nn.Module, pairs: ConvBNPairs, recompute: Recompute | Sequence[str]) -> Sequence[str]:
+def _checked_blocks(
+    model: nn.Module, pairs: Iterable[ConvBNPair], recompute: Recompute | Sequence[str]
+) -> Sequence[str]:
     """Return the names of the blocks that are to run again in the backward pass.
 
     Raises:

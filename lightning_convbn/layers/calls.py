@@ -91,7 +91,8 @@ class Call(NamedTuple):
     @contextmanager
     def _state(self) -> Iterator[None]:
         """What was in force in the call: gradients, autocast, and no hooks of a checkpoint that has begun since."""
-        as_it_is = self.pack_hook is None and pack_hook() is not None
+        hook = pack_hook()
+        as_it_is = hook is not None and hook is not self.pack_hook
         hooks = saved_tensors_hooks(_same, _same) if as_it_is else nullcontext()
         with torch.set_grad_enabled(self.with_grad), in_autocast(self.input.device.type, self.autocast), hooks:
             yield

@@ -167,7 +167,7 @@ def _deployed(
 # In a graph of a compiler or of a trace there are no marks. The convolution puts out the plain output, and an attribute
 # of it says what it was made of. The BatchNorm of the pair runs the folded convolution on that. Nobody reads the plain
 # output then, so the compiler drops it. Whoever else reads it gets what Eval would have given; a graph may also end
-# between the two layers, or hold one of them alone.
+# between the two layers, or hold one of them alone. Dynamo does not tell of a write in place: there it is not noticed.
 
 _MADE_OF = "_convbn_made_of"
 

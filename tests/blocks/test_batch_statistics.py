@@ -180,3 +180,22 @@ def test_a_written_weight_is_an_error() -> None:
         model.blocks[0].bn1.weight.add_(1)  # type: ignore[union-attr, operator]
     with pytest.raises(RuntimeError, match="one of its parameters or buffers was written or replaced"):
         loss.backward()
+
+
+class PreActivation(nn.Module):
+    """A block whose last convolution is a pair with the first BatchNorm of the next block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.layers(input)  # type: ignore[no-any-return]
+
+
+def test_pairs_between_blocks_do_not_matter_where_nothing_is_folded() -> None:
+    model = nn.Sequential(PreActivation(), PreActivation())
+    set_mode(model, "train", recompute="blocks")
+    assert recomputed_blocks(model) == Blocks(("0", "1"))
+    set_mode(model, "train", recompute=["1"])
+    assert recomputed_blocks(model).names == ("1",)

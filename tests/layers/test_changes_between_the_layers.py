@@ -55,6 +55,11 @@ def begins_a_checkpoint(net: Pair, input: Tensor) -> Tensor:
     return checkpoint(lambda output: F.silu(net.bn(output)), net.conv(input), use_reentrant=False)  # type: ignore[no-any-return]
 
 
+def ends_one_checkpoint_and_begins_another(net: Pair, input: Tensor) -> Tensor:
+    output = checkpoint(net.conv, input, use_reentrant=False)
+    return checkpoint(net.bn, output, use_reentrant=False)  # type: ignore[no-any-return]
+
+
 class Doubled(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)
@@ -70,7 +75,7 @@ def sets_a_class(net: Pair, input: Tensor) -> Tensor:
     "use",
     [
         *map(between, (writes_statistics, replaces_statistics, replaces_shift, sets_eps)),
-        *(calls_with_other_parameters, begins_a_checkpoint, sets_a_class),
+        *(calls_with_other_parameters, begins_a_checkpoint, ends_one_checkpoint_and_begins_another, sets_a_class),
     ],
     ids=lambda use: use.__name__,
 )
