@@ -26,51 +26,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
-__all__ = [
-    "COMPILED_CALL",
-    "HOOKS",
-    "RUNS_ENGINE",
-    "DelayedError",
+__all__ = [  # what is only passed on; what is defined here can be imported without
     "FakeTensor",
     "TorchDispatchMode",
     "assert_in_graph",
-    "base_of",
-    "changes_input",
-    "compiled_by_lightning",
-    "fake_tensor_mode",
-    "has_affine",
-    "has_gradient_hooks",
-    "has_statistics",
-    "has_tangent",
-    "hooks_of",
-    "in_graph",
-    "inside_transform",
-    "is_any_autocast_on",
-    "is_compiled",
-    "is_in_backward",
-    "is_jit_traced",
-    "is_of_compiler",
-    "is_watched",
-    "other_saved_tensor_hooks",
     "outside_fake_mode",
-    "pack_hook",
-    "replace_saved",
-    "saved_by",
-    "storage_id",
-    "tensors_of_pair",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
-    "version_of",
-    "versions_in_call",
-    "versions_of",
-    "versions_of_affine",
-    "watches_input",
-    "watches_output",
-    "with_hooks",
-    "without_global_hooks",
     "without_modes",
     "without_torch_function",
 ]
@@ -236,7 +201,7 @@ def tensors_of_pair(conv: nn.Module, bn: nn.Module) -> tuple[Any, Any, Any, Any,
 
 
 def versions_of_affine(weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor) -> tuple[int, ...] | None:
-    """Return the versions of what a BatchNorm multiplies and adds; None where PyTorch does not count writes."""
+    """How often what a BatchNorm multiplies and adds was written. Each forward of a pair asks twice: written out."""
     try:
         if weight is None or bias is None:
             return mean._version, var._version, *(tensor._version for tensor in (weight, bias) if tensor is not None)
@@ -290,12 +255,8 @@ def is_watched(conv: nn.Module, bn: nn.Module) -> bool:
     compiler does that was given one of the two alone, by ``module.compile()``. Each forward of a pair asks.
     """
     return bool(
-        conv._forward_hooks
-        or bn._forward_pre_hooks
-        or conv._backward_hooks
-        or bn._backward_hooks
-        or conv._backward_pre_hooks
-        or bn._backward_pre_hooks
+        watches_output(conv)
+        or watches_input(bn)
         or conv._compiled_call_impl
         or bn._compiled_call_impl
         or (of_all_modules._global_forward_hooks and _see(of_all_modules._global_forward_hooks))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from lightning_convbn.layers.marks import Mark
 from lightning_convbn.layers.norms import buffers_unwritten, trains_statistics
 from lightning_convbn.layers.state import Mode, Recompute, State, state_of
 from lightning_convbn.ops.convolution import is_distributed
+from lightning_convbn.ops.recipes import itself
 
 _CONSTANTS = (int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
@@ -89,14 +90,13 @@ class FirstRun(NamedTuple):
             RuntimeError: If a module was switched or replaced, or if a parameter or a buffer was written or replaced.
         """
         flags = [module.training for module in self.modules]
-        with with_hooks(self.hooks), ExitStack() as unwritten:
+        with with_hooks(self.hooks):
             for module, flag in zip(self.modules, self.flags, strict=True):
                 module.training = flag
             try:
                 self._check_same(block, FirstRun.of(block))
-                for module in filter(trains_statistics, self.modules):
-                    unwritten.enter_context(buffers_unwritten(module))
-                yield
+                with buffers_unwritten(filter(trains_statistics, self.modules)):
+                    yield
             finally:
                 for module, flag in zip(self.modules, flags, strict=True):
                     module.training = flag
@@ -179,14 +179,10 @@ def _may_save_otherwise() -> bool:
     if other_saved_tensor_hooks():
         return False
     try:
-        with saved_tensors_hooks(_as_it_is, _as_it_is):
+        with saved_tensors_hooks(itself, itself):
             return True
     except RuntimeError:  # within torch.autograd.graph.disable_saved_tensors_hooks
         return False
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _is_captured() -> bool:

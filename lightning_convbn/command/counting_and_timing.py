@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +25,7 @@ from lightning_convbn.command.results import MODES, TITLES, VARIANTS, Measuremen
 from lightning_convbn.command.terminal import Job, run_jobs
 from lightning_convbn.compat import tree_map
 from lightning_convbn.exporting.deploy_copy import fuse_for_deploy
+from lightning_convbn.layers.norms import buffers_unwritten
 from lightning_convbn.layers.supported_layers import takes_other_dimensions
 from lightning_convbn.memory.budget import fixed_bytes
 from lightning_convbn.memory.largest_batch import largest_batch
@@ -190,7 +190,7 @@ class ModelMeasurer:
             torch.manual_seed(number)  # so that all variants draw alike: whole layers may be dropped
             random.seed(number)
             try:
-                with buffers_put_back(model):
+                with buffers_unwritten(model.modules()):
                     own_containers = tree_map(lambda leaf: leaf, call)
                     seconds, peak = run_step(model, own_containers, self.found.device)
             except torch.OutOfMemoryError as error:
@@ -203,25 +203,6 @@ class ModelMeasurer:
 
     def _note(self, variant: Variant, text: str) -> None:
         self.found.notes.append(f"{TITLES[variant]}: {text}")
-
-
-@contextmanager
-def buffers_put_back(model: nn.Module) -> Iterator[None]:
-    """Give a model the buffers back that it has now, with their values: a forward in Train mode writes statistics."""
-    buffers = [
-        (module._buffers, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        for owner, name, buffer, values in buffers:
-            owner[name] = buffer
-            if not torch.equal(buffer, values):  # an expanded tensor can be neither changed nor written
-                with torch.no_grad():
-                    buffer.copy_(values)
 
 
 def _named(error: Exception) -> str:

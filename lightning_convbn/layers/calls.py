@@ -15,6 +15,7 @@ from lightning_convbn.layers.state import Pair
 from lightning_convbn.ops.autocast import autocast, in_autocast
 from lightning_convbn.ops.convolution import conv_bn, convolve
 from lightning_convbn.ops.fold import ConvSpec, Operands
+from lightning_convbn.ops.recipes import itself
 
 
 class Call(NamedTuple):
@@ -93,13 +94,9 @@ class Call(NamedTuple):
         """What was in force in the call: gradients, autocast, and no hooks of a checkpoint that has begun since."""
         hook = pack_hook()
         as_it_is = hook is not None and hook is not self.pack_hook
-        hooks = saved_tensors_hooks(_same, _same) if as_it_is else nullcontext()
+        hooks = saved_tensors_hooks(itself, itself) if as_it_is else nullcontext()
         with torch.set_grad_enabled(self.with_grad), in_autocast(self.input.device.type, self.autocast), hooks:
             yield
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def names_of(pair: Pair) -> str:

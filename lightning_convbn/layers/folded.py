@@ -101,8 +101,8 @@ def _marked(pair: Pair, input: Tensor, output_size: Any) -> Tensor | None:
     operands = Operands(weight, bias, gamma, beta, mean, var, getattr(bn, "eps", EPSILON))
     if not weight.requires_grad and _eval_keeps_less(input, operands, spec):
         return None
-    versions, affine_versions = versions_in_call(input, weight, bias), versions_of_affine(gamma, beta, mean, var)
-    lower = autocast_dtype(input)
+    versions, lower = versions_in_call(input, weight, bias), autocast_dtype(input)
+    affine_versions = versions_of_affine(gamma, beta, mean, var)
     if pair.mode == "deploy":
         output = _deployed(pair, input, operands, spec, lower)
     else:

@@ -6,7 +6,7 @@ what is made of its output can be computed again, and if it runs a second time, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,9 +66,7 @@ def frozen_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if row is None or mean is None or args[0].dim() not in row.dims:
         return type(self).forward(self, *args, **kwargs)
     if row.scales:
-        if args[0].grad_fn is not None:
-            follow(args[0], frozen=False)
-        return type(self).forward(self, args[0])
+        return _forward_on_followed(self, *args)
     return run_after(self, row, follow_function(F.batch_norm, args[0], mean, var, weight, bias, False, 0.0, eps))
 
 
@@ -112,12 +110,17 @@ def unfrozen_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if state_of(self) is None or in_graph():
         return forward(self, *args, **kwargs)
     if is_in_backward():
-        with buffers_unwritten(self):
+        with buffers_unwritten([self]):
             return forward(self, *args, **kwargs)
+    return _forward_on_followed(self, *args, **kwargs)
+
+
+def _forward_on_followed(bn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run the forward of the class on an input that is recomputable, if it comes from a graph."""
     input = next(iter((*args, *kwargs.values())), None)  # each class has a name of its own for it
     if isinstance(input, Tensor) and input.grad_fn is not None:
         follow(input, frozen=False)
-    return forward(self, *args, **kwargs)
+    return type(bn).forward(bn, *args, **kwargs)
 
 
 def trains_statistics(module: nn.Module) -> bool:
@@ -126,13 +129,13 @@ def trains_statistics(module: nn.Module) -> bool:
 
 
 @contextmanager
-def buffers_unwritten(module: nn.Module) -> Iterator[None]:
-    """Let a module write to copies of its buffers."""
-    buffers = dict(module.named_buffers(recurse=False))
-    for name, buffer in buffers.items():
+def buffers_unwritten(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let modules write to copies of their own buffers, and give back the buffers afterwards."""
+    owned = [(module, *named) for module in modules for named in module.named_buffers(recurse=False)]
+    for module, name, buffer in owned:
         setattr(module, name, buffer.clone())
     try:
         yield
     finally:
-        for name, buffer in buffers.items():
+        for module, name, buffer in owned:
             setattr(module, name, buffer)

@@ -71,6 +71,11 @@ def unwritten(tensor: Tensor, version: int | None) -> Tensor:
     return tensor
 
 
+def itself(tensor: Tensor) -> Tensor:
+    """Keep a tensor as it is: a saved-tensor hook that takes the place of others, and changes nothing."""
+    return tensor
+
+
 def shape_of(tensor: Tensor) -> Recipe:
     """Return the recipe of a tensor that is saved for its shape alone: one value, expanded."""
     shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
