@@ -12,7 +12,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_convbn.compat import without_torch_function
 from lightning_convbn.ops.fold import ConvSpec
+from lightning_convbn.ops.recomputable import Recomputable, run
 
 Geometry = Callable[[Any, Tensor, "Sequence[int] | None"], "tuple[Tensor, ConvSpec | None]"]
 
@@ -44,8 +46,16 @@ def _padded(input: Tensor, conv: Any) -> tuple[Tensor, tuple[int, ...]]:
     padding = tuple(min(pair) if zeros else 0 for pair in sides)  # the convolution's own, equal on both sides
     rest = [size - own for pair, own in zip(reversed(sides), reversed(padding), strict=True) for size in pair]
     if any(rest) or not zeros:  # also with nothing to pad: it changes the layout in memory, as the plain layer does
-        input = F.pad(input, rest, mode="constant" if zeros else conv.padding_mode)
+        input = _pad(input, rest, "constant" if zeros else conv.padding_mode)
     return input, padding
+
+
+def _pad(input: Tensor, sides: list[int], mode: str) -> Tensor:
+    """Pad. If the input is recomputable, so is what comes out."""
+    if not isinstance(input, Recomputable):
+        return F.pad(input, sides, mode)
+    with without_torch_function():
+        return run(F.pad, (input, sides, mode), {})  # type: ignore[no-any-return]
 
 
 def _sides(conv: Any) -> list[tuple[int, int]]:
@@ -97,7 +107,7 @@ def of_same(conv: Any, input: Tensor, output_size: Sequence[int] | None) -> tupl
         total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
         padding += [total // 2, total - total // 2]
     if any(padding):
-        input = F.pad(input, padding)
+        input = _pad(input, padding, "constant")
     zeros = (0,) * len(conv.stride)
     return input, _spec(conv, zeros, False, zeros)
 

@@ -8,6 +8,7 @@ from typing import Any
 from fuzz.network import Action, Hook, Layer, Network, Scenario, Step
 
 CONV, NORM, TUNE, RUN = Layer("conv"), Layer("norm"), Action("mode"), Action("run")
+REFLECT = Layer("conv", padding="reflect")
 RECORDED = (Action("mode", look="record"),)
 TWO = {"a": CONV, "b": NORM}
 SEQUENTIAL = {"s": Layer("seq", parts=(CONV, NORM))}
@@ -151,6 +152,14 @@ FOUND: dict[str, Scenario] = {
         network(*pair().steps, Step("gate", (2, 1), guard="random")),
         (RUN, *RECORDED, Action("fuse", domain=1)),
         seed=5039,
+    ),
+    "a convolution pads by itself what could be computed again": Scenario(
+        network(
+            Step("call", layer="a"),
+            Step("cat", (1, 1)),
+            Step("call", (2,), "b"),
+            layers={"a": NORM, "b": Layer("block", body=network(*pair().steps, layers={"a": REFLECT, "b": NORM}))},
+        )
     ),
     "Python's random numbers decide a branch in a checkpoint": Scenario(
         checkpointed("", Step("call", (2,), "d"), norm_guard="random"), seed=3528

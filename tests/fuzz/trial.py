@@ -17,7 +17,7 @@ from fuzz.interpreter import Interpreter, build
 from fuzz.models import build_model
 from fuzz.network import Action, Network, Scenario, Step
 from fuzz.operations import ONCE
-from fuzz.outcomes import Outcome, Wrong, arguments_of, autocast, compare, draw_inputs, finite, run
+from fuzz.outcomes import Outcome, Wrong, arguments_of, autocast, compare, draw_inputs, finite, nudged_runs, run
 from fuzz.recomputation import compare_recomputation, forget
 from helpers.torch_settings import one_thread
 from torch import nn
@@ -30,7 +30,7 @@ from lightning_convbn.pairs.find import pairs_in_force, statistics_missing
 # Errors of the package that may end a scenario -> why they are right. The model must be plain and whole afterwards.
 REFUSALS = {
     "has no BatchNorm, so there is nothing to put in": "all norms of the network are of other kinds",
-    "Its own output is read in inference mode": "an activation in place has left nothing to compare with",
+    "The output between the two is read in inference mode": "an activation in place has left nothing to compare with",
     "computes its weight anew in every forward": "fuse_for_deploy can't fold into weight_norm for good",
     "can't be folded for good by its code alone": "fuse_for_deploy wants example inputs of what can't be traced",
 }
@@ -186,6 +186,8 @@ class Trial:
         """Call the package. An error must be a refusal that we know, or be plain PyTorch's too."""
         try:
             return ours()
+        except Wrong:
+            raise
         except Exception as error:
             text = f"{type(error).__name__}: {error}".partition("\n")[0]
             if twin is not None and raises(twin):
@@ -219,7 +221,7 @@ class Trial:
         expected = self.compare_pass(self.ours, self.twin, action)
         self.report.runs += self.folded
         if self.mode != "deploy" and action.grad == "grad":
-            compare_recomputation(self.ours, self.mode, self.scenario, action)
+            self.attempt("a copy", lambda: compare_recomputation(self.ours, self.mode, self.scenario, action))
             forget(self.twin)
         with torch.no_grad():
             for (name, one), other in zip(self.ours.named_parameters(), self.twin.parameters(), strict=True):
@@ -244,7 +246,10 @@ class Trial:
         if not finite(expected):
             raise Ended("the twin's results are not finite")
         outcome = self.attempt("a run", lambda: run(ours, self.scenario, action))
-        compare(outcome, expected, "exact" if self.mode == "train" else self.scenario.precision)
+        if self.mode == "train":
+            compare(outcome, expected, "exact")
+        else:
+            compare(outcome, expected, self.scenario.precision, lambda: nudged_runs(twin, self.scenario, action))
         return expected
 
     def do_flags(self, action: Action) -> None:
