@@ -147,13 +147,17 @@ def step_aside_for_other_hooks(*args: object) -> bool:
     """
     if not other_saved_tensor_hooks():
         return False
-    marked: list[Any] = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Recomputable)]
-    marked += [base for base in map(base_of, marked) if isinstance(base, Recomputable)]
-    for tensor in marked:
+    for tensor in _with_bases(args):
         value, tensor._loan = value_of(tensor), None
         if value is not None:
             value.hold(Source(tensor))
     return True
+
+
+def _with_bases(args: object) -> list[Any]:
+    """Return the recomputable tensors among some arguments, and those that they are views of: a view holds its base."""
+    marked: list[Any] = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Recomputable)]
+    return marked + [base for base in map(base_of, marked) if isinstance(base, Recomputable)]
 
 
 def value_of(tensor: object) -> Value | None:
@@ -250,12 +254,18 @@ def _aliases_of(output: Tensor, tensors: Sequence[Tensor]) -> Aliases | None:
 
 
 def _note_strangers(args: tuple[Any, ...], output: Any) -> None:
-    """Note the plain tensors in an output that share the storage of a recomputable argument."""
+    """Note the plain tensors in an output that share the storage of a recomputable argument.
+
+    Nothing is computed for them, and they may hold the argument; so it need not hold what it is made of any more.
+    """
     for plain in output if isinstance(output, (tuple, list)) else (output,):
         if type(plain) in _MARKED and plain.layout is torch.strided and not inside_transform():
             aliases = _aliases_of(plain, [arg for arg in args if isinstance(arg, Recomputable)])  # type: ignore[misc]
             if aliases is not None:
                 aliases.add_stranger(plain)
+                for tensor in _with_bases(args):
+                    if tensor._value.aliases is aliases:
+                        tensor._loan = None
 
 
 def _is_quiet(func: Callable[..., Any]) -> bool:

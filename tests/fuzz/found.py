@@ -161,6 +161,16 @@ FOUND: dict[str, Scenario] = {
             layers={"a": NORM, "b": Layer("block", body=network(*pair().steps, layers={"a": REFLECT, "b": NORM}))},
         )
     ),
+    "a Function holds a concatenation, and so what it was made of": Scenario(
+        network(
+            *pair().steps,
+            Step("cat", (2, 1)),
+            Step("unseen", (3,), name="Scale"),
+            Step("call", (4,), "c"),
+            layers={**TWO, "c": CONV},
+        ),
+        (Action("mode", mode="train", recompute="elementwise"), RUN),
+    ),
     "Python's random numbers decide a branch in a checkpoint": Scenario(
         checkpointed("", Step("call", (2,), "d"), norm_guard="random"), seed=3528
     ),

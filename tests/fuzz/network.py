@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 
 
@@ -149,3 +149,11 @@ class Scenario(Short):
     input_grad: bool = False
     training: bool = False
     precision: str = "float64"
+
+
+def steps_of(network: Network) -> Iterator[Step]:
+    """Yield the steps of a network and of those inside of it."""
+    yield from network.steps
+    for layer in network.layers.values():
+        if layer.body is not None:
+            yield from steps_of(layer.body)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from fuzz.interpreter import KEYS
+from fuzz.interpreter import KEYS, Interpreter
 from fuzz.network import Action, Scenario
 from fuzz.unseen import hook_of_every_module
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ BOUNDS = {"exact": (0.0, 0.0), "float64": (1e-9, 1e-9), "float32": (1e-3, 5e-2),
 # gradient of what an InstanceNorm and a mean cancel is an example. So errors are not compared with less than this part.
 FLOOR = 1e-4
 ROUNDED = {"float64": 2.0**-52, "float32": 2.0**-23, "autocast": 2.0**-8}  # one unit in the last place
-NUDGES = 4  # times that all parameters are changed by at most that unit
+NUDGES = 16  # times that all parameters are changed by at most that unit
 NOISE = 10  # a difference up to so many times what these changes make is no difference
 
 
@@ -162,10 +162,18 @@ def compare(
                 raise
 
 
+def forget(model: nn.Module) -> None:
+    """Drop what a model keeps of its last pass."""
+    for module in model.modules():
+        if isinstance(module, Interpreter):
+            module.kept = {}
+
+
 def nudged_runs(model: nn.Module, scenario: Scenario, action: Action) -> list[Outcome]:
     """Return what copies of a plain model compute whose parameters are changed in their last place."""
     generator = torch.Generator().manual_seed(0)
     outcomes = []
+    forget(model)  # tensors of a graph can't be copied
     for _ in range(NUDGES):
         nudged = copy.deepcopy(model)
         with torch.no_grad():

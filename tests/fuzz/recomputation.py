@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from fuzz.checks import norms_of
-from fuzz.interpreter import Interpreter
-from fuzz.network import Action, Scenario
+from fuzz.network import Action, Scenario, steps_of
 from fuzz.operations import ONCE
-from fuzz.outcomes import Outcome, Wrong, arguments_of, autocast, draw_inputs, kind_of, run
+from fuzz.outcomes import Outcome, Wrong, arguments_of, autocast, draw_inputs, forget, kind_of, run
 from torch import Tensor, nn
 
 from lightning_convbn import Recompute, set_mode
@@ -29,7 +28,9 @@ def compare_recomputation(model: nn.Module, mode: Any, scenario: Scenario, actio
         return
     ONCE.update(norms_of(plain).values())
     kept = [kept_bytes(one, scenario, action) for one in (plain, recomputing)]
-    if kept[1] > kept[0]:
+    # What no hook of ours sees keeps by itself the output of a ReLU, beside our one bit for each of its values.
+    bits = kept[0] // 8 if any(step.op == "unseen" for step in steps_of(scenario.network)) else 0
+    if kept[1] > kept[0] + bits:
         raise Wrong("recomputation", f"keeps {kept[1]} bytes in the place of {kept[0]}")
     expected = run(plain, scenario, action)
     compare_bits(run(recomputing, scenario, action), expected)
@@ -46,13 +47,6 @@ def copy_in_mode(model: nn.Module, mode: Any, recompute: Recompute) -> nn.Module
         return None
     set_mode(copied, mode, pairs=pairs_in_force(model), recompute=recompute)
     return copied
-
-
-def forget(model: nn.Module) -> None:
-    """Drop what a model keeps of its last pass."""
-    for module in model.modules():
-        if isinstance(module, Interpreter):
-            module.kept = {}
 
 
 def kept_bytes(model: nn.Module, scenario: Scenario, action: Action) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 from zlib import crc32
@@ -15,10 +15,10 @@ from fuzz.building import randomize
 from fuzz.checks import compare_given, compare_histories, compare_modules, inside_norm, norms_of, raises, scramble
 from fuzz.interpreter import Interpreter, build
 from fuzz.models import build_model
-from fuzz.network import Action, Network, Scenario, Step
+from fuzz.network import Action, Scenario, steps_of
 from fuzz.operations import ONCE
-from fuzz.outcomes import Outcome, Wrong, arguments_of, autocast, compare, draw_inputs, finite, nudged_runs, run
-from fuzz.recomputation import compare_recomputation, forget
+from fuzz.outcomes import Outcome, Wrong, arguments_of, autocast, compare, draw_inputs, finite, forget, nudged_runs, run
+from fuzz.recomputation import compare_recomputation
 from helpers.torch_settings import one_thread
 from torch import nn
 
@@ -334,14 +334,6 @@ class Trial:
             for name, parameter in model.named_parameters():
                 if crc32(name.encode()) % 3 == 0:
                     parameter.requires_grad_(not parameter.requires_grad)
-
-
-def steps_of(network: Network) -> Iterator[Step]:
-    """Yield the steps of a network and of those inside of it."""
-    yield from network.steps
-    for layer in network.layers.values():
-        if layer.body is not None:
-            yield from steps_of(layer.body)
 
 
 def switch(model: nn.Module, action: Action, pairs: ConvBNPairs | None) -> ConvBNPairs:
