@@ -96,8 +96,7 @@ class Call:
 
     def _value_of_output(self, output: Tensor, index: int | None) -> Value:
         """Return a value that knows how to compute the output from the arguments, if that is possible."""
-        compute = self._row.compute
-        if compute is None:
+        if self._row.compute is None:
             return Value()
         if self._func is F.batch_norm and _uses_batch_statistics(*self._args, **self._kwargs):
             known = self._values[0] or self._value_saved(self.tensors[0])
@@ -107,7 +106,7 @@ class Call:
         if constants is None or (self._is_argument(output) and not self._out_of_place_is_alike(output)):
             return Value()
         if self._row.kind == "parts":
-            return self._concatenation(compute, constants)
+            return self._concatenation(constants)
         inputs: list[Value] = []
         fixed: list[Source | None] = []
         for tensor, value in zip(self.tensors, self._values, strict=True):
@@ -118,7 +117,7 @@ class Call:
             inputs += [] if known is None else [known]
         if len(inputs) == 1 and output is not self.tensors[0] and storage_id(output) == storage_id(self.tensors[0]):
             self.loan = self.loan or Loan([Source(self.tensors[0])])  # a view: who keeps it, keeps what it shows
-        return Value(self._from_tensors(compute, constants, fixed, index), inputs, self._row.passes, self.loan)
+        return Value(self._from_tensors(constants, fixed, index), inputs, self._row.passes, self.loan)
 
     def _value_saved(self, tensor: Tensor) -> Value | None:
         return next((holder.value for saved, holder in self._saved if saved is tensor), None)
@@ -132,21 +131,19 @@ class Call:
         dense = torch.empty_like(output, device="meta").stride() == output.stride()
         return dense and all(tensor.dtype is output.dtype or not tensor.dim() for tensor in self.tensors)
 
-    def _concatenation(self, compute: Function, constants: Constants) -> Value:
+    def _concatenation(self, constants: Constants) -> Value:
         """Each part is kept once, in however many concatenations it is."""
         inputs = [value for value in self._values if value is not None]
         if len(inputs) < len(self._values):
             return Value()
         self.loan = Loan(Source(tensor) for tensor in self.tensors)
-        function = self._from_tensors(compute, constants, [None] * len(inputs), None)
+        function = self._from_tensors(constants, [None] * len(inputs), None)
         return Value(function, inputs, self._row.passes, self.loan)
 
-    def _from_tensors(
-        self, compute: Function, constants: Constants, fixed: Sequence[Source | None], index: int | None
-    ) -> Function:
+    def _from_tensors(self, constants: Constants, fixed: Sequence[Source | None], index: int | None) -> Repetition:
         """Return the call as a function of its tensors, without those that are fixed."""
         parts = len(self._args[0]) if self._row.kind == "parts" else 0
-        return Repetition(compute, constants, parts, fixed, index, self.tensors[0].device.type)
+        return Repetition(self._row, constants, parts, fixed, index, self.tensors[0].device.type)
 
     def _adopt_copy(self, output: Tensor) -> None:
         """A function that works in place has saved a copy of its input, made before the write: it has those values."""

@@ -74,6 +74,7 @@ class Row(NamedTuple):
         saves: ``"values"`` if it saves tensors for their values, ``"layout"`` if for their shape alone, ``"nothing"``.
         kind: What else is special about it.
         clip: Returns its `Clip`, if it is one with the arguments of a call.
+        in_place: The function that writes its output over its first argument, to the same bits; None if there is none.
     """
 
     compute: Function | None
@@ -81,6 +82,7 @@ class Row(NamedTuple):
     saves: Literal["values", "layout", "nothing"] = "values"
     kind: Literal["", "parts", "max-pool", "dropout", "convolution"] = ""
     clip: ClipOf = _no_clip
+    in_place: Function | None = None
 
 
 _RELU, _RELU6 = Clip(0), Clip(0, 6)
@@ -155,22 +157,24 @@ def _rows(names: Iterable[str], **treatment: Any) -> dict[Function, Row]:
                 if callable(function) and callable(plain):
                     compute = function if spelled == name or spelled.startswith("__r") else plain
                     clip = CLIPS.get(name, _no_clip)
-                    rows[function] = Row(**{"compute": _never_in_place(compute), "clip": clip, **treatment})
+                    in_place = _with_inplace(plain, True)
+                    compute = _with_inplace(compute, False) or compute
+                    rows[function] = Row(**{"compute": compute, "clip": clip, "in_place": in_place, **treatment})
     return rows
 
 
-def _never_in_place(function: Function) -> Function:
-    """Return a function of ``torch.nn.functional`` with its argument ``inplace`` at False; any other one as it is."""
+def _with_inplace(function: Function, in_place: bool) -> Function | None:
+    """Return a function with its argument ``inplace`` set; None if it has none, as those that are not in functional."""
     try:
         parameters = list(inspect.signature(function).parameters)
     except ValueError:  # a function in C++
-        return function
+        return None
     if "inplace" not in parameters:
-        return function
+        return None
     at = parameters.index("inplace")
 
     def compute(*args: Any, **kwargs: Any) -> Any:
-        return function(*args[:at], **{**kwargs, "inplace": False})
+        return function(*args[:at], **{**kwargs, "inplace": in_place})
 
     return compute
 

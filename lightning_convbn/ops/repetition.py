@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_convbn.compat import saved_by
 from lightning_convbn.ops.autocast import dtype_of_autocast, in_autocast
-from lightning_convbn.ops.elementwise import Function
+from lightning_convbn.ops.elementwise import Row
 from lightning_convbn.ops.recipes import Source
 
 _HOLE = object()
@@ -23,7 +23,7 @@ class Repetition:
     """A call as a function of its tensors, in the autocast state that it was made in. It holds the fixed tensors alone.
 
     Args:
-        compute: The function, out of place.
+        row: The row of the function.
         constants: The arguments, with holes for the tensors.
         parts: How many of the arguments are the parts of a concatenation.
         fixed: What fills each hole; None for what is given later.
@@ -31,23 +31,29 @@ class Repetition:
         device: The type of device.
     """
 
-    __slots__ = ("_autocast", "_compute", "_constants", "_device", "_fixed", "_index", "_parts")
+    __slots__ = ("_autocast", "_constants", "_device", "_fixed", "_index", "_parts", "_row")
 
     def __init__(
         self,
-        compute: Function,
+        row: Row,
         constants: Constants,
         parts: int,
         fixed: Sequence[Source | None],
         index: int | None,
         device: str,
     ) -> None:
-        self._compute, self._constants, self._parts = compute, constants, parts
+        self._row, self._constants, self._parts = row, constants, parts
         self._fixed, self._index = fixed, index
         self._device, self._autocast = device, dtype_of_autocast(device)
 
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        """Call the function again, on these tensors."""
+    @property
+    def works_in_place(self) -> bool:
+        """Whether it can write over its first tensor."""
+        return self._row.in_place is not None
+
+    def __call__(self, *tensors: Tensor, in_place: bool = False) -> Tensor:
+        """Call the function again, on these tensors. The first one is written if ``in_place``."""
+        function: Any = self._row.in_place if in_place else self._row.compute
         args, kwargs = self._constants
         rest, parts = iter(tensors), self._parts
         holes = iter([next(rest) if source is None else source.value() for source in self._fixed])
@@ -55,7 +61,7 @@ class Repetition:
         named = {name: next(holes) if leaf is _HOLE else leaf for name, leaf in kwargs.items()}
         with in_autocast(self._device, self._autocast):
             given = (filled[:parts], *filled[parts:]) if parts else filled
-            output = self._compute(*given, **named)
+            output = function(*given, **named)
         return output if self._index is None else output[self._index]  # type: ignore[no-any-return]
 
 

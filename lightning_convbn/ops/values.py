@@ -15,7 +15,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
-from lightning_convbn.compat import without_torch_function
+from lightning_convbn.compat import storage_id, without_torch_function
 from lightning_convbn.ops.aliases import Aliases
 from lightning_convbn.ops.recipes import Source
 
@@ -121,15 +121,15 @@ class Value:
     def secure(self, tensor: Tensor | Source) -> None:
         """See to it that the values can be had in the backward pass, at the least cost."""
         own = self.own()
-        if own is not None and (own.value is self or not (own.sees_bits or own.value.has_one_user)):
+        if own is not None and (own.value is self or not (own.sees_bits or own.value.users == 1)):
             own = None
         if not self.is_known:
             source = tensor if isinstance(tensor, Source) else Source(tensor)
-            if self.can_be_had(source.storage[1]) and (own is None or own.sees_bits):
+            if self.can_be_had(source.storage[1]) and (own is None or not own.value.has_one_user):
                 self._rely_on_inputs()
             else:
                 self._keep(source)
-        if own is not None:  # it goes by the output from now on, which is kept for others, too
+        if own is not None:  # it goes by the output from now on, which is there for others, too
             own.take(self)
 
     def hold(self, source: Source) -> None:
@@ -172,20 +172,32 @@ class Value:
         Raises:
             RuntimeError: If something that they are computed from was written since; in the words of autograd.
         """
+        return self._get()[0]
+
+    def _get(self) -> tuple[Tensor, bool]:
+        """Return the values, and whether they may be written: they are new, and nobody else is going to ask."""
         if self._source is not None:
-            return self._source.value()
-        result = self._remembered
+            return self._source.value(), False
+        result, is_new = self._remembered, False
         if result is None:
-            assert self._compute is not None
-            inputs = [value.get() for value in self._inputs]
-            with torch.no_grad(), without_torch_function():
-                result = self._compute(*inputs)
+            result, is_new = self._computed()
         self._asked += 1
         if self._asked < self.users and self._passes:  # a view costs nothing, and sees a write
             self._remembered = result
-        else:
-            self._remembered, self._asked = None, 0
-        return result
+            return result, False
+        self._remembered, self._asked = None, 0
+        return result, is_new
+
+    def _computed(self) -> tuple[Tensor, bool]:
+        """Compute the values, in place if an input may be written. Return them, and whether their storage is new."""
+        assert self._compute is not None
+        given = [value._get() for value in self._inputs]
+        inputs = [tensor for tensor, _ in given]
+        with torch.no_grad(), without_torch_function():
+            if len(given) == 1 and given[0][1] and getattr(self._compute, "works_in_place", False):
+                return self._compute(*inputs, in_place=True), True
+            result = self._compute(*inputs)
+        return result, bool(self._passes) and all(storage_id(result) != storage_id(tensor) for tensor in inputs)
 
     def reads(self, storage: int) -> bool:
         """Whether the values are kept in a storage, or computed from what is."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.counting_operations import NewTensors
 from helpers.networks import images, random_model
 from helpers.tiny_training import LIGHTNING_SAYS, BoringModule, make_trainer, quick
 from torch import Tensor, nn
@@ -99,6 +100,17 @@ def test_a_pair_launches_no_more_kernels_than_its_equations_have(recompute: Any)
         backward = counted.taken()
     once = Counter({**BACKWARD, "threshold_backward": 1})
     assert backward == once + once + once
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6])
+def test_an_activation_is_computed_again_in_the_memory_of_its_input(activation: type[nn.Module]) -> None:
+    """The output of a BatchNorm in Train mode is computed again, for the next convolution alone."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), activation(), nn.Conv2d(8, 5, 1))
+    set_mode(network, "train", recompute="elementwise")
+    output = network(images(2, 3, 20, 20))
+    with NewTensors({torch.Size((2, 8, 20, 20))}) as new:
+        output.sum().backward()
+    assert new.count == 4  # of the forward pass one; and a gradient of each of the three layers
 
 
 def test_two_runs_from_one_seed_are_the_same_bit_for_bit() -> None:
