@@ -106,9 +106,15 @@ def _shown(value: object) -> str:
 
 
 def with_table(page: str, mark: str, lines: Sequence[str]) -> str:
-    """Replace what is between two marks in a page, ``<!-- mark -->`` and ``<!-- /mark -->``, by a table."""
+    """Replace what is between two marks in a page, ``<!-- mark -->`` and ``<!-- /mark -->``, by a table.
+
+    Raises:
+        ValueError: If the page has not both marks.
+    """
     before, start, rest = page.partition(f"<!-- {mark} -->\n")
     _, end, after = rest.partition(f"<!-- /{mark} -->\n")
+    if not start or not end:
+        raise ValueError(f"the page has no place for a table: write <!-- {mark} --> and <!-- /{mark} --> into it")
     return "".join([before, start, "\n".join(lines), "\n", end, after])
 
 

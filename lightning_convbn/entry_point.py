@@ -13,8 +13,8 @@ OFF = ("", "off", "0", "false")
 
 def callbacks() -> list[Any]:
     """Return one callback, or none if the variable is unset or off."""
-    value = os.environ.get("LIGHTNING_CONVBN", "").strip().lower()
-    if value in OFF:
+    value = os.environ.get("LIGHTNING_CONVBN", "").strip()
+    if value.lower() in OFF:
         return []
     from lightning_convbn.environment import ConvBNFromEnvironment
 

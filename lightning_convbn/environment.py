@@ -31,8 +31,8 @@ class ConvBNFromEnvironment(ConvBNModeCallback):
     gives_way = True
 
     def __init__(self, value: str) -> None:
-        mode, *rest = (word.strip() for word in value.split(","))
-        options = dict(word.partition("=")[::2] for word in rest)
+        mode, *rest = (word.strip() for word in value.lower().split(","))
+        options = {name.strip(): text.strip() for name, _, text in (word.partition("=") for word in rest)}
         if mode not in MODES:
             raise ValueError(
                 f"{VARIABLE}={value!r}: there is no such mode; set the environment variable to one of "

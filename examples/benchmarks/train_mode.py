@@ -164,7 +164,8 @@ def main() -> None:
         names = options.names or PARTS[part]
         others = [row for row in found["rows"] if row["part"] != part.__name__ or row["model"] not in names]
         own: list[dict[str, Any]] = []
-        found["commands"][part.__name__] = results_file.command()
+        before = found["commands"].get(part.__name__, []) if options.names else []
+        found["commands"][part.__name__] = [*before, results_file.command()]
         found["machines"][part.__name__] = results_file.machine(CPU)
         for name in names:
             own.append({"part": part.__name__, "model": name, **part(name, options)})

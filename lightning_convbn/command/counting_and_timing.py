@@ -133,6 +133,7 @@ class ModelMeasurer:
         """Count the peak and the kept bytes, without data if the model allows it.
 
         A model may not run in its train state: a detector needs targets there, and a BatchNorm two values per channel.
+        Blocks may fail where Train mode alone runs.
         """
         reference = reference_of(variant)
         if variant != reference and reference not in self.found.variants:
@@ -141,7 +142,7 @@ class ModelMeasurer:
         try:
             use = measure_memory_abstractly(model, *self.inputs.call(), optimizer=self.found.optimizer, **mode)
         except Exception as error:  # a user's forward may raise anything
-            if variant != "train":
+            if reference != "train":
                 raise
             self._note(variant, f"not measured, because the model can't run in its train state: {_named(error)}")
             return

@@ -230,7 +230,8 @@ def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
         return type(self)._replicate_for_data_parallel(self)  # type: ignore[operator, no-any-return]
     raise RuntimeError(
         f"DataParallel: this {type(self).__name__} is converted by set_mode or ConvBNModeCallback, and its replicas "
-        'would compute with the layers of the original. Use DistributedDataParallel, or set_mode(model, "train") first'
+        "would compute with the layers of the original. Use DistributedDataParallel, or call "
+        'set_mode(model, "train") without recompute first'
     )
 
 
