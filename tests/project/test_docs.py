@@ -131,6 +131,7 @@ def test_links_lead_somewhere() -> None:
         ("BatchNorms", supported_layers.NORM_LAYERS),
         ("activations", elementwise.ACTIVATIONS),
         ("arithmetic", (*elementwise.PRODUCTS, *elementwise.SUMS)),
+        ("other normalisations", elementwise.NORMS),
         ("concatenations", elementwise.CONCATENATIONS),
         ("views and copies", (*elementwise.VIEWS, *elementwise.COPIES)),
     ],
