@@ -26,11 +26,11 @@ _CHECKPOINT_KEY = "lightning_convbn"
 class ConvBNModeCallback(Callback):
     """Fine-tunes a pretrained convolutional network in Tune mode: with Eval's accuracy, in Deploy's memory.
 
-    ``fit`` freezes every BatchNorm of the target at its running statistics, even if ``.train()`` is called later. In
-    Tune mode it is also folded into the convolution in front of it, at every forward. So the convolution's own output
-    is not kept for the backward pass. Validation, test and predict run in ``eval_mode``. When a stage ends, also by an
-    exception or Ctrl-C, the modules are plain again and have the training flags that they had. Parameters, optimizers
-    and checkpoints are those of the plain model all the time.
+    In Tune or Eval mode ``fit`` freezes every BatchNorm of the target at its running statistics, even if ``.train()``
+    is called later. In Tune mode it is also folded into the convolution in front of it, at every forward. So the
+    convolution's own output is not kept for the backward pass. Validation, test and predict run in ``eval_mode``. When
+    a stage ends, also by an exception or Ctrl-C, the modules are plain again and have the training flags that they had.
+    Parameters, optimizers and checkpoints are those of the plain model all the time.
 
     At the first training batch the callback compares Tune mode with Eval mode and counts the bytes that each keeps for
     the backward pass. It prints a table: what is folded, what is not, and why. It logs

@@ -28,13 +28,14 @@ MODELS = ["resnet50", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "dens
 BARS = {  # key of the counts -> colour and name
     "train": ("#7c8594", "Train"),
     "train_recompute": ("#b07aa1", "Train + elementwise"),
-    "eval": (COLOURS["eval"], "Eval mode"),
+    "eval": (COLOURS["eval"], "Eval"),
     "tune_by_autograd": ("#e0a458", "Tune as published"),
     "tune": (COLOURS["tune"], "Tune"),
     "tune_recompute": ("#5eaaa2", "Tune + elementwise"),
 }
 # An opaque light panel, so that the text can be read on light and on dark pages; the same bytes on every run.
 PAPER, INK, FAINT = "#f8fafc", "#1e293b", "#64748b"
+OVER_THE_LINE = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.8}  # around a number, so that no line crosses it
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.facecolor": PAPER,
@@ -82,7 +83,7 @@ def draw_memory(rows: Sequence[dict[str, Any]], path: Path) -> Path:
         sizes = [found[model][key] for model in MODELS]
         middles = [row + (place - (len(BARS) - 1) / 2) * height for row in range(len(MODELS))]
         bars = axes.barh(middles, sizes, 0.9 * height, color=colour, label=label)
-        axes.bar_label(bars, [f"{size:.0f}" for size in sizes], padding=3, fontsize=8)
+        axes.bar_label(bars, [f"{size:.0f}" for size in sizes], padding=4, fontsize=8, bbox=OVER_THE_LINE)
     floors = [found[model]["deploy"] for model in MODELS]
     tops, bottoms = ([row + side * 0.44 for row in range(len(MODELS))] for side in (-1, 1))
     floor = axes.vlines(floors, tops, bottoms, color=INK, linestyle=(0, (2, 1.5)), linewidth=1.2)

@@ -62,12 +62,7 @@ PUBLISHED = (
         "train",
     ),
 )
-SHOWN = {
-    "tune": "Tune",
-    "tune_recompute": "elementwise",
-    "tune_blocks": "blocks",
-    "checkpoint_blocks": "checkpoint per block",
-}
+SHOWN = ("tune", "tune_recompute", "tune_blocks", "checkpoint_blocks")
 
 
 def write() -> Path:
@@ -94,7 +89,7 @@ def tables(measurements: Mapping[str, Any], peers: Mapping[str, Any]) -> dict[st
         ],
         "parity": _parity(measurements["parity"]),
         "ranges": [*_ranges(rows)],
-        "short": _in_short(rows),
+        "settings": _by_setting(rows),
         "published": _beside_published(rows),
         "compiler": [*_with_compiler(peers)],
         "failures": [*_failures(rows)],
@@ -108,76 +103,76 @@ def _parity(compared: Sequence[Mapping[str, Any]]) -> list[str]:
     return markdown_table(["network", "image", "largest relative deviation of the output", "of a gradient"], cells)
 
 
-def _in_short(rows: Sequence[Row]) -> list[str]:
-    """Draw what is saved and lost against Eval mode, for batches above one."""
+def _by_setting(rows: Sequence[Row]) -> list[str]:
+    """Draw what each variant takes of Eval's peak, step and replay, for batches above one."""
     lines = []
     for row in rows:
-        if row["batch"] == 1 or not measured(row, "tune"):
-            continue
-        cells = [row["model"], title(row)]
-        for name in SHOWN:
-            peak = bytes_ratio(row, name, "eval", "peak_bytes")
-            times = [time_ratio(row, name, "eval", what) for what in ("step_ms", "replay_ms")]
-            cells += ["-" if peak is None else f"{peak:.2f}", *(ratio_text(time, 2) or "-" for time in times)]
-        lines.append(cells)
-    header = [one for name in SHOWN.values() for one in (f"{name}: peak", "step", "replay")]
-    return markdown_table(["network", "setting", *header], lines, words=(0, 1))
+        if row["batch"] > 1 and measured(row, "tune"):
+            lines.append(
+                [row["model"], title(row).replace(f", {row['device']}", ""), *(_cell(row, one) for one in SHOWN)]
+            )
+    return markdown_table(["network", "setting", *(VARIANTS[name].title for name in SHOWN)], lines, words=(0, 1))
+
+
+def _cell(row: Row, variant: str) -> str:
+    peak = bytes_ratio(row, variant, "eval", "peak_bytes")
+    times = [time_ratio(row, variant, "eval", what) for what in ("step_ms", "replay_ms")]
+    return "-" if peak is None else ", ".join([f"{peak:.2f}", *(ratio_text(time, 2) or "-" for time in times)])
 
 
 def _ranges(rows: Sequence[Row]) -> Iterator[str]:
-    """Say how long steps of the largest and of the smallest batch take, over all their cells."""
+    """Say what each variant takes of Eval mode at the largest and at the smallest batch, over all their settings."""
     batches = {row["batch"] for row in rows if measured(row, "tune")}
-    compared = (("Tune / Eval", "tune", "eval"), ("elementwise / Tune", "tune_recompute", "tune"))
-    for batch, (what, variant, reference) in product((max(batches), min(batches)), compared):
-        said = []
-        for times, name in (("step_ms", "step"), ("replay_ms", "replay")):
-            found = [time_ratio(row, variant, reference, times) for row in rows if row["batch"] == batch]
-            ratios = sorted(ratio.median for ratio in found if ratio is not None)
-            if ratios:
-                said.append(f"{name} {ratios[0]:.2f} to {ratios[-1]:.2f} (median {median(ratios):.2f})")
+    for batch, variant in product((max(batches), min(batches)), SHOWN):
+        chosen = [row for row in rows if row["batch"] == batch and measured(row, variant)]
+        peaks = [bytes_ratio(row, variant, "eval", "peak_bytes") for row in chosen]
+        steps, replays = (
+            [time_ratio(row, variant, "eval", what) for row in chosen] for what in ("step_ms", "replay_ms")
+        )
+        found = {"peak": peaks, "step": [*map(_median, steps)], "replay": [*map(_median, replays)]}
+        said = [f"{what} {_range(known)}" for what, all in found.items() if (known := [one for one in all if one])]
         if said:
-            yield f"- {what}, batch {batch}: {', '.join(said)}."
+            yield f"- {VARIANTS[variant].title}, batch {batch}: {', '.join(said)}."
+
+
+def _median(ratio: Spread | None) -> float | None:
+    return None if ratio is None else ratio.median
+
+
+def _range(ratios: Sequence[float]) -> str:
+    return f"{min(ratios):.2f} to {max(ratios):.2f} (median {median(ratios):.2f})"
 
 
 def _beside_published(rows: Sequence[Row]) -> list[str]:
+    """Draw the variants of which others have published figures, and Tune mode."""
     lines = []
     for published in PUBLISHED:
         row = _row_of(rows, published)
         if row is None:
             continue
         model, batch, pixels = published.setting
+        setting = f"{published.source}: {model}, batch {batch}, {pixels} px"
         reference = _total(row, published.reference)
         for name in row["variants"]:
             total, given = _total(row, name), published.gigabytes.get(name)
-            lines.append(
-                [
-                    published.source,
-                    f"{model}, batch {batch}, {pixels} px",
-                    VARIANTS[name].title,
-                    "-" if given is None else f"{given:.2f}",
-                    "-" if given is None else f"{given / published.gigabytes[published.reference]:.2f}",
-                    "failed" if total is None else f"{total / 1e9:.2f}",
-                    "-" if total is None or reference is None else f"{total / reference:.2f}",
-                    _time(row, name),
-                ]
-            )
-    header = ["source", "setting", "variant", "published, GB", "ratio", "measured, GB", "ratio", "step / Eval"]
-    return markdown_table(header, lines, words=(0, 1, 2, 7))
+            if given is None and name not in ("tune", "tune_recompute"):
+                continue
+            theirs = ["-", "-"] if given is None else _with_ratio(given, published.gigabytes[published.reference])
+            ours = ["failed", "-"] if total is None or reference is None else _with_ratio(total / 1e9, reference / 1e9)
+            lines.append([setting, VARIANTS[name].title, *theirs, *ours])
+    return markdown_table(["source", "variant", "published, GB", "ratio", "measured, GB", "ratio"], lines, words=(0, 1))
+
+
+def _with_ratio(gigabytes: float, reference: float) -> list[str]:
+    return [f"{gigabytes:.2f}", f"{gigabytes / reference:.2f}"]
 
 
 def _with_compiler(peers: Mapping[str, Any]) -> Iterator[str]:
-    yield f"Measured on: {peers['machine']['gpu']}, by"
-    yield ""
-    yield from (f"    {command}" for command in peers["commands"])
-    yield ""
-    header = ["network", "setting", "variant", "peak, MiB", "/ Eval", "step, ms", "/ Eval"]
-    lines = [
-        [row["model"], title(row), VARIANTS[name].title, *_peak_and_step(row, name)]
-        for row in peers["rows"]
-        for name in row["variants"]
-    ]
-    yield from markdown_table(header, lines, words=(0, 1, 2, 6))
-    yield ""
+    header = ["variant", "peak, MiB", "/ Eval", "step, ms", "/ Eval"]
+    for row in peers["rows"]:
+        yield from (f"{row['model']}, {title(row)}:", "")
+        lines = [[VARIANTS[name].title, *_peak_and_step(row, name)] for name in row["variants"]]
+        yield from (*markdown_table(header, lines, words=(0, 4)), "")
     yield from _failures(peers["rows"])
 
 

@@ -2,8 +2,8 @@
 
     python examples/benchmarks/memory.py
 
-writes `docs/benchmarks/memory.json`, the page `docs/benchmarks/memory.md`, and the tables in other pages. The counts
-are exact. They are made on tensors without data, so they take minutes and little memory on any machine.
+writes `docs/benchmarks/memory.json`, the page `docs/benchmarks/memory.md`, and two tables in `what-is-saved.md`.
+The counts are exact. They are made on tensors without data, so they take minutes and little memory on any machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensorMode
 
 from examples import results_file
 from examples.benchmarks.networks import build
-from examples.results_file import BENCHMARKS, ROOT
+from examples.results_file import BENCHMARKS, ROOT, fill
 from lightning_convbn import fuse_for_deploy, measure_memory
 from lightning_convbn.layers.supported_layers import is_norm
 from lightning_convbn.memory import MIB, count_saved_bytes
@@ -67,22 +67,8 @@ counts them; nothing is estimated.
   the inputs of the convolutions."""
 FROZEN_SAYS = """No parameter wants a gradient, as for adversarial examples or a saliency map. ReLU and its kin
 then keep one bit for each value."""
-EXCERPTS = {  # the mark of a table in a page -> the models in it
-    "memory": ["resnet50", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "densenet121"],
-    "recompute": [
-        "resnet50",
-        "vgg16_bn",
-        "densenet121",
-        "googlenet",
-        "efficientnet_b0",
-        "mobilenet_v2",
-        "mobilenet_v3_large",
-    ],
-}
-MARKS = {
-    ROOT / "docs" / "understand" / "what-is-saved.md": "memory",
-    ROOT / "docs" / "understand" / "how-it-works.md": "recompute",
-}
+EXCERPT = ["resnet50", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "densenet121"]  # the models in PAGE
+PAGE = ROOT / "docs" / "understand" / "what-is-saved.md"
 TRAIN_COLUMNS = {"train": "Train", "train_recompute": "**Train + elementwise**"}
 COLUMNS = {
     "eval": "Eval",
@@ -102,9 +88,8 @@ def main() -> None:
     packages = ("torch", "torchvision", "timm")
     results_file.write_json(BENCHMARKS / "memory.json", rows, packages, unit=unit, input_gradients=frozen)
     (BENCHMARKS / "memory.md").write_text(as_markdown(rows, frozen))
-    for page, mark in MARKS.items():
-        page.write_text(with_tables(page.read_text(), mark, rows))
-    print(f"wrote memory.json and memory.md in {BENCHMARKS}, and the tables in {', '.join(map(str, MARKS))}")
+    fill(PAGE, excerpts(rows))
+    print(f"wrote memory.json and memory.md in {BENCHMARKS}, and the tables in {PAGE}")
 
 
 def count(name: str) -> Iterator[dict[str, Any]]:
@@ -189,11 +174,10 @@ def as_markdown(rows: list[dict[str, Any]], frozen: list[dict[str, Any]]) -> str
     return "\n".join(lines) + "\n"
 
 
-def with_tables(page: str, mark: str, rows: list[dict[str, Any]]) -> str:
-    """Put some of the rows as a table between two marks in a page; those of Train mode between two others."""
-    chosen = [row for row in rows if row["model"] in EXCERPTS[mark] and (row["batch"], row["pixels"]) == (8, 224)]
-    page = results_file.with_table(page, mark, table(chosen, 224))
-    return results_file.with_table(page, f"{mark}-train", train_table(chosen))
+def excerpts(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Draw some of the rows for a page: mark -> table."""
+    chosen = [row for row in rows if row["model"] in EXCERPT and (row["batch"], row["pixels"]) == (8, 224)]
+    return {"memory": table(chosen, 224), "memory-train": train_table(chosen)}
 
 
 def table(rows: list[dict[str, Any]], pixels: int) -> list[str]:

@@ -1,238 +1,184 @@
-"""The page `docs/benchmarks/modes.md`: what `all_modes.py` has measured, with the cases that Tune mode loses."""
+"""The tables and the picture of `docs/benchmarks/modes.md`, from what `all_modes.py` has measured.
+
+    python examples/benchmarks/modes_page.py
+
+fills in the page and draws `modes.png`. Every cell is in `modes.json`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from examples.benchmarks import trade_off
-from examples.benchmarks.networks import DETECTOR
-from examples.benchmarks.summary import (
-    Row,
-    Spread,
-    bytes_ratio,
-    measured,
-    notes,
-    spread_text,
-    time_ratio,
-    title,
-)
-from examples.benchmarks.variants import VARIANTS
-from examples.results_file import moved_scripts
+from matplotlib.figure import Figure
+
+from examples.benchmarks.summary import Row, Spread, bytes_ratio, measured, notes, time_ratio, title
+from examples.benchmarks.variants import BUDGETS, COMPILED_BUDGETS, INDUCTOR_PASS, VARIANTS, budget_name
+from examples.results_file import BENCHMARKS, fill, markdown_table
+from lightning_convbn.exporting.atomic_file import atomic_write
 from lightning_convbn.memory import MIB
 
-LEAST_NETWORKS = 9  # of a setting, for its picture of peak against step time
-RECOMPUTE_LIMITS = {"efficientnet_b0": 0.62, "efficientnet_v2_s": 0.63, "mobilenet_v3_large": 0.80}
+PAGE = BENCHMARKS / "modes.md"
+RESULTS = BENCHMARKS / "modes.json"
+PICTURE = BENCHMARKS / "modes.png"
+# One opaque panel with dark text: it reads the same on a light and on a dark page.
+PANEL, TEXT, GRID = "#f8fafc", "#1e293b", "#dbe2ea"
+PLAN = ("tune", "tune_recompute", "tune_blocks")  # from no recomputation to all of it
+OURS = (*PLAN, *map(budget_name, BUDGETS))
+PEERS = ("eval", "mmengine", "checkpoint", "checkpoint_blocks", INDUCTOR_PASS, "compiled", *COMPILED_BUDGETS)
+SHOWN = (*PLAN, "checkpoint", "checkpoint_blocks", "mmengine")  # the columns of the table
+LOSSES = (  # ours, theirs, what may be more than theirs
+    ("tune", "eval", "step"),
+    ("tune", "mmengine", "step"),
+    ("tune_recompute", "checkpoint", "peak"),
+    ("tune_blocks", "checkpoint", "peak"),
+    ("tune_blocks", "checkpoint_blocks", "step"),
+)
 
 
-class Target(NamedTuple):
-    """A ratio of two variants, and the largest value that is good.
+class Point(NamedTuple):
+    """A variant of a row, relative to Eval mode.
 
     Attributes:
-        ours: Variants; the best of them counts.
-        theirs: Variants to compare with; the best of them counts.
-        limit: The largest good ratio for a model.
-        what: ``"kept_bytes"``, ``"peak_bytes"`` or ``"step_ms"``.
+        variant: Its name.
+        peak: Its peak over Eval's.
+        step: Its step time over Eval's.
     """
 
-    ours: Sequence[str]
-    theirs: Sequence[str]
-    limit: Callable[[str], float | None]
-    what: str = "kept_bytes"
-
-    @property
-    def title(self) -> str:
-        """Its name in a table."""
-        best = (" or ".join(VARIANTS[name].title for name in names) for names in (self.ours, self.theirs))
-        return " / ".join(best)
-
-    def ratio(self, row: Row) -> Spread | None:
-        """Return the ratio of the best of both sides. A ratio of bytes has no spread."""
-        ours, theirs = (
-            min((name for name in names if measured(row, name)), key=lambda name: self._amount(row, name), default=None)
-            for names in (self.ours, self.theirs)
-        )
-        if ours is None or theirs is None:
-            return None
-        if self.what == "step_ms":
-            return time_ratio(row, ours, theirs)
-        ratio = bytes_ratio(row, ours, theirs, self.what)
-        return None if ratio is None else Spread(ratio, ratio, ratio)
-
-    def text(self, row: Row) -> str:
-        """Return the ratio as text. A ratio above the target is bold."""
-        ratio, limit = self.ratio(row), self.limit(row["model"])
-        if ratio is None:
-            return "-"
-        digits = 2 if self.what == "step_ms" else 3
-        value = spread_text(ratio, digits) if self.what == "step_ms" else f"{ratio.median:.{digits}f}"
-        if limit is None or round(ratio.median, digits) <= limit:
-            return value
-        if round(ratio.lower, digits) <= limit:
-            return f"{value}, target {limit:.2f} within the quartiles"
-        return f"**{value}, above {limit:.2f}**"
-
-    def _amount(self, row: Row, name: str) -> float:
-        found = measured(row, name)
-        assert found is not None
-        return median(found["step_ms"]) if self.what == "step_ms" else found[self.what]
+    variant: str
+    peak: float
+    step: Spread
 
 
-def _always(limit: float) -> Callable[[str], float | None]:
-    return lambda model: limit
+def write() -> list[Path]:
+    """Fill in the page and draw the picture; return their paths."""
+    measurements = json.loads(RESULTS.read_text())
+    return [fill(PAGE, tables(measurements)), draw(measurements["rows"], PICTURE)]
 
 
-KEPT = [
-    Target(["tune"], ["deploy"], _always(1.01)),
-    Target(["tune"], ["eval"], _always(1.0)),
-    Target(["tune"], ["mmengine"], _always(1.0)),
-    Target(["tune_recompute"], ["tune"], _always(1.0)),
-    Target(["tune_recompute"], ["deploy"], RECOMPUTE_LIMITS.get),
-    Target(["tune_compiled"], ["inductor_pass"], _always(1.0)),
-    Target(["tune_recompute", "tune_compiled"], ["inductor_pass", "compiled", "mmengine"], _always(1.0)),
-]
-PEAK = [
-    Target(["tune"], ["eval"], _always(1.0), "peak_bytes"),
-    Target(["tune_recompute"], ["checkpoint"], _always(1.0), "peak_bytes"),
-    Target(["tune_blocks"], ["checkpoint"], _always(1.0), "peak_bytes"),
-    Target(["tune_blocks"], ["checkpoint_blocks"], _always(1.0), "peak_bytes"),
-]
-TIME = [
-    Target(["tune"], ["deploy"], lambda model: 1.05 if model == "resnet50" else 1.08, "step_ms"),
-    Target(["tune"], ["eval"], _always(1.0), "step_ms"),
-    Target(["tune"], ["mmengine"], _always(1.0), "step_ms"),
-    Target(["tune_recompute"], ["tune"], lambda model: 1.25 if model == "densenet121" else 1.05, "step_ms"),
-    Target(["tune_recompute"], ["checkpoint"], _always(1.0), "step_ms"),
-    Target(["tune_blocks"], ["checkpoint_blocks"], _always(1.0), "step_ms"),
-    Target(["tune_compiled"], ["inductor_pass"], _always(1.0), "step_ms"),
-]
-TRAIN = [
-    Target(["train_recompute"], ["train"], _always(1.0)),
-    Target(["train_recompute"], ["train"], _always(1.0), "peak_bytes"),
-    Target(["train_blocks"], ["train_checkpoint_blocks"], _always(1.0), "peak_bytes"),
-    Target(["train_recompute"], ["train"], _always(1.25), "step_ms"),
-    Target(["train_blocks"], ["train_checkpoint_blocks"], _always(1.0), "step_ms"),
-]
-UNITS = {"kept_bytes": "kept", "peak_bytes": "peak", "step_ms": "step"}
-TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "Kept for backward, MiB": lambda found: f"{found['kept_bytes'] / MIB:.1f}",
-    "Peak of forward and backward, gradients included, MiB": lambda found: f"{found['peak_bytes'] / MIB:.1f}",
-    "Step time, ms, and quartiles": lambda found: spread_text(Spread.of(found["step_ms"]), 0),
-    "Largest relative deviation of a parameter's gradient from Eval's": lambda found: (
-        "-" if found["gradient_deviation"] is None else f"{found['gradient_deviation']:.0e}"
-    ),
-}
-INTRODUCTION = """# All modes, and other tools
-
-For users who want to compare every mode with other tools, also where Tune mode loses. Each network makes a training
-step in every mode and with every tool, all in one process: forward, mean of the outputs, backward. All parameters are
-trained, without an optimizer. Weights and statistics are random. Except in Train mode, BatchNorms use their running
-statistics. [Train from scratch with less memory](../use/train-from-scratch.md) has more about Train mode.
-
-- *Kept* is what the allocator has counted after one forward pass. It includes the batch if it is kept. *Peak* is the
-  most at one moment of the forward and the backward pass, gradients included. What was there before the step does not
-  count.
-- *Step time* is the median of interleaved rounds; each round has its own order. A ratio is shown with the quartiles
-  of the ratios of single rounds.
-- *Deploy copy* is the trainable copy that `fuse_for_deploy` makes. It is the lower limit for every method that keeps
-  the inputs of the convolutions, but it does not train the parameters of the original.
-- *mmengine* is its `turn_on_efficient_conv_bn_eval`. *inductor's pass* is `efficient_conv_bn_eval_fx_passes` under
-  `torch.compile`. *checkpoint per stage* is `torch.utils.checkpoint` around each stage in Eval mode, which runs the
-  forward pass of each stage twice.
-- *Tune, budget 0.70 of Eval* is `fit_memory_budget`: the least recomputation whose peak is at most that share of
-  Eval's, beyond parameters and buffers. It failed where no recomputation fits; the last section says how much would.
-- *checkpoint per block* is the same checkpoint around each block that `recompute="blocks"` finds. In Train mode it
-  updates the running statistics twice in a step.
-- A ratio above its target is **bold**."""
-
-OF_THE_DETECTOR = """Compilers and tracers get only the backbone of the detector. The detector samples its proposals
-by score. So rounding changes some of them, and with them the gradients."""
-ALLOCATOR = """The variables make glibc's allocator keep memory that is freed. Without them it returns large blocks
-to the kernel and gets them back page by page. It does so in some steps more often than in others. The variant that
-keeps most loses most time by it."""
-
-
-def as_markdown(measurements: Mapping[str, Any], stem: str) -> str:
-    """Draw the page. The names of the pictures begin with ``stem``."""
+def tables(measurements: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Draw the tables of the page, by their marks."""
     rows, machine = measurements["rows"], measurements["machine"]
     known = ", ".join(f"{name} {version}" for name, version in measurements["versions"].items())
-    allocator = "".join(f", {name}={value}" for name, value in machine["allocator"].items())
-    commands = "\n".join(f"    {command}" for command in measurements["commands"])
-    lines = [
-        INTRODUCTION,
-        "",
-        f"{machine.get('gpu', machine['cpu'])}, threads: {machine['threads']}{allocator}; {known}.",
-    ]
-    lines += ["Written by `python examples/benchmarks/write_pages.py` from what these commands measured:", "", commands]
-    if moved := moved_scripts(measurements["commands"]):
-        lines += ["", *moved]
-    if machine["allocator"]:
-        lines += ["", ALLOCATOR]
-    if any(row["model"] == DETECTOR for row in rows):
-        lines += ["", OF_THE_DETECTOR]
-    if all(row["device"] == "cpu" for row in rows):
-        lines += ["", "On a GPU: see [the page of its measurements](gpu.md); `--device cuda` runs the same code."]
-    drawn = pictures(rows, stem)
-    for name, chosen in drawn.items():
-        lines += ["", *_section(chosen, name)]
-    said = [f"- {row['model']}, {title(row)}: {note}" for row in rows for note in notes(row)]
-    if said:
-        lines += ["", "## What failed, and what was folded", "", *said]
-    return "\n".join(lines) + "\n"
-
-
-def pictures(rows: Sequence[Row], stem: str) -> dict[str, list[Row]]:
-    """Group the rows by all settings but the network, by the name of a picture for each group."""
-    ordered = sorted(rows, key=lambda row: (row["pixels"], row["batch"], title(row)))  # stable: models as measured
     return {
-        f"{stem}-{name.replace(', ', '-').replace(' ', '')}.png": list(chosen)
-        for name, chosen in groupby(ordered, title)
+        "facts": [f"Measured on: {machine['cpu']}, {machine['threads']} threads, float32; {known}."],
+        "ranges": [*_ranges(rows)],
+        "modes": _table(rows),
+        "losses": [*_losses(rows), *_beaten(rows)],
+        "notes": [f"- {row['model']}, {title(row)}: {note}" for row in rows for note in notes(row)],
     }
 
 
-def trade_off_picture(picture: str) -> str:
-    """Return the name of the picture of peak against step time, from that of the other one."""
-    return picture.replace(".png", "-trade-off.png")
+def points(row: Row, variants: Sequence[str]) -> list[Point]:
+    """Return the points of those variants that were measured."""
+    found = []
+    for variant in variants:
+        peak, step = bytes_ratio(row, variant, "eval", "peak_bytes"), time_ratio(row, variant, "eval")
+        if peak is not None and step is not None:
+            found.append(Point(variant, peak, step))
+    return found
 
 
-def _section(rows: Sequence[Row], picture: str) -> Iterator[str]:
-    name = title(rows[0])
-    yield from (f"## {name[0].upper()}{name[1:]}", "", f"![Kept, peak and step time]({picture})")
-    compared = {
-        "Kept against the targets": KEPT,
-        "Peak against the targets": PEAK,
-        "Step time against the targets": TIME,
-    }
-    for heading, targets in compared.items():
-        table = [[target.text(row) for target in targets] for row in rows]
-        yield from ("", f"### {heading}", "", *_table([target.title for target in targets], rows, table))
-    if any(target.ratio(row) for target in TRAIN for row in rows):
-        table = [[target.text(row) for target in TRAIN] for row in rows]
-        titles = [f"{UNITS[target.what]}: {target.title}" for target in TRAIN]
-        yield from ("", "### Train mode against the targets", "", *_table(titles, rows, table))
-    if len(rows) >= LEAST_NETWORKS:
-        yield from ("", *trade_off.section(rows, trade_off_picture(picture)))
-    variants = _variants(rows)
-    for heading, text in TABLES.items():
-        cells = [[_cell(row, variant, text) for variant in variants] for row in rows]
-        yield from ("", f"### {heading}", "", *_table([VARIANTS[one].title for one in variants], rows, cells))
+def _ranges(rows: Sequence[Row]) -> Iterator[str]:
+    """Say what each variant takes of Eval's peak and step at the largest batch, and Tune at the others."""
+    largest, *others = sorted({row["batch"] for row in rows}, reverse=True)
+    for batch, variant in [*((largest, variant) for variant in SHOWN), *((batch, "tune") for batch in others)]:
+        found = [point for row in rows if row["batch"] == batch for point in points(row, [variant])]
+        if found:
+            peak, step = _range([one.peak for one in found]), _range([one.step.median for one in found])
+            yield f"- {VARIANTS[variant].title}, batch {batch}: peak {peak}, step {step}."
 
 
-def _variants(rows: Sequence[Row]) -> list[str]:
-    return [name for name in VARIANTS if any(name in row["variants"] for row in rows)]
+def _range(ratios: Sequence[float]) -> str:
+    return f"{min(ratios):.2f} to {max(ratios):.2f} (median {median(ratios):.2f})"
 
 
-def _cell(row: Row, variant: str, text: Callable[[Mapping[str, Any]], str]) -> str:
-    if variant not in row["variants"]:
-        return "-"
-    found = measured(row, variant)
-    return "failed" if found is None else text(found)
+def _table(rows: Sequence[Row]) -> list[str]:
+    """Draw Eval's peak and step of each network, and the ratios of the others to them; larger batches first."""
+    lines = []
+    for row in sorted(rows, key=lambda row: -row["batch"]):
+        plain = measured(row, "eval")
+        assert plain is not None
+        cells = [f"{row['model']}, batch {row['batch']}"]
+        cells += [f"{plain['peak_bytes'] / MIB:.0f} MiB, {median(plain['step_ms']):.0f} ms"]
+        for variant in SHOWN:
+            point = next(iter(points(row, [variant])), None)
+            missing = "failed" if variant in row["variants"] else "-"
+            cells.append(missing if point is None else f"{point.peak:.2f}, {point.step.median:.2f}")
+        lines.append(cells)
+    return markdown_table(["network", "Eval", *(VARIANTS[name].title for name in SHOWN)], lines)
 
 
-def _table(titles: Sequence[str], rows: Sequence[Row], cells: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield f"| model | {' | '.join(titles)} |"
-    yield "|---|" + "---:|" * len(titles)
-    for row, line in zip(rows, cells, strict=True):
-        yield f"| {row['model']} | {' | '.join(line)} |"
+def _losses(rows: Sequence[Row]) -> Iterator[str]:
+    """Name the networks in which a variant of ours takes more than another one; of a step, beyond the quartiles."""
+    for ours, theirs, what in LOSSES:
+        lost = []
+        for row in rows:
+            step, peak = time_ratio(row, ours, theirs), bytes_ratio(row, ours, theirs, "peak_bytes")
+            if what == "step" and step is not None and min(round(step.median, 2), step.lower) > 1:
+                lost.append(f"{_place(row)} ({step.median:.2f})")
+            if what == "peak" and peak is not None and peak > 1:
+                lost.append(f"{_place(row)} ({peak:.2f})")
+        if lost:
+            more = "a longer step" if what == "step" else "a higher peak"
+            yield f"- **{VARIANTS[ours].title} has {more} than {VARIANTS[theirs].title}**: {', '.join(lost)}."
+
+
+def _beaten(rows: Sequence[Row]) -> Iterator[str]:
+    """Name the tools that have a lower peak and, beyond the quartiles, a shorter step than a variant of ours."""
+    for ours in PLAN:
+        lost = [f"{_place(row)} ({', '.join(found)})" for row in rows if (found := [*_better(row, ours)])]
+        if lost:
+            yield f"- **{VARIANTS[ours].title} is beaten in both peak and step**: {'; '.join(lost)}."
+
+
+def _better(row: Row, ours: str) -> Iterator[str]:
+    for peer in PEERS:
+        peak, step = bytes_ratio(row, peer, ours, "peak_bytes"), time_ratio(row, peer, ours)
+        if peak is not None and step is not None and peak < 1 and step.upper < 1:
+            yield VARIANTS[peer].title.replace(", memory budget", " at budget")
+
+
+def _place(row: Row) -> str:
+    return f"{row['model']} at batch {row['batch']}"
+
+
+def draw(rows: Sequence[Row], path: Path) -> Path:
+    """Draw peak against step time for the networks of the largest batch: ours joined by a line, and other tools."""
+    largest = max(row["batch"] for row in rows)
+    rows, columns = [row for row in rows if row["batch"] == largest], 4
+    lines = -(-len(rows) // columns)
+    figure = Figure(figsize=(15, 0.9 + 3 * lines), layout="constrained", dpi=110, facecolor=PANEL)
+    grid = [*figure.subplots(lines, columns, squeeze=False).flat]
+    for axes, row in zip(grid, rows, strict=False):
+        axes.set_facecolor(PANEL)
+        axes.tick_params(colors=TEXT, length=0)
+        axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+        axes.set_axisbelow(True)
+        axes.grid(color=GRID)
+        axes.set_title(row["model"], color=TEXT, fontsize=11)
+        axes.set_xlabel("peak / Eval's peak", color=TEXT)
+        axes.set_ylabel("step / Eval's step", color=TEXT)
+        ours = sorted(points(row, OURS), key=lambda point: point.peak)
+        line = [point.peak for point in ours], [point.step.median for point in ours]
+        axes.plot(*line, color=VARIANTS["tune"].colour, marker="o", label="Tune: none, elementwise, budgets, blocks")
+        for point in points(row, PEERS):
+            variant = VARIANTS[point.variant]
+            style: dict[str, Any] = {"marker": "D" if variant.compiled else "s", "label": variant.title}
+            axes.scatter([point.peak], [point.step.median], s=34, color=variant.colour, **style)
+    for axes in grid[len(rows) :]:
+        axes.set_visible(False)
+    drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
+    legend = {label: handle for handles, labels in drawn for handle, label in zip(handles, labels, strict=True)}
+    style = {"frameon": False, "fontsize": 9, "labelcolor": TEXT}
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=5, **style)
+    with atomic_write(path) as file:
+        figure.savefig(file)
+    return path
+
+
+if __name__ == "__main__":
+    print("wrote", *write(), sep="\n  ")

@@ -23,7 +23,6 @@ from examples.benchmarks import (
     gpu_page,
     modes_page,
     segmentation,
-    write_pages,
 )
 from examples.benchmarks.allocator import allocations
 from examples.benchmarks.networks import Workload, workload
@@ -182,40 +181,34 @@ class TestMeasuring:
         assert not torch.equal(train.bn1.running_mean, before)
 
 
-class TestResults:
-    def test_the_page_tells_of_failures_and_draws_the_rest(
-        self, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+class TestPageOfTheModes:
+    def test_it_comes_from_the_committed_measurements(self) -> None:
+        found, page = json.loads(modes_page.RESULTS.read_text()), modes_page.PAGE.read_text()
+        assert results_file.filled(page, modes_page.tables(found)) == page
+        assert f"]({modes_page.PICTURE.name})" in page
+
+    def test_it_tells_of_failures(self, measured: Path) -> None:
         found = json.loads(measured.read_text())
         found["rows"][0]["variants"]["mmengine"] = {"failed": "KeyError: 'input'"}
-        (tmp_path / "tiny.json").write_text(json.dumps(found))
-        run(monkeypatch, write_pages, "--modes", tmp_path / "tiny.json")
-        page = (tmp_path / "tiny.md").read_text()
-        assert "- resnet18, batch 2, 32 px, cpu: mmengine failed: KeyError: 'input'" in page
-        assert "On a GPU: see [the page of its measurements](gpu.md)" in page
-        for name in ("tiny-batch2-32px-cpu.png", "tiny-batch3-32px-cpu.png"):
-            assert f"]({name})" in page
-            pixels = imread(tmp_path / name)
-            assert pixels[..., 3].min() == 1, "opaque, so that it reads on any page"
-            assert pixels.std() > 0.01, "not empty"
+        tables = modes_page.tables(found)
+        assert tables["notes"] == ["- resnet18, batch 2, 32 px, cpu: mmengine failed: KeyError: 'input'"]
+        assert [row.endswith(" failed |") for row in tables["modes"][2:]] == [False, True], "the larger batch is first"
 
-    def test_without_a_file_the_plots_say_how_to_make_one(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        with pytest.raises(SystemExit):
-            run(monkeypatch, write_pages, "--modes", tmp_path / "a.json")
-        assert "write it with examples/benchmarks/all_modes.py" in capsys.readouterr().err
+    def test_it_names_what_is_better_in_both_peak_and_step(self, rows: list[dict[str, Any]]) -> None:
+        row = {**rows[1], "variants": {name: dict(rows[1]["variants"][name]) for name in ("eval", "tune", "mmengine")}}
+        for name, peak, step in (("eval", 9, 9.0), ("tune", 8, 8.0), ("mmengine", 7, 7.0)):
+            row["variants"][name] |= {"peak_bytes": peak, "step_ms": [step, step]}
+        machine = {"cpu": "a CPU", "threads": 1}
+        lost = modes_page.tables({"rows": [row], "machine": machine, "versions": {}})["losses"]
+        assert lost == [
+            "- **Tune has a longer step than mmengine**: resnet18 at batch 3 (1.14).",
+            "- **Tune is beaten in both peak and step**: resnet18 at batch 3 (mmengine).",
+        ]
 
-
-class TestPages:
-    def test_the_page_of_the_modes_comes_from_the_committed_measurements(self) -> None:
-        path, page = results_file.BENCHMARKS / "modes.json", results_file.BENCHMARKS / "modes.md"
-        if not path.exists() and not page.exists():
-            pytest.skip("neither docs/benchmarks/modes.json nor modes.md is there")
-        found = json.loads(path.read_text())
-        assert modes_page.as_markdown(found, "modes") == page.read_text()
-        for name in modes_page.pictures(found["rows"], "modes"):
-            assert (results_file.BENCHMARKS / name).exists()
+    def test_the_picture_can_be_seen_on_any_page(self, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+        pixels = imread(modes_page.draw(rows, tmp_path / "drawn.png"))
+        assert pixels[..., 3].min() == 1, "opaque"
+        assert pixels.std() > 0.01, "not empty"
 
 
 @pytest.mark.usefixtures("own_folder")

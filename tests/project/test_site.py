@@ -20,7 +20,7 @@ import lightning_convbn
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(page.relative_to(ROOT / "docs") for page in (ROOT / "docs").rglob("*.md"))
-FAST = ("index.md", "understand/how-it-works.md")  # a picture and code; equations and tables
+FAST = ("index.md", "understand/fold.md")  # a picture and code; equations and tables
 OFFLINE = """
 import socket
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from helpers.comparing import BACKWARD
-from helpers.lightning_matrix import documented_parameters
 from helpers.several_processes import BATCHES_PER_PROCESS, EPOCHS, RUNS, Shared
 from helpers.tiny_training import (
     LIGHTNING_SAYS,
@@ -262,8 +261,3 @@ def test_fsdp_units_are_told_apart_without_processes() -> None:
     with pytest.raises(ValueError, match=r"`2.0` and `2.1` can't be folded: FSDP gathers it and its convolution"):
         set_mode(model, "tune", pairs=pairs)
     assert [type(part).__name__ for part in model[2]] == ["Conv2d", "FSDPBatchNorm2d"]
-
-
-def test_every_run_in_several_processes_has_a_row_in_the_docs() -> None:
-    rows = documented_parameters("test_the_loss_curve_in_several_processes_is_evals")
-    assert rows == {*RUNS} - {"ddp", "deceptive", "deceptive_export"}
