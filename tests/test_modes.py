@@ -136,18 +136,23 @@ class TestContextManager:
         assert set_mode(net, "deploy") == chosen
 
 
-class TestCopies:
-    def test_functional_call_uses_the_tensors_given_and_leaves_the_model_alone(self) -> None:
-        net = small_net().double()
-        other = {name: tensor * 1.5 for name, tensor in net.state_dict().items()}
-        expected = torch.func.functional_call(copy.deepcopy(net).eval(), other, batch())
-        for mode in FROZEN:
-            set_mode(net, mode)
-            before = output(net)
-            assert_close([torch.func.functional_call(net, other, batch())], [expected], 1e-12)
-            with torch.no_grad():
-                assert_close([torch.func.functional_call(net, other, batch())], [expected], 1e-12)
-            assert torch.equal(output(net), before)
+class Interrupts(nn.BatchNorm2d):
+    """A BatchNorm at which the first switch is interrupted."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "training" and vars(self).pop("ready", False):
+            raise KeyboardInterrupt
+        super().__setattr__(name, value)
+
+
+def test_a_switch_that_is_interrupted_leaves_plain_modules() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), Interrupts(8)).eval()
+    found = Snapshot.of(net)
+    vars(net[3])["ready"] = True
+    with pytest.raises(KeyboardInterrupt), conv_bn_mode(net, "tune"):
+        pass
+    assert get_mode(net) == "train"
+    assert Snapshot.of(net) == found
 
 
 def back_to_train(model: nn.Module) -> None:
@@ -466,38 +471,6 @@ def test_a_deployed_model_with_trainable_parameters_gives_tunes_gradients() -> N
     assert_close(gradients(net(batch()), *net.parameters()), expected, 0.0)
 
 
-@pytest.mark.parametrize("mode", ["tune", "deploy"])
-def test_a_convolution_parametrized_after_the_switch_works_and_is_restored(mode: Mode) -> None:
-    net = small_net().double()
-    expected = eval_output(net)
-    set_mode(net, mode)
-    weight_norm(net[0])
-    assert_close([output(net)], [expected], 1e-12)
-    with torch.no_grad():
-        net[0].parametrizations.weight.original0.mul_(2)
-    assert_close([output(net)], [eval_output(net)], 1e-12)
-    set_mode(net, "train")
-    assert isinstance(net[0], nn.Conv2d)
-    assert "lightning_convbn" not in {cls.__module__.partition(".")[0] for part in net for cls in type(part).__mro__}
-    with torch.no_grad():
-        assert_close([net.eval()(batch())], [eval_output(net)], 1e-12)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_hooks_fire_once_each_and_survive(mode: Mode) -> None:
-    net = small_net()
-    calls: list[Any] = []
-    for module in (net[0], net[1]):
-        module.register_forward_hook(lambda module, args, output: calls.append(module))
-        module.register_forward_pre_hook(lambda module, args: calls.append(module))
-    set_mode(net, mode)
-    output(net)
-    assert calls == [net[0], net[0], net[1], net[1]]
-    set_mode(net, "train")
-    output(net)
-    assert calls == [net[0], net[0], net[1], net[1]] * 2
-
-
 def plain_attributes(layers: nn.Module, part: slice = slice(None)) -> bool:
     """Whether layers of the small network have the attributes that they have in a plain one, and no others."""
     return [vars(layer).keys() for layer in layers] == [vars(layer).keys() for layer in small_net()[part]]
@@ -700,6 +673,11 @@ class TestBadInput:
         with pytest.raises(ValueError, match="model: `0` is wrapped in DataParallel, .* use DistributedDataParallel"):
             set_mode(model, "tune")
         assert Snapshot.of(model) == found
+        set_mode(model[0].module, "tune")
+        with pytest.raises(RuntimeError, match=r"DataParallel: this Conv2d is converted by set_mode"):
+            model[0].module[0]._replicate_for_data_parallel()
+        set_mode(model, "train")
+        assert type(model[0].module[0]._replicate_for_data_parallel()) is nn.Conv2d
 
     @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
     def test_a_scripted_norm_is_named(self) -> None:

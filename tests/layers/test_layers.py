@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_convbn import Mode, fuse_for_deploy, set_mode
+from lightning_convbn import Mode, fuse_for_deploy, measure_memory, set_mode
 from lightning_convbn.memory import count_saved_bytes
 
 FOLDED_MODES: tuple[Mode, ...] = ("tune", "deploy")
@@ -362,3 +362,53 @@ def test_statistics_written_between_forward_and_backward_are_refused_as_in_eval_
         buffer.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradients(output, *net.parameters())
+
+
+def test_a_geometry_in_numbers_and_lists_is_that_of_the_layer() -> None:
+    net, input = small_net()[:2].double().eval(), images(2, 3, 8, 8, dtype=torch.float64)
+    net[0].padding, net[0].stride, net[0].dilation = 1, 2, [1, 1]
+    expected = net(input)
+    set_mode(net, "tune")
+    assert_close([net(input)], [expected], 1e-12)
+
+
+class Noted(Tensor):
+    """A tensor that doubles what a convolution puts out."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = super().__torch_function__(func, types, args, kwargs or {})
+        return 2 * output if func is torch.conv2d else output
+
+
+def test_another_subclass_of_tensor_handles_both_layers_by_itself() -> None:
+    net, input = small_net()[:2].eval(), images(2, 3, 8, 8).as_subclass(Noted)
+    expected = net(input)
+    set_mode(net, "tune")
+    found = net(input)
+    assert type(found) is type(expected) is Noted
+    assert_close([found.as_subclass(Tensor)], [expected.as_subclass(Tensor)], 1e-5)
+
+
+@pytest.mark.parametrize("recompute", ["none", "elementwise", ["0", "1"]], ids=str)
+def test_where_saved_tensor_hooks_are_forbidden_the_results_are_evals(recompute: Any) -> None:
+    net = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)) for _ in range(2)))
+    input = images(2, 3, 8, 8, dtype=torch.float64)
+    expected = gradients(net.double().eval()(input), *net.parameters())
+    set_mode(net, "tune", recompute=recompute)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        assert_close(gradients(net(input), *net.parameters()), expected, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [nn.Conv2d(16, 2, 3), nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(2, 16, 1), nn.ConvTranspose2d(4, 4, 2, 2)],
+    ids=str,
+)
+def test_only_gamma_trained_never_keeps_more_than_eval(conv: Any) -> None:
+    """Eval mode keeps the output then; where that is smaller than the input, the pair runs as in Eval mode."""
+    net = nn.Sequential(copy.deepcopy(conv).requires_grad_(False), nn.BatchNorm2d(conv.out_channels))
+    image = images(4, conv.in_channels, 12, 12)
+    for wanted in (image, image.clone().requires_grad_()):
+        tune, plain = (measure_memory(net, wanted, mode=mode).saved_bytes for mode in ("tune", "eval"))  # type: ignore[arg-type]
+        assert tune <= plain

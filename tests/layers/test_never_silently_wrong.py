@@ -1,31 +1,25 @@
-"""What takes a folded output past Python's eyes gets what Eval would have given, or an error that names the layers."""
+"""What is done with a folded output gets what Eval would have given, or an error that names both layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers.right_or_named import MODES, Pair, Use, assert_same, check_right_or_named, image, pair, results
-from lightning.pytorch.profilers.pytorch import RegisterRecordFunction
+import torch.nn.functional as F
+from helpers.right_or_named import MODES, Pair, Use, check_right_or_named, pair
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge, register_multi_grad_hook
-from torch.nn.modules import module as every_module
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
-
-from lightning_convbn import find_conv_bn_pairs, measure_memory, set_mode
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),
-    pytest.mark.filterwarnings("ignore:Using a non-full backward hook"),
 ]
 IN_EVERY_MODE = pytest.mark.parametrize(("mode", "recompute"), MODES)
 
@@ -35,11 +29,6 @@ IN_EVERY_MODE = pytest.mark.parametrize(("mode", "recompute"), MODES)
 class Scale(Function):
     forward = staticmethod(lambda ctx, x: x.view_as(x))
     backward = staticmethod(lambda ctx, slope: 0.1 * slope)
-
-
-class Reverse(Function):
-    forward = staticmethod(lambda ctx, x: x)
-    backward = staticmethod(lambda ctx, slope: -2 * slope)
 
 
 class Stop(Function):
@@ -63,13 +52,8 @@ class Saves(Function):
 class Spy(Function):
     """Changes the output by what it has seen."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x + float(x.sum())
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Tensor:
-        return slope * float(slope.abs().max())
+    forward = staticmethod(lambda ctx, x: x + float(x.sum()))
+    backward = staticmethod(lambda ctx, slope: slope * float(slope.abs().max()))
 
 
 class Two(Function):
@@ -95,9 +79,7 @@ class InPlace(Function):
         ctx.mark_dirty(x)
         return x.mul_(2)
 
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Tensor:
-        return 2 * slope
+    backward = staticmethod(lambda ctx, slope: 2 * slope)
 
 
 class TwoOutputs(Function):
@@ -107,9 +89,7 @@ class TwoOutputs(Function):
         ctx.mark_non_differentiable(largest)
         return x * 3, largest
 
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor, _: Tensor) -> Tensor:
-        return 3 * slope
+    backward = staticmethod(lambda ctx, slope, _: 3 * slope)
 
 
 @torch.library.custom_op("convbn_tests::tripled", mutates_args=())
@@ -120,9 +100,18 @@ def tripled(x: Tensor) -> Tensor:
 
 tripled.register_autograd(lambda ctx, slope: 0.3 * slope)
 
+
+class Doubles(nn.Module):
+    def forward(self, y: Tensor) -> Tensor:
+        return 2 * y
+
+
+def doubled(y: Tensor) -> Tensor:
+    return 2 * y
+
+
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "scales": Scale.apply,
-    "reverses": Reverse.apply,
     "stops": Stop.apply,
     "saves": Saves.apply,
     "spies": Spy.apply,
@@ -133,6 +122,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "in place": InPlace.apply,
     "two outputs": lambda y: torch.add(*TwoOutputs.apply(y)),
     "custom_op": tripled,
+    "scripted function": lambda y: torch.jit.script(doubled)(y),
+    "scripted module": lambda y: torch.jit.script(Doubles())(y),
+    "trace": lambda y: torch.jit.trace(doubled, torch.ones(2, 8, 10, 10, dtype=torch.float64))(y),
 }
 
 
@@ -169,7 +161,7 @@ def later(net: Pair, x: Tensor, function: Any) -> Tensor:
 @IN_EVERY_MODE
 @pytest.mark.parametrize("place", [on_the_way, beside, afterwards, around, of_a_view, later], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_of_autograd(name: str, place: Any, mode: Any, recompute: Any) -> None:
+def test_a_function_of_autograd_or_of_torchscript(name: str, place: Any, mode: Any, recompute: Any) -> None:
     if name == "in place" and place is afterwards:
         pytest.skip("Eval mode raises, too: what the BatchNorm keeps is written")
     check_right_or_named(lambda net, x: place(net, x, FUNCTIONS[name]), mode, recompute)
@@ -178,14 +170,14 @@ def test_a_function_of_autograd(name: str, place: Any, mode: Any, recompute: Any
 @IN_EVERY_MODE
 @pytest.mark.parametrize("trained", ["conv", "bn", "none"])
 @pytest.mark.parametrize("name", ["scales", "spies", "saves"])
-def test_a_function_of_autograd_where_a_part_is_trained(name: str, trained: str, mode: Any, recompute: Any) -> None:
+def test_a_function_where_a_part_is_trained(name: str, trained: str, mode: Any, recompute: Any) -> None:
     check_right_or_named(lambda net, x: on_the_way(net, x, FUNCTIONS[name]), mode, recompute, trained)
 
 
 @pytest.mark.parametrize("mode", ["tune", "deploy"])
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("name", ["spies", "saves", "two inputs", "setup_context", "custom_op"])
-def test_a_function_of_autograd_sees_evals_values_without_gradients(name: str, without: Any, mode: Any) -> None:
+@pytest.mark.parametrize("name", ["spies", "saves", "two inputs", "setup_context", "custom_op", "trace"])
+def test_a_function_sees_evals_values_without_gradients(name: str, without: Any, mode: Any) -> None:
     def use(net: Pair, x: Tensor) -> Tensor:
         with without():
             return on_the_way(net, x.detach().clone(), FUNCTIONS[name])
@@ -193,53 +185,158 @@ def test_a_function_of_autograd_sees_evals_values_without_gradients(name: str, w
     check_right_or_named(use, mode)
 
 
+# ------------------------------------------------------------------------- right: the pair is folded, or Eval's values
+
+
+def between(change: Callable[[Tensor], Any]) -> Use:
+    """A forward that does something to the output of the convolution, and normalises it then."""
+
+    def use(net: Pair, x: Tensor) -> Tensor:
+        y = net.conv(x)
+        change(y)
+        return net.bn(y)  # type: ignore[no-any-return]
+
+    return use
+
+
+def changed(change: Callable[[Pair], Any]) -> Use:
+    """A forward that changes the pair between its layers."""
+
+    def use(net: Pair, x: Tensor) -> Tensor:
+        y = net.conv(x)
+        change(net)
+        return net.bn(y)  # type: ignore[no-any-return]
+
+    return use
+
+
+def hooked(register: Callable[[Pair], Any]) -> Use:
+    """A forward under a hook."""
+
+    def use(net: Pair, x: Tensor) -> Tensor:
+        handle = register(net)
+        output: Tensor = net(x)
+        handle.remove()
+        return output
+
+    return use
+
+
+def hook_that_stores(net: Pair, x: Tensor) -> Tensor:
+    stored: list[Tensor] = []
+    handle = net.conv.register_forward_hook(lambda module, args, output: stored.append(output))
+    output = net(x)
+    handle.remove()
+    return output.mean() + stored[0].mean()  # type: ignore[no-any-return]
+
+
+def hook_on_gradients(net: Pair, x: Tensor) -> Tensor:
+    net.conv.register_full_backward_hook(lambda module, inputs, outputs: (3 * inputs[0],))
+    net.bn.register_full_backward_pre_hook(lambda module, outputs: (2 * outputs[0],))
+    return net(x)  # type: ignore[no-any-return]
+
+
+def convolution_without_gradients(net: Pair, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = net.conv(x)
+    return net.bn(y)  # type: ignore[no-any-return]
+
+
+def norm_without_gradients(net: Pair, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    with torch.no_grad():
+        z = net.bn(y)
+    return net(x) + z.mean()  # type: ignore[no-any-return]
+
+
+def norm_called_twice_and_written(net: Pair, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    first = net.bn(y)
+    first.relu_()
+    return first + net.bn(y)  # type: ignore[no-any-return]
+
+
+def view_of_what_is_written_later(net: Pair, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    view = torch.flatten(input=y, start_dim=2)
+    y.mul_(2)
+    return view + 0
+
+
 def penalised(net: Pair, x: Tensor) -> Tensor:
-    """Differentiates twice."""
     loss = on_the_way(net, x, WithSetup.apply).square().sum()
     return torch.autograd.grad(loss, [x, net.conv.weight], create_graph=True)[0]
 
 
-def in_a_transform(net: Pair, x: Tensor) -> Tensor:
-    return torch.func.grad(lambda x: on_the_way(net, x, WithSetup.apply).square().sum())(x)
+def with_other_parameters(net: Pair, x: Tensor) -> Tensor:
+    others = {name: 2 * parameter for name, parameter in net.bn.named_parameters()}
+    return functional_call(net.bn, others, (net.conv(x),))  # type: ignore[no-any-return]
 
 
-def in_a_vmap(net: Pair, x: Tensor) -> Tensor:
-    return torch.func.vmap(lambda x: on_the_way(net, x[None], WithSetup.apply)[0])(x)
+class Doubled(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
 
 
-@pytest.mark.parametrize("mode", ["tune", "deploy"])
-@pytest.mark.parametrize("use", [penalised, in_a_transform, in_a_vmap])
-def test_a_function_of_autograd_in_other_passes(use: Use, mode: Any) -> None:
-    check_right_or_named(use, mode)
+def of_another_class(net: Pair, x: Tensor) -> Tensor:
+    net.conv.__class__ = Doubled
+    return net(x)  # type: ignore[no-any-return]
 
 
-# ------------------------------------------------------------------- checkpoints, edges of the graph, shared storages
+def checkpointed(part: Any, x: Any, *, reentrant: bool = False) -> Any:
+    return checkpoint(part, x, use_reentrant=reentrant)
 
 
-def reentrant_norm(net: Pair, x: Tensor) -> Tensor:
-    return checkpoint(net.bn, net.conv(x), use_reentrant=True)  # type: ignore[return-value]
+RIGHT: dict[str, Use] = {
+    "an input of another source": lambda net, x: net.bn(x.repeat(1, 3, 1, 1)[:, :8]),
+    "read beside": lambda net, x: net(x) + net.conv(x),
+    "read afterwards": lambda net, x: (lambda y: net.bn(y) + y)(net.conv(x)),
+    "something between": lambda net, x: net.bn(net.conv(x) + 1),
+    "another norm": lambda net, x: pair().bn(net.conv(x)) + net(x),
+    "two inputs": lambda net, x: net(x) - net(2 * x),
+    "a convolution": lambda net, x: F.conv2d(net.conv(x), torch.ones(1, 8, 1, 1, dtype=x.dtype)),
+    "F.batch_norm": lambda net, x: F.batch_norm(net.conv(x), net.bn.running_mean, net.bn.running_var),
+    "numpy": lambda net, x: net(x) * float(net.conv(x).detach().numpy().sum()),
+    "a list": lambda net, x: (lambda ys: torch.cat([*ys, net.bn(ys[0])]))([net.conv(x)]),
+    "an operator": lambda net, x: torch.ops.aten.mul(net.conv(x), 2.0),
+    "deepcopy": lambda net, x: copy.deepcopy(net.conv(x).detach()) * net(x).mean(),
+    "a checkpoint of the convolution": lambda net, x: net.bn(checkpointed(net.conv, x)),
+    "a checkpoint of the norm": lambda net, x: checkpointed(lambda y: F.silu(net.bn(y)), net.conv(x)),
+    "two checkpoints": lambda net, x: checkpointed(net.bn, checkpointed(net.conv, x)),
+    "a reentrant checkpoint of both": lambda net, x: checkpointed(net, x, reentrant=True),
+    "vmap": lambda net, x: torch.func.vmap(lambda one: (net(one[None]) + net.conv(one[None]))[0])(x),
+    "grad": lambda net, x: torch.func.grad(lambda y: (net(y) + net.conv(y)).square().sum())(x),
+    "a write": between(lambda y: y.add_(1)),
+    "a write to a part": between(lambda y: y.__setitem__((slice(None), 0), 0)),
+    "a write through a view": between(lambda y: y.flatten(2).mul_(2)),
+    "a hook with another output": hooked(
+        lambda net: net.conv.register_forward_hook(lambda module, args, output: 2 * output)
+    ),
+    "a hook with another input": hooked(lambda net: net.bn.register_forward_pre_hook(lambda module, args: args[0] + 1)),
+    "written statistics": changed(lambda net: net.bn.running_var.fill_(2.0)),
+    "other statistics": changed(
+        lambda net: setattr(net.bn, "running_mean", torch.linspace(-1, 1, 8, dtype=torch.float64))
+    ),
+    "another shift": changed(lambda net: setattr(net.bn, "bias", nn.Parameter(net.bn.bias.detach() + 1))),
+    "another eps": changed(lambda net: setattr(net.bn, "eps", 0.5)),
+    "a hook that stores": hook_that_stores,
+    "hooks on gradients": hook_on_gradients,
+    "a convolution without gradients": convolution_without_gradients,
+    "a norm without gradients": norm_without_gradients,
+    "a norm called twice": norm_called_twice_and_written,
+    "a view of what is written later": view_of_what_is_written_later,
+    "other parameters": with_other_parameters,
+    "another class of the convolution": of_another_class,
+}
 
 
-def reentrant_convolution(net: Pair, x: Tensor) -> Tensor:
-    return net.bn(checkpoint(net.conv, x, use_reentrant=True))  # type: ignore[no-any-return]
+@IN_EVERY_MODE
+@pytest.mark.parametrize("name", RIGHT)
+def test_evals_results(name: str, mode: Any, recompute: Any) -> None:
+    assert check_right_or_named(RIGHT[name], mode, recompute)
 
 
-def reentrant_pair(net: Pair, x: Tensor) -> Tensor:
-    return checkpoint(net, x, use_reentrant=True)  # type: ignore[return-value]
-
-
-def reentrant_tail(net: Pair, x: Tensor) -> Tensor:
-    return checkpoint(lambda y: net.bn(y) * y.mean(), net.conv(x), use_reentrant=True)  # type: ignore[return-value]
-
-
-def plain_checkpoint_of_the_norm(net: Pair, x: Tensor) -> Tensor:
-    return checkpoint(net.bn, net.conv(x), use_reentrant=False)  # type: ignore[return-value]
-
-
-def hook_of_the_node(net: Pair, x: Tensor) -> Tensor:
-    y = net.conv(x)
-    y.grad_fn.register_prehook(lambda slopes: (0.1 * slopes[0],))  # type: ignore[union-attr]
-    return net.bn(y)  # type: ignore[no-any-return]
+# ----------------------------------------------- right or named: what takes the edge of the graph, or the storage
 
 
 def hook_of_several(net: Pair, x: Tensor) -> Tensor:
@@ -265,49 +362,8 @@ def backward_to_the_tap(net: Pair, x: Tensor) -> Tensor:
     return output * y.grad.norm()  # type: ignore[no-any-return]
 
 
-def detached_in_place(net: Pair, x: Tensor) -> Tensor:
-    y = net.conv(x)
-    y.detach_()
-    return net.bn(y)  # type: ignore[no-any-return]
-
-
-def data_written(net: Pair, x: Tensor) -> Tensor:
-    y = net.conv(x)
-    y.data.mul_(2)
-    return net.bn(y)  # type: ignore[no-any-return]
-
-
-def detached_view_written(net: Pair, x: Tensor) -> Tensor:
-    y = net.conv(x)
-    y.detach()[:, 0] = 1
-    return net.bn(y)  # type: ignore[no-any-return]
-
-
-def array_written(net: Pair, x: Tensor) -> Tensor:
-    y = net.conv(x)
-    y.detach().numpy()[:, 0] = 1
-    return net.bn(y)  # type: ignore[no-any-return]
-
-
-def written_in_a_list(net: Pair, x: Tensor) -> Tensor:
-    y = net.conv(x)
-    with torch.no_grad():
-        torch._foreach_mul_([y], 2.0)
-    return net.bn(y)  # type: ignore[no-any-return]
-
-
-def data_replaced(net: Pair, x: Tensor) -> Tensor:
-    y = net.conv(x)
-    y.data = 2 * y.data
-    return net.bn(y)  # type: ignore[no-any-return]
-
-
-def another_class(net: Pair, x: Tensor) -> Tensor:
-    class Named(Tensor):
-        pass
-
-    y: Tensor = net.conv(x).as_subclass(Named)
-    return net.bn(y).as_subclass(Tensor)  # type: ignore[no-any-return]
+class Named(Tensor):
+    pass
 
 
 def without_torch_function(net: Pair, x: Tensor) -> Tensor:
@@ -317,234 +373,33 @@ def without_torch_function(net: Pair, x: Tensor) -> Tensor:
     return net.bn(y) + z  # type: ignore[no-any-return]
 
 
-def without_torch_function_on_the_way(net: Pair, x: Tensor) -> Tensor:
-    y = net.conv(x)
-    with torch._C.DisableTorchFunctionSubclass():
-        y = y * 2
-    return net.bn(y)  # type: ignore[no-any-return]
-
-
-PASSES: list[Use] = [
-    reentrant_norm,
-    reentrant_convolution,
-    reentrant_pair,
-    reentrant_tail,
-    plain_checkpoint_of_the_norm,
-    hook_of_the_node,
-    hook_of_several,
-    gradient_at_the_edge,
-    backward_to_the_tap,
-    detached_in_place,
-    data_written,
-    detached_view_written,
-    array_written,
-    written_in_a_list,
-    data_replaced,
-    another_class,
-    without_torch_function,
-    without_torch_function_on_the_way,
-]
-
-
-@IN_EVERY_MODE
-@pytest.mark.parametrize("use", PASSES, ids=lambda use: use.__name__)
-def test_what_takes_the_edge_or_the_storage(use: Use, mode: Any, recompute: Any) -> None:
-    right = check_right_or_named(use, mode, recompute)
-    assert right or use is not reentrant_pair  # both layers are inside
-
-
-# ------------------------------------------------------------------------------------------------------- TorchScript
-
-
-def doubled(y: Tensor) -> Tensor:
-    return 2 * y
-
-
-class Doubles(nn.Module):
-    def forward(self, y: Tensor) -> Tensor:
-        return 2 * y
-
-
-SCRIPTED: dict[str, Callable[[], Any]] = {
-    "function": lambda: torch.jit.script(doubled),
-    "module": lambda: torch.jit.script(Doubles()),
-    "trace": lambda: torch.jit.trace(doubled, torch.ones(2, 8, 10, 10, dtype=torch.float64)),
+RIGHT_OR_NAMED: dict[str, Use] = {
+    "a reentrant checkpoint of the norm": lambda net, x: checkpointed(net.bn, net.conv(x), reentrant=True),
+    "a reentrant checkpoint of the convolution": lambda net, x: net.bn(checkpointed(net.conv, x, reentrant=True)),
+    "a reentrant checkpoint of the rest": lambda net, x: checkpointed(
+        lambda y: net.bn(y) * y.mean(), net.conv(x), reentrant=True
+    ),
+    "a hook of several": hook_of_several,
+    "a gradient at the edge": gradient_at_the_edge,
+    "a backward pass to the tap": backward_to_the_tap,
+    "a hook of the node": between(lambda y: y.grad_fn.register_prehook(lambda slopes: (0.1 * slopes[0],))),  # type: ignore[union-attr]
+    "detach_": between(lambda y: y.detach_()),
+    "written data": between(lambda y: y.data.mul_(2)),
+    "a written view without a graph": between(lambda y: y.detach()[:, 0].fill_(1)),
+    "a written array": between(lambda y: y.detach().numpy()[:, 0].fill(1)),
+    "a list that is written": between(torch.no_grad()(lambda y: torch._foreach_mul_([y], 2.0))),
+    "other data": between(lambda y: setattr(y, "data", 2 * y.data)),
+    "another class": lambda net, x: net.bn(net.conv(x).as_subclass(Named)).as_subclass(Tensor),
+    "without __torch_function__": without_torch_function,
+    "a transform of a function": lambda net, x: torch.func.grad(
+        lambda x: on_the_way(net, x, WithSetup.apply).square().sum()
+    )(x),
+    "a penalty of a function's gradient": penalised,
+    "a vmap of a function": lambda net, x: torch.func.vmap(lambda x: on_the_way(net, x[None], WithSetup.apply)[0])(x),
 }
 
 
 @IN_EVERY_MODE
-@pytest.mark.parametrize("place", [on_the_way, beside, afterwards, of_a_view, later], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("name", SCRIPTED)
-def test_a_script_reads_evals_values(name: str, place: Any, mode: Any, recompute: Any) -> None:
-    function = SCRIPTED[name]()
-    check_right_or_named(lambda net, x: place(net, x, function), mode, recompute)
-
-    def use(net: Pair, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return place(net, x, function)  # type: ignore[no-any-return]
-
-    check_right_or_named(use, mode, recompute)
-
-
-# --------------------------------------------------------------------------------------------- hooks of every module
-
-GLOBAL: dict[str, tuple[str, Callable[..., Any]]] = {
-    "forward pre": ("register_module_forward_pre_hook", lambda module, args: (args[0] * 1.5,)),
-    "forward": ("register_module_forward_hook", lambda module, args, output: output * 1.5),
-    "full backward pre": ("register_module_full_backward_pre_hook", lambda module, slopes: (slopes[0] * 1.5,)),
-    "full backward": ("register_module_full_backward_hook", lambda module, inputs, slopes: (inputs[0] * 1.5,)),
-    "backward": ("register_module_backward_hook", lambda module, inputs, slopes: None),
-}
-
-
-def noted(hook: Callable[..., Any] | None, seen: list[Any]) -> Callable[..., Any]:
-    """A hook that writes down what it sees of the layers, and changes it if it is to."""
-
-    def note(module: nn.Module, *values: Any) -> Any:
-        seen.append(type(module).__name__)
-        seen.extend(leaf.detach().clone() for leaf in torch.utils._pytree.tree_leaves(values) if leaf is not None)
-        return None if hook is None else hook(module, *values)
-
-    return note
-
-
-@contextmanager
-def hooked(kind: str, changes: bool, seen: list[Any]) -> Iterator[None]:
-    register, hook = GLOBAL[kind]
-    handle = getattr(every_module, register)(noted(hook if changes else None, seen))
-    try:
-        yield
-    finally:
-        handle.remove()
-        every_module._global_is_full_backward_hook = None
-
-
-@IN_EVERY_MODE
-@pytest.mark.parametrize("changes", [False, True])
-@pytest.mark.parametrize("kind", GLOBAL)
-@pytest.mark.parametrize("when", ["before the switch", "after the switch", "for one of two passes"])
-def test_hooks_of_every_module_see_and_change_what_they_do_in_eval_mode(
-    when: str, kind: str, changes: bool, mode: Any, recompute: Any
-) -> None:
-    plain, net = pair(), pair()
-    seen: list[list[Any]] = [[], []]
-    if when == "before the switch":
-        with hooked(kind, changes, []):
-            assert len(set_mode(net, mode, recompute=recompute)) <= 1
-    else:
-        set_mode(net, mode, recompute=recompute)
-    for _ in range(1 + (when == "for one of two passes")):
-        found = []
-        for each, notes in zip((net, plain), seen, strict=True):
-            with hooked(kind, changes, notes):
-                found.append(results(each, Pair.__call__))
-        assert_same(*found)
-        assert_same(*seen)
-        assert_same(results(net, Pair.__call__), results(plain, Pair.__call__))
-
-
-def test_hooks_of_every_module_are_not_called_while_somebody_looks() -> None:
-    seen: list[Any] = []
-    for kind in GLOBAL:
-        with hooked(kind, False, seen):
-            net = pair()
-            pairs = find_conv_bn_pairs(net, example_inputs=(image(),))
-            set_mode(net, "tune", pairs=pairs)
-            measure_memory(net, image(), mode="tune")
-    assert not seen
-
-
-# ------------------------------------------------------------------------------------------------ who counts and logs
-
-
-class LogsOperators(TorchDispatchMode):
-    """Counts the convolutions that are run, forward and backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += "convolution" in str(func)
-        return func(*args, **(kwargs or {}))
-
-
-class LogsFunctions(TorchFunctionMode):
-    """Hands everything on."""
-
-    count = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-def flops(net: nn.Module) -> tuple[Any, list[Tensor | None]]:
-    with FlopCounterMode(display=False) as counter:
-        found = results(net, Pair.__call__)
-    return {name: dict(counts) for name, counts in counter.get_flop_counts().items()}, found
-
-
-def operators(net: nn.Module) -> tuple[Any, list[Tensor | None]]:
-    with LogsOperators() as log:
-        found = results(net, Pair.__call__)
-    return log.count, found
-
-
-def functions(net: nn.Module) -> tuple[Any, list[Tensor | None]]:
-    with LogsFunctions(), torch.device("cpu"):
-        return None, results(net, Pair.__call__)
-
-
-def asked_for_gradients(net: nn.Module) -> tuple[Any, list[Tensor | None]]:
-    """Looks at the output in between, as loggers do, and reads no value of it."""
-
-    def use(net: Pair, x: Tensor) -> Tensor:
-        y = net.conv(x)
-        assert y.requires_grad
-        assert not y.is_leaf
-        return net.bn(y)  # type: ignore[no-any-return]
-
-    with LogsOperators() as log:
-        found = results(net, use)
-    return log.count, found
-
-
-def hooks_of_the_profiler(net: nn.Module) -> tuple[Any, list[Tensor | None]]:
-    with RegisterRecordFunction(net), torch.autograd.profiler.profile():
-        return None, results(net, Pair.__call__)
-
-
-@IN_EVERY_MODE
-@pytest.mark.parametrize("count", [flops, operators, functions, asked_for_gradients, hooks_of_the_profiler])
-def test_who_counts_and_logs_counts_as_in_eval_mode(count: Any, mode: Any, recompute: Any) -> None:
-    plain, net = pair(), pair()
-    set_mode(net, mode, recompute=recompute)
-    (ours, found), (theirs, expected) = count(net), count(plain)
-    assert ours == theirs
-    assert_same(found, expected)
-
-
-# --------------------------------------------------------------------------------------------------- compiled graphs
-
-
-@pytest.fixture
-def _no_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_no_graphs")
-@pytest.mark.parametrize("mode", ["tune", "deploy"])
-@pytest.mark.parametrize("between", [torch.clone, lambda y: y.view_as(y), lambda y: y])
-def test_what_a_graph_has_decided_is_forgotten_at_the_switch(between: Any, mode: Any) -> None:
-    plain, net, other = pair(), pair(), pair()
-    for each in (net, other):
-        set_mode(each, mode)
-    torch.compile(net, backend="eager")(image())
-    set_mode(net, "train")
-    set_mode(net, mode)
-    expected = results(plain, lambda net, x: net.bn(between(net.conv(x))))
-    for each in (net, other):  # the other one was never compiled
-        check = results(each, lambda net, x: net.bn(between(net.conv(x)).clone()))
-        assert_same(check, expected)
+@pytest.mark.parametrize("name", RIGHT_OR_NAMED)
+def test_evals_results_or_an_error(name: str, mode: Any, recompute: Any) -> None:
+    check_right_or_named(RIGHT_OR_NAMED[name], mode, recompute)
