@@ -276,24 +276,6 @@ def test_whoever_takes_only_the_type_of_an_output_is_no_consumer(name: str, mode
     assert len(find_conv_bn_pairs(plain, example_inputs=(image(),))) == 1
 
 
-class WritesItsList(Pair):
-    """Normalises its images in the caller's list, as detectors do, and collects in another one."""
-
-    def forward(self, inputs: list[Tensor]) -> Tensor:  # type: ignore[override]
-        for number, input in enumerate(inputs):
-            inputs[number] = super().forward(input)
-        return torch.stack(inputs)
-
-
-@pytest.mark.parametrize("mode", ["train", *FROZEN])
-def test_a_forward_that_writes_its_list_can_be_measured_and_recorded(mode: Any) -> None:
-    net, given = WritesItsList().double(), [image(), image()]
-    before = [id(input) for input in given]
-    find_conv_bn_pairs(net, example_inputs=(given,))
-    assert measure_memory(net, given, mode=mode).saved_bytes > 0
-    assert [id(input) for input in given] == before
-
-
 def opened_zip(folder: Path) -> Any:
     with zipfile.ZipFile(folder / "data.zip", "w") as archive:
         archive.writestr("a", "text")

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
 from helpers.comparing import Snapshot
 from helpers.recomputation import batch, conv, net
-from helpers.tiny_training import LIGHTNING_SAYS, BoringModule, PrintedLines, make_trainer
 from torch import Tensor, nn
 
-from lightning_convbn import ConvBNModeCallback, Mode, conv_bn_mode, find_conv_bn_pairs, measure_memory, set_mode
-from lightning_convbn.memory import as_mib
+from lightning_convbn import Mode, conv_bn_mode, find_conv_bn_pairs, set_mode
 from lightning_convbn.ops.recomputable import RecomputableTensor
 
 
@@ -48,40 +43,3 @@ class TestSwitching:
         set_mode(model, "eval", recompute="elementwise")
         assert find_conv_bn_pairs(model) == expected
         assert "`2` (SiLU)" in expected.unpaired["3"]
-
-
-class TestCallback:
-    pytestmark = LIGHTNING_SAYS
-
-    def fit(self, module: BoringModule, **arguments: Any) -> tuple[BoringModule, set[str], str]:
-        module.backbone.stem[2], module.backbone.middle[2] = nn.SiLU(inplace=True), nn.Hardswish()
-        seen: set[str] = set()
-        module.backbone.stem[2].register_forward_hook(
-            lambda act, args, output: seen.add(f"{type(output).__name__} {'train' if module.training else 'eval'}")
-        )
-        lines = PrintedLines()
-        trainer = make_trainer(ConvBNModeCallback(**{"log_memory": False, **arguments}), lines)
-        trainer.fit(module)
-        return module, seen, lines.text
-
-    @pytest.mark.parametrize("mode", ["tune", "eval"])
-    def test_trains_to_the_same_weights(self, mode: Mode) -> None:
-        torch.manual_seed(0)
-        plain, recomputing = BoringModule(), BoringModule()
-        recomputing.load_state_dict(plain.state_dict())
-        self.fit(plain, mode=mode)
-        module, seen, _ = self.fit(recomputing, mode=mode, recompute="elementwise")
-        assert seen >= {"RecomputableTensor train", "Tensor eval"}
-        for name, tensor in plain.state_dict().items():
-            assert torch.equal(module.state_dict()[name], tensor), name
-
-    def test_the_table_counts_with_recomputation(self) -> None:
-        module, _, text = self.fit(BoringModule(), recompute="elementwise", log_memory=True, verify=True)
-        assert "verified: Tune equals Eval" in text
-        (line,) = [line for line in text.splitlines() if "kept for backward" in line]
-        (shape,) = [line for line in text.splitlines() if "counted on an input of" in line]
-        image = torch.zeros([int(size) for size in shape.split(" of ")[1].split(" × ")])
-        plain = measure_memory(module.backbone, image, mode="eval").saved_bytes
-        tune = measure_memory(module.backbone, image, mode="tune", recompute="elementwise").saved_bytes
-        assert tune < measure_memory(module.backbone, image, mode="tune").saved_bytes
-        assert f"Eval {as_mib(plain)}, Tune {as_mib(tune)}" in line

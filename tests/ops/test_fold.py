@@ -125,16 +125,22 @@ def test_first_and_second_derivatives_are_those_of_plain_layers() -> None:
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_every_pattern_of_wanted_gradients_keeps_the_input_and_two_vectors_at_most(
+def test_every_pattern_of_wanted_gradients_is_right_and_keeps_the_input_and_two_vectors_at_most(
     case: str, bias: bool, affine: bool
 ) -> None:
     """Parameters and buffers are no cost. The vectors, `r` and `s`, have a value for each output channel."""
     for mask in product((False, True), repeat=5):
         operands, spec = draw(case, bias=bias, affine=affine)
-        for tensor, wanted in zip(operands, mask, strict=False):
+        for tensor, trained in zip(operands, mask, strict=False):
             if tensor is not None:
-                tensor.requires_grad_(wanted)
-        of_input, of_weight, _, of_gamma, _ = mask
+                tensor.requires_grad_(trained)
+        output, expected = operands.of(conv_bn, spec), operands.of(plain, spec)
+        assert_close([output], [expected], 1e-12)
+        wanted = [tensor for tensor in operands if tensor is not None and tensor.requires_grad]
+        assert output.requires_grad == bool(wanted)
+        if wanted:
+            assert_close(gradients(output, *wanted), gradients(expected, *wanted), 1e-10)
+        _, of_weight, _, of_gamma, _ = mask
         vectors = [count * operands.mean.nbytes for count in range(3)]
         kept = count_saved_bytes(lambda: operands.of(conv_bn, spec))  # noqa: B023 - it is called at once
         assert kept in vectors, mask
@@ -235,34 +241,6 @@ def test_autocast_and_half_precision(dtype: torch.dtype) -> None:
         expected = double.of(plain, spec), *gradients(double.of(plain, spec), *leaves)
         errors = [relative(one, other) for one, other in zip((output, *found[:2]), expected, strict=True)]
         assert max(errors) < 8 * torch.finfo(dtype).eps, errors
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_every_subset_of_wanted_gradients_is_right(case: str) -> None:
-    for mask in product((False, True), repeat=5):
-        operands, spec = draw(case)
-        for tensor, wanted in zip(operands, mask, strict=False):
-            assert tensor is not None
-            tensor.requires_grad_(wanted)
-        wanted = [tensor for tensor in operands if tensor is not None and tensor.requires_grad]
-        output, expected = operands.of(conv_bn, spec), operands.of(plain, spec)
-        assert_close([output], [expected], 1e-12)
-        assert output.requires_grad == any(mask)
-        if wanted:
-            assert_close(gradients(output, *wanted), gradients(expected, *wanted), 1e-10)
-
-
-def test_gradient_of_a_gradient_penalty_equals_the_plain_one() -> None:
-    operands, spec = draw("grouped conv2d")
-    wanted = [tensor.requires_grad_() for tensor in operands[:5] if tensor is not None]
-
-    def penalty(function: Callable[..., Tensor]) -> Tensor:
-        loss = operands.of(function, spec).tanh().square().sum()
-        first = torch.autograd.grad(loss, wanted, create_graph=True)
-        return torch.stack([gradient.square().sum() for gradient in first]).sum()
-
-    expected = torch.autograd.grad(penalty(plain), wanted)
-    assert_close(torch.autograd.grad(penalty(conv_bn), wanted), expected, 1e-10)
 
 
 def test_gradients_of_trainable_statistics_are_right() -> None:

@@ -26,6 +26,7 @@ from helpers.recomputation import (
     pair_of,
     results,
 )
+from pairs.test_timm import ARCHITECTURES, abstract_model
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -227,13 +228,24 @@ class TestBytes:
         assert alive == [0, 0, 0]
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+FAST = {"densenet121", "googlenet", "mobilenet_v3_small", "regnet_x_400mf"}
+NETWORKS = [*FAMILIES, *(f"timm:{name}" for name in ARCHITECTURES)]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in NETWORKS]
+)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_never_more_than_without(name: str, frozen: bool) -> None:
-    model = torchvision_model(name).to_empty(device="cpu").requires_grad_(not frozen)
+    if name in FAMILIES:
+        model, size = torchvision_model(name), (3, FAMILIES[name], FAMILIES[name])
+    else:
+        model, image = abstract_model(name.removeprefix("timm:"))
+        size = image.shape[1:]
+    model = model.to_empty(device="cpu").requires_grad_(not frozen)
     pairs = find_conv_bn_pairs(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        image = torch.empty(1, 3, FAMILIES[name], FAMILIES[name], requires_grad=frozen)
+        image = torch.empty(1, *size, requires_grad=frozen)
         without, recomputing = (
             measure_memory(model, image, mode="tune", pairs=pairs, recompute=recompute).saved_bytes
             for recompute in ("none", "elementwise")
