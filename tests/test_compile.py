@@ -85,7 +85,6 @@ def build(where: str, compiler: CompileCounterWithBackend) -> Compilable:
 
 
 def fit(where: str, compiler: CompileCounterWithBackend, *callbacks: Any) -> Compilable:
-    """Train for some epochs."""
     module = build(where, compiler)
     given = torch.compile(module, backend=compiler) if where == "module" else module
     make_trainer(*callbacks, max_epochs=EPOCHS).fit(given)
@@ -263,7 +262,6 @@ def test_a_model_in_tune_mode_can_be_exported(strict: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("where", PLACES)
 def test_training_compiled_by_inductor_is_eager_training(where: str) -> None:
-    """The compiler that people use."""
     torch._dynamo.reset()
     inductor = CompileCounterWithBackend("inductor")
     eager, compiled = fit("nowhere", inductor, quick()), fit(where, inductor, quick())

@@ -31,7 +31,6 @@ class Net(nn.Sequential):
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a network, written by the command."""
     file: Path = tmp_path_factory.mktemp("page") / "page.html"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "load_model", lambda *_: Net())
@@ -55,7 +54,6 @@ def page(browser: Any, page_file: Path) -> Iterator[Any]:
 
 
 def blocks(page: Any) -> list[str]:
-    """The names of the blocks, from top to bottom."""
     ticks = page.locator(".y2tick text").all()
     return [name for _, name in sorted((tick.bounding_box()["y"], tick.text_content()) for tick in ticks)]
 

@@ -55,7 +55,6 @@ def resnet18(monkeypatch: pytest.MonkeyPatch, out: Path, *variants: str, sizes: 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run of all eager variants on two batches leaves behind."""
     path = tmp_path_factory.mktemp("benchmark") / "tiny.json"
     with pytest.MonkeyPatch.context() as monkeypatch:
         resnet18(monkeypatch, path, sizes=("2:32", "3:32"))
@@ -104,7 +103,6 @@ class TestRun:
 
 @pytest.fixture(scope="module")
 def measured_quickly(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a quick run of the script for a GPU leaves behind."""
     path = tmp_path_factory.mktemp("gpu") / "quick.json"
     with pytest.MonkeyPatch.context() as monkeypatch:
         run(monkeypatch, gpu, "--device", "cpu", "--quick", "--output", path)

@@ -28,8 +28,6 @@ Main = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Main:
-    """Type the command, with a network that takes no time; return the rows."""
-
     def typed(*args: str, out: Path = tmp_path / "new" / "results.json") -> list[dict[str, Any]]:
         report = type_command(monkeypatch, compare_modes, out, *TINY, *args)
         assert report["settings"]["limit"] == 40

@@ -38,7 +38,6 @@ class Recorder(Hook):
             self.kept_bytes = count_saved_bytes(runner.model.backbone, data_batch[0])
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Record the loss."""
         self.losses.append(outputs["loss"].item())
 
 
@@ -72,7 +71,6 @@ class DigitNet(BaseModel):
         self.head = nn.Linear(32, 10)
 
     def forward(self, images: Tensor, labels: Tensor, mode: str = "tensor") -> Tensor | dict[str, Tensor]:
-        """Return the scores; in MMEngine's mode `loss`, return the loss."""
         scores: Tensor = self.head(self.backbone(images).mean((2, 3)))
         return {"loss": cross_entropy(scores, labels)} if mode == "loss" else scores
 
@@ -114,7 +112,6 @@ def train(
 
 
 def run(name: str, *hooks: Any, norm_eval: bool = False, **config: Any) -> tuple[DigitNet, Recorder]:
-    """Train a network that looks pretrained on the digits 5 and 6."""
     torch.manual_seed(0)
     model = DigitNet(norm_eval).double()
     pretend_trained(model)

@@ -36,7 +36,6 @@ QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Draw a few tiny scenes."""
     folder = tmp_path_factory.mktemp("masks") / "digits"
     write_digit_masks(folder, {"train": 8, "val": 2, "test": 2}, size=32, seed=0)
     return folder

@@ -80,7 +80,6 @@ def step(net: nn.Module, device: torch.device, precision: str, channels_last: bo
 
 
 def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """The relative error of each tensor."""
     return {name: relative(tensor, expected[name]) for name, tensor in found.items()}
 
 

@@ -25,7 +25,6 @@ class Counts(NamedTuple):
 
     @classmethod
     def of(cls, pairs: ConvBNPairs) -> Counts:
-        """Count."""
         return cls(len(pairs), len(pairs.frozen), len(pairs.unfrozen))
 
 

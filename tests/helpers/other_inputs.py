@@ -28,7 +28,6 @@ class TwoImages(LightningModule):
         self.color, self.depth = conv_bn(3, 4), conv_bn(1, 4)
 
     def forward(self, image: Tensor, depth: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
-        """Add both up."""
         features = self.color(image) + self.depth(depth)
         return {"features": features if scale is None else features * scale[:, None, None, None]}
 
@@ -41,7 +40,6 @@ class OneDict(LightningModule):
         self.block = conv_bn(3, 4)
 
     def forward(self, batch: dict[str, Tensor]) -> list[Tensor]:
-        """Hide what is masked."""
         return [self.block(batch["image"]) * batch["mask"], batch["mask"]]
 
 
@@ -53,7 +51,6 @@ class OneList(LightningModule):
         self.block = conv_bn(3, 4)
 
     def forward(self, images: list[Tensor]) -> Tensor:
-        """Run all in one batch."""
         assert isinstance(images, list)
         return self.block(torch.stack(images))
 
@@ -66,7 +63,6 @@ class Unbatched(LightningModule):
         self.linear, self.bn = nn.Linear(3, 4), nn.BatchNorm1d(4)
 
     def forward(self, row: Tensor) -> Tensor:
-        """Make a batch of it."""
         return self.bn(self.linear(row[None]))[0]
 
 
@@ -113,11 +109,9 @@ class Wrapped(LightningModule):
         self.block = conv_bn(3, 4)
 
     def wrap(self, output: Tensor) -> Any:
-        """Give the tensor itself."""
         return output
 
     def forward(self, images: Tensor) -> Any:
-        """Run one block."""
         return self.wrap(self.block(images))
 
 
@@ -125,7 +119,6 @@ class InDataclass(Wrapped):
     """Gives a list of a dataclass."""
 
     def wrap(self, output: Tensor) -> Any:
-        """Wrap it twice."""
         return [Prediction(output)]
 
 
@@ -133,5 +126,4 @@ class InMapping(Wrapped):
     """Gives a mapping that is no dict."""
 
     def wrap(self, output: Tensor) -> Any:
-        """Wrap it."""
         return UserDict(scores=output)

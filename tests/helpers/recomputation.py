@@ -34,7 +34,6 @@ class Apply(nn.Module):
 
 
 def conv(inputs: int, outputs: int) -> list[nn.Module]:
-    """A pair."""
     return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)]
 
 
@@ -58,7 +57,6 @@ def pair_of(model: nn.Module, mode: Mode = "tune") -> tuple[nn.Module, nn.Module
 
 @one_thread()
 def results(model: nn.Module, input: Tensor, run: Run | None = None) -> list[Tensor]:
-    """Output and all gradients."""
     model.zero_grad()
     torch.manual_seed(0)
     input = input.clone().requires_grad_()

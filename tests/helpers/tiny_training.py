@@ -77,7 +77,6 @@ class Backbone(nn.Module):
         pretend_trained(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the features, averaged over the image."""
         features = self.last(self.lone(self.middle(self.stem(images))))
         return self.dropout(features).mean((2, 3))
 
@@ -97,7 +96,6 @@ class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
     skipped = 0
 
     def __iter__(self) -> Iterator[Any]:
-        """Give the batches that are left of the epoch."""
         self.given, first, self.skipped = self.skipped, self.skipped, 0
         for index, batch in enumerate(super().__iter__()):
             if index >= first:
@@ -105,11 +103,9 @@ class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
                 yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Say how many batches of the epoch have been given."""
         return {"given": self.given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Skip those."""
         self.skipped = state["given"]
 
 
@@ -140,11 +136,9 @@ class BoringSteps:
         self.losses: dict[str, list[float]] = defaultdict(list)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Predict the targets."""
         return self.head(self.backbone(images))
 
     def step(self, stage: str, batch: list[Tensor]) -> Tensor:
-        """Record mode and loss."""
         images, targets = batch
         self.modes[stage].append(get_mode(self))
         loss = F.mse_loss(self(images), targets)
@@ -152,7 +146,6 @@ class BoringSteps:
         return loss
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """Train."""
         return self.step("fit", batch)
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
@@ -160,11 +153,9 @@ class BoringSteps:
         self.log("loss", self.step("sanity" if self.trainer.sanity_checking else "validate", batch))
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """Test."""
         self.step("test", batch)
 
     def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """Predict."""
         self.modes["predict"].append(get_mode(self))
         return self(batch[0])
 
@@ -173,11 +164,9 @@ class BoringSteps:
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Give the only data that there are."""
         return images_and_targets(shuffle=self.shuffle)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Give one batch."""
         return images_and_targets(batches=1)
 
     test_dataloader = predict_dataloader = val_dataloader
@@ -203,8 +192,16 @@ class OwnNorm(BoringSteps, LightningModule):
         self.forget()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Predict."""
         return self.after(self.bn(self.conv(images))).mean((2, 3))
+
+
+class FindsBatchSize(BoringModule):
+    """Has a batch size to be found."""
+
+    batch_size = 1
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(images_and_targets(batches=4).dataset, batch_size=self.batch_size)
 
 
 class PeekingBackbone(Backbone):
@@ -221,7 +218,6 @@ class PeekingBackbone(Backbone):
         self.seen[:] = [output]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Add it up."""
         features = super().forward(images)
         return features + self.seen.pop().mean((2, 3)) if self.peeks else features
 
@@ -234,7 +230,6 @@ class PrintedLines(ProgressBar):
         self.text = ""
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Keep a line."""
         self.text += " ".join(map(str, args)) + "\n"
 
     def disable(self) -> None:
@@ -294,7 +289,6 @@ class Snapshot:
 
     @classmethod
     def of(cls, model: nn.Module) -> Snapshot:
-        """Look at a model."""
         modules = dict(model.named_modules())
         return cls(
             str(model),

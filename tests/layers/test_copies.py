@@ -30,11 +30,9 @@ class ClampingBatchNorm2d(nn.BatchNorm2d):
     """A BatchNorm that is not in the table. It also has a method of its own to be copied and pickled by."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise and clamp."""
         return super().forward(input).clamp(-1, 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Count the copies."""
         return {**super().__getstate__(), "copies": getattr(self, "copies", 0) + 1}
 
 
@@ -52,7 +50,6 @@ class Zoo(nn.Module):
         self.train().double()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Run all of it."""
         return self.again(self.last(self.always(self.unknown(self.body(input)))))
 
 
@@ -183,7 +180,6 @@ def test_a_hook_that_leads_back_to_the_model_is_copied_with_it(copied: Callable[
 
 
 def double_the_weights(rank: int, model: nn.Module) -> None:
-    """Run in a process of its own."""
     with torch.no_grad():
         assert type(model[0]) is nn.Conv2d
         assert not model[1].training

@@ -306,7 +306,6 @@ HANDLES: dict[str, tuple[Callable[[Path], Any], Callable[[Any], bool]]] = {
 
 @pytest.fixture
 def handle(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    """A handle, and the way to use it."""
     make, use = HANDLES[request.param]
     made = make(tmp_path)
     yield made, use

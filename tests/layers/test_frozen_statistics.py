@@ -102,7 +102,6 @@ def build(name: str) -> nn.Module:
 
 
 def run(model: nn.Module) -> list[Tensor]:
-    """The output, all gradients and a copy of the buffers."""
     model.zero_grad()
     output = model(images(4, 3, 8, 8, dtype=torch.float64))
     output.square().sum().backward()

@@ -63,7 +63,6 @@ def strided(dims: int) -> st.SearchStrategy[dict[str, Any]]:
 
 @st.composite
 def convolutions(draw: st.DrawFn) -> Layers:
-    """A convolution, its BatchNorm and the shape of an input."""
     dims, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2]))
     options = draw(st.one_of(same_size(dims), strided(dims)))
     conv = CONVS[dims](2 * groups, 3 * groups, groups=groups, bias=draw(st.booleans()), **options)
@@ -91,7 +90,6 @@ def transposed(draw: st.DrawFn) -> Layers:
 
 @st.composite
 def linears(draw: st.DrawFn) -> Layers:
-    """A linear layer, its BatchNorm and the shape of an input."""
     return nn.Linear(4, 3, bias=draw(st.booleans())), draw(norms(3, 1)), (5, 4)
 
 

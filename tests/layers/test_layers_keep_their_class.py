@@ -23,7 +23,6 @@ FOLDED: tuple[Mode, ...] = ("tune", "deploy")
 
 
 def pair(conv: type[nn.Conv2d] = nn.Conv2d, bn: type[nn.BatchNorm2d] = nn.BatchNorm2d) -> nn.Sequential:
-    """A pair of some classes, in its eval state."""
     torch.manual_seed(0)
     return randomized(nn.Sequential(conv(3, 8, 3), bn(8))).double().eval()  # type: ignore[return-value]
 
@@ -33,7 +32,6 @@ def image() -> Tensor:
 
 
 def results(model: Callable[[Tensor], Tensor], *parameters: Tensor) -> list[Tensor]:
-    """The output, and the gradients of the input and of some parameters."""
     input = image().requires_grad_()
     output = model(input)
     return [output.detach(), *gradients(output, input, *parameters)]

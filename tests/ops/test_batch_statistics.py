@@ -38,7 +38,6 @@ def around(function: Callable[..., Tensor], *layers: nn.Module) -> nn.Module:
 
 
 def step(model: nn.Module, input: Tensor, run: Run | None = None) -> list[Tensor]:
-    """Output, gradients and buffers after a step."""
     return [*results(model, input, run), *(buffer.clone() for buffer in model.buffers())]
 
 

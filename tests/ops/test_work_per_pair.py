@@ -21,7 +21,6 @@ pytestmark = LIGHTNING_SAYS
 
 
 def nodes(output: Tensor) -> int:
-    """Count the nodes of an autograd graph."""
     seen, waiting = set(), [output.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -47,7 +46,6 @@ class Kernels(TorchDispatchMode):
         return output
 
     def taken(self) -> Counter[str]:
-        """Return the counts, and begin anew."""
         taken, self.names = self.names, Counter()
         return taken
 

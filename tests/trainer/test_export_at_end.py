@@ -37,7 +37,6 @@ pytestmark = [
 
 
 def fit(module: Any, path: Path, *callbacks: Any, **options: Any) -> Any:
-    """Train with an export at the end, and return the Trainer."""
     arguments = {name: options.pop(name) for name in ("mode", "target", "eval_mode") if name in options}
     trainer = make_trainer(quick(export_path=path, **arguments), *callbacks, **options)
     trainer.fit(module)
@@ -45,7 +44,6 @@ def fit(module: Any, path: Path, *callbacks: Any, **options: Any) -> Any:
 
 
 def exported(path: Path) -> dict[str, Tensor]:
-    """Read a state dict."""
     return torch.load(path, weights_only=True)
 
 
@@ -73,7 +71,6 @@ class WorseEveryEpoch(BoringModule):
     """Whose monitored loss is best after the first epoch."""
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """Log the epoch."""
         self.log("loss", float(self.current_epoch))
 
 
@@ -153,15 +150,12 @@ class NoForward(LightningModule):
             setattr(self, name, part)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """Call the parts."""
         return self.head(self.backbone(batch[0])).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Train all parts."""
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
     def train_dataloader(self) -> Any:
-        """Give the only data that there are."""
         return images_and_targets()
 
 
@@ -205,7 +199,6 @@ class ParentOfParts(BoringModule):
     """Whose training does not use its forward."""
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """Call the parts."""
         return self.head(self.backbone(batch[0])).square().mean()
 
 

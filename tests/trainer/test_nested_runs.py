@@ -50,7 +50,6 @@ class Outer(BoringModule):
 
 
 def run_outer(hook: str, act: Callable[[Any], Any], **arguments: Any) -> tuple[Outer, str]:
-    """Fit for two epochs; return the module and the table."""
     module, lines = Outer(hook, act), PrintedLines()
     module.double()
     before, statistics = Snapshot.of(module), statistics_of(module)
