@@ -92,13 +92,6 @@ def test_hovering_tells_the_bytes_and_the_reason(page: Any) -> None:
     assert " MiB" in shown
 
 
-def test_a_click_on_the_legend_hides_a_variant_in_both_pictures(page: Any) -> None:
-    before = page.locator(".barlayer .point").count()
-    page.locator(".legendtoggle").first.click()
-    page.wait_for_function("document.querySelectorAll('.scatterlayer .point').length === 7")
-    assert page.locator(".barlayer .point").count() == before * 7 // 8
-
-
 def test_a_hostile_name_is_text(page: Any) -> None:
     assert page.locator(".gtitle").text_content().startswith(HOSTILE)
     assert not page.evaluate("'owned' in window")

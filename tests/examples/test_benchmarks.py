@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.networks import images as random_images
-from helpers.networks import small_net
 from helpers.tiny_training import LIGHTNING_SAYS
-from matplotlib.image import imread
 from torch import nn
 
 from examples import results_file
@@ -23,14 +21,12 @@ from examples.benchmarks import (
     gpu_page,
     modes_page,
     segmentation,
-    write_pages,
 )
 from examples.benchmarks.allocator import allocations
-from examples.benchmarks.networks import Workload, workload
+from examples.benchmarks.networks import Workload
 from examples.benchmarks.training_step import Step
 from examples.benchmarks.variants import BUDGETS, VARIANTS, budget_name
 from examples.data.digit_scenes import write_digit_masks
-from lightning_convbn import measure_memory
 
 pytestmark = pytest.mark.slow  # a benchmark of the authors, which no user runs
 
@@ -82,15 +78,6 @@ class TestRun:
             off = found["gradient_deviation"]
             assert (off is None) if name == "train" else off < 1e-4, name
 
-    def test_what_is_finished_is_not_run_again(
-        self, measured: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        monkeypatch.setattr(script, "measure", None)
-        before = measured.read_text()
-        resnet18(monkeypatch, measured, "tune", sizes=("2:32", "3:32"))
-        assert capsys.readouterr().out.count(f"already in {measured}") == 2
-        assert measured.read_text() == before
-
     @pytest.mark.slow
     def test_compiled_variants_are_measured(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         compiled = sorted(set(VARIANTS) - set(EAGER))
@@ -125,18 +112,12 @@ class TestGpuScript:
                 assert found["kept_bytes"] < found["peak_bytes"]
                 assert len(found["step_ms"]) == gpu.QUICK_ROUNDS
 
-    @pytest.mark.parametrize("quick", [[], ["--quick"]])
-    @pytest.mark.parametrize("output", [[], ["--output", gpu.RESULTS]])
     def test_a_cpu_never_writes_the_file_of_the_docs(
-        self,
-        quick: list[str],
-        output: list[object],
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setattr(gpu, "compare", None)
         with pytest.raises(SystemExit):
-            run(monkeypatch, gpu, "--device", "cpu", *quick, *output)
+            run(monkeypatch, gpu, "--device", "cpu", "--output", gpu.RESULTS)
         assert "--output: gpu.json of the docs is for a whole run on a GPU" in capsys.readouterr().err
 
     def test_the_page_comes_from_the_committed_measurements(self) -> None:
@@ -148,13 +129,6 @@ class TestGpuScript:
 
 
 class TestMeasuring:
-    @pytest.mark.parametrize("mode", ["eval", "tune"])
-    def test_kept_bytes_are_those_that_measure_memory_counts(self, mode: str) -> None:
-        work = Workload(small_net(), (random_images(4, 3, 16, 16),))
-        step = Step(work, VARIANTS[mode].build(work), CPU, "fp32")
-        counted = measure_memory(work.model, *work.inputs, mode=mode).saved_bytes
-        assert step.memory()["kept_bytes"] == pytest.approx(counted, rel=0.01, abs=64)
-
     def test_a_compilers_memory_budget_is_in_force_behind_the_same_network_without_one(self) -> None:
         """Dynamo would run the code of the first one again, if both were compiled in the same way."""
         layers = [layer for _ in range(3) for layer in (nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.SiLU())]
@@ -169,40 +143,6 @@ class TestMeasuring:
     def test_allocations_are_told_in_order(self) -> None:
         deltas = allocations(lambda: torch.ones(1000).add(1))
         assert [delta for delta in deltas if abs(delta) >= 4000] == [4000, 4000, -4000, -4000]
-
-    def test_a_variant_shares_the_parameters_and_train_mode_keeps_its_statistics_to_itself(self) -> None:
-        work = workload("resnet18", 2, 32, CPU, channels_last=False)
-        before = work.model.bn1.running_mean.clone()
-        train = VARIANTS["train"].build(work)
-        Step(work, train, CPU, "fp32")()
-        assert train.conv1.weight is work.model.conv1.weight
-        assert torch.equal(work.model.bn1.running_mean, before)
-        assert not torch.equal(train.bn1.running_mean, before)
-
-
-class TestResults:
-    def test_the_page_tells_of_failures_and_draws_the_rest(
-        self, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        found = json.loads(measured.read_text())
-        found["rows"][0]["variants"]["mmengine"] = {"failed": "KeyError: 'input'"}
-        (tmp_path / "tiny.json").write_text(json.dumps(found))
-        run(monkeypatch, write_pages, "--modes", tmp_path / "tiny.json")
-        page = (tmp_path / "tiny.md").read_text()
-        assert "- resnet18, batch 2, 32 px, cpu: mmengine failed: KeyError: 'input'" in page
-        assert "On a GPU: see [the page of its measurements](gpu.md)" in page
-        for name in ("tiny-batch2-32px-cpu.png", "tiny-batch3-32px-cpu.png"):
-            assert f"]({name})" in page
-            pixels = imread(tmp_path / name)
-            assert pixels[..., 3].min() == 1, "opaque, so that it reads on any page"
-            assert pixels.std() > 0.01, "not empty"
-
-    def test_without_a_file_the_plots_say_how_to_make_one(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        with pytest.raises(SystemExit):
-            run(monkeypatch, write_pages, "--modes", tmp_path / "a.json")
-        assert "write it with examples/benchmarks/all_modes.py" in capsys.readouterr().err
 
 
 class TestPages:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.comparing import Snapshot, assert_close, gradients
-from helpers.networks import images, randomized, small_net
+from helpers.networks import Net, images, randomized, small_net
 from torch import Tensor, nn
 
 from lightning_convbn import ConvBNPairs, Mode, conv_bn_mode, export, find_conv_bn_pairs, fuse_for_deploy, set_mode
@@ -76,16 +76,9 @@ def test_gradients_of_the_copys_input_equal_evals() -> None:
 
 
 def test_a_norm_under_two_names_is_replaced_under_both() -> None:
-    class TwoNames(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-            self.layers = nn.ModuleList([self.conv, self.bn])
-
-        def forward(self, input: Tensor) -> Tensor:
-            return self.layers[1](self.conv(input))
-
-    net, input = randomized(TwoNames()).double(), images(2, 3, 8, 8, dtype=torch.float64)
+    conv, bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    net = Net(lambda net, x: net.layers[1](net.conv(x)), conv=conv, bn=bn, layers=nn.ModuleList([conv, bn]))
+    net, input = randomized(net).double(), images(2, 3, 8, 8, dtype=torch.float64)
     fused = fuse_for_deploy(net)
     assert type(fused.bn) is type(fused.layers[1]) is nn.Identity
     assert_close([fused(input)], [expected_output(net, input)], 1e-12)
@@ -172,16 +165,12 @@ def test_a_pair_whose_parameters_are_read_elsewhere_stays_as_it_is(cls: type[nn.
 
 @pytest.mark.parametrize("given", [False, True])
 def test_a_pair_that_is_one_only_while_gradients_are_wanted_stays_as_it_is(given: bool) -> None:
-    class Asks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second, self.bn = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+    def asks(net: Net, x: Tensor) -> Tensor:
+        output = net.first(x)
+        return net.bn(net.second(output) if torch.is_grad_enabled() else output)
 
-        def forward(self, input: Tensor) -> Tensor:
-            output = self.first(input)
-            return self.bn(self.second(output) if torch.is_grad_enabled() else output)
-
-    model, input = randomized(Asks()).eval(), images(2, 3, 4, 4)
+    net = Net(asks, first=nn.Conv2d(3, 3, 1), second=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3))
+    model, input = randomized(net).eval(), images(2, 3, 4, 4)
     fused = fuse_for_deploy(model, pairs=find_conv_bn_pairs(model) if given else None)
     for wanted in (True, False):
         with torch.set_grad_enabled(wanted):
@@ -214,16 +203,12 @@ def test_a_linear_layer_that_shares_its_weight_as_a_module_keeps_it() -> None:
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_a_pair_in_a_forward_that_branches_at_random_stays_as_it_is(recorded: bool) -> None:
-    class Branching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+    def branches(net: Net, x: Tensor) -> Tensor:
+        output = net.conv(x)
+        return net.bn(output) + (output if random.random() < 0.5 else 0)
 
-        def forward(self, input: Tensor) -> Tensor:
-            output = self.conv(input)
-            return self.bn(output) + (output if random.random() < 0.5 else 0)
-
-    model, input = randomized(Branching().eval()), images(2, 3, 8, 8)
+    net = Net(branches, conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
+    model, input = randomized(net.eval()), images(2, 3, 8, 8)
     for seed in range(6):
         random.seed(seed)
         pairs = find_conv_bn_pairs(model, example_inputs=(input,) if recorded else None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import UserDict
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -91,39 +89,3 @@ class WithExample(TwoImages):
     def __init__(self) -> None:
         super().__init__()
         self.example_input_array = self.example
-
-
-@dataclass
-class Prediction:
-    """An output that PyTorch does not look into."""
-
-    scores: Tensor
-    name: str = "scores"
-
-
-class Wrapped(LightningModule):
-    """Takes images, and gives a tensor in what `wrap` makes of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = conv_bn(3, 4)
-
-    def wrap(self, output: Tensor) -> Any:
-        return output
-
-    def forward(self, images: Tensor) -> Any:
-        return self.wrap(self.block(images))
-
-
-class InDataclass(Wrapped):
-    """Gives a list of a dataclass."""
-
-    def wrap(self, output: Tensor) -> Any:
-        return [Prediction(output)]
-
-
-class InMapping(Wrapped):
-    """Gives a mapping that is no dict."""
-
-    def wrap(self, output: Tensor) -> Any:
-        return UserDict(scores=output)

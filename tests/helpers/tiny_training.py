@@ -180,6 +180,17 @@ class BoringModule(BoringSteps, LightningModule):
         self.build(make_backbone)
 
 
+def module_of(package: Any) -> Any:
+    """Make the tiny LightningModule of one of the two packages."""
+
+    class Module(BoringSteps, package.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.build()
+
+    return Module()
+
+
 class OwnNorm(BoringSteps, LightningModule):
     """A LightningModule that has a convolution and a BatchNorm of its own, not in a child."""
 

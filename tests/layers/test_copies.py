@@ -179,23 +179,6 @@ def test_a_hook_that_leads_back_to_the_model_is_copied_with_it(copied: Callable[
         assert hook.__self__ is not model
 
 
-def double_the_weights(rank: int, model: nn.Module) -> None:
-    with torch.no_grad():
-        assert type(model[0]) is nn.Conv2d
-        assert not model[1].training
-        for parameter in model.parameters():
-            parameter.mul_(2)
-
-
-@pytest.mark.slow
-def test_a_spawned_process_gets_a_plain_model_that_shares_its_memory() -> None:
-    model = small_net()
-    set_mode(model, "tune")
-    weight = model[0].weight.detach().clone()
-    torch.multiprocessing.spawn(double_the_weights, (model.share_memory(),))
-    assert torch.equal(model[0].weight, 2 * weight)
-
-
 # ----------------------------------------------------------------------------------------------- what others do
 
 

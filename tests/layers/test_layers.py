@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.comparing import assert_close, gradients, relative
-from helpers.networks import images, random_model, randomized, small_net
+from helpers.networks import Net, images, random_model, randomized, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -24,17 +24,6 @@ NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 SIZE = 6
 
 Layers = tuple[nn.Module, nn.Module, tuple[int, ...]]
-
-
-class WithOutputSize(nn.Module):
-    """A pair whose transposed convolution is told the size of its output."""
-
-    def __init__(self, conv: nn.Module, bn: nn.Module, output_size: list[int]) -> None:
-        super().__init__()
-        self.conv, self.bn, self.output_size = conv, bn, output_size
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.bn(self.conv(input, output_size=self.output_size))
 
 
 def same_size(dims: int) -> st.SearchStrategy[dict[str, Any]]:
@@ -129,7 +118,7 @@ def test_any_configuration_equals_eval(mode: Mode, layers: Layers) -> None:
 @pytest.mark.parametrize("dims", TRANSPOSED)
 def test_output_size_of_a_transposed_convolution_is_honoured(dims: int, mode: Mode) -> None:
     conv = TRANSPOSED[dims](2, 3, 3, stride=2, padding=1)
-    model = WithOutputSize(conv, NORMS[dims](3), [8] * dims)
+    model = Net(lambda net, x: net.bn(net.conv(x, output_size=[8] * dims)), conv=conv, bn=NORMS[dims](3))
     assert_equals_eval(model, mode, images(2, 2, *[4] * dims, dtype=torch.float64))
     assert model(images(2, 2, *[4] * dims, dtype=torch.float64)).shape[2:] == (8,) * dims
 
@@ -267,18 +256,6 @@ def test_a_fold_made_within_a_transform_serves_outside_of_it() -> None:
     assert_close([net(batch)], [plain(batch)], 1e-12)
     assert_close([torch.func.vmap(net)(batch.unsqueeze(1))[:, 0]], [plain(batch)], 1e-12)
     assert_close([net(batch)], [plain(batch)], 1e-12)
-
-
-@pytest.mark.parametrize("mode", FOLDED_MODES)
-def test_channels_last_is_kept_and_equals_eval(mode: Mode) -> None:
-    net = small_net()[:9].to(memory_format=torch.channels_last)
-    plain = copy.deepcopy(net).eval()
-    set_mode(net, mode)
-    input = images(2, 3, 8, 8).to(memory_format=torch.channels_last)
-    output, expected = net(input), plain(input)
-    assert output.is_contiguous(memory_format=torch.channels_last)
-    assert_close([output], [expected], 1e-5)
-    assert_close(gradients(output, *net.parameters()), gradients(expected, *plain.parameters()), 1e-5)
 
 
 @pytest.mark.parametrize("mode", FOLDED_MODES)

@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers.comparing import Snapshot
 from helpers.networks import images, random_model, randomized
 from helpers.recomputation import (
     Apply,
@@ -32,7 +33,7 @@ from torch._functorch import config
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from lightning_convbn import Mode, set_mode
+from lightning_convbn import Mode, conv_bn_mode, find_conv_bn_pairs, set_mode
 from lightning_convbn.compat import other_saved_tensor_hooks
 from lightning_convbn.memory import count_saved_bytes
 from lightning_convbn.ops.recomputable import RecomputableTensor
@@ -157,13 +158,6 @@ class TestSameNumbers:
         models = pair_of(net(nn.SiLU(), *conv(6, 4), nn.Hardswish(), nn.Conv2d(4, 4, 1)))
         with torch.autocast("cpu", torch.bfloat16, enabled=backward):
             assert_same_within(lambda: torch.autocast("cpu", torch.bfloat16, enabled=not backward), *models)
-
-    def test_channels_last(self) -> None:
-        model = net(nn.ReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.SiLU(), *conv(6, 4))
-        kept = assert_recomputed_alike(
-            model.to(memory_format=torch.channels_last), batch().to(memory_format=torch.channels_last)
-        )
-        assert kept[1] < kept[0]
 
     @pytest.mark.parametrize("size", [8, 5])
     @pytest.mark.parametrize("reads", [slice(0, 3), slice(0, 6)])
@@ -479,3 +473,37 @@ class TestTheMarkedTensor:
         (marked * 2).sum().backward()
         assert torch.equal(seen[0], torch.full_like(seen[0], 2))
         assert torch.equal(marked.grad, seen[0])
+
+
+class TestSwitching:
+    def model(self) -> nn.Sequential:
+        return net(nn.SiLU(inplace=True), *conv(6, 4), nn.GELU("tanh"), nn.ReLU()).train()
+
+    @pytest.mark.parametrize("then", ["train", "eval", "tune", "deploy"])
+    @pytest.mark.parametrize("mode", ["eval", "tune"])
+    def test_a_switch_without_recomputation_puts_out_plain_tensors(self, mode: Mode, then: Mode) -> None:
+        model, expected = self.model(), self.model()
+        for _ in range(2):
+            set_mode(model, mode, recompute="elementwise")
+            assert type(model(batch())) is RecomputableTensor
+        set_mode(expected, then)
+        set_mode(model, then)
+        assert type(model(batch())) is Tensor
+        assert str(model) == str(expected)
+
+    def test_the_context_manager_brings_it_back(self) -> None:
+        model = self.model()
+        set_mode(model, "tune", recompute="elementwise")
+        found = Snapshot.of(model)
+        for mode, recompute in (("tune", "none"), ("eval", "elementwise"), ("deploy", "none")):
+            with conv_bn_mode(model, mode, recompute=recompute):
+                assert (type(model(batch())) is Tensor) == (recompute == "none")
+            assert Snapshot.of(model) == found
+            assert type(model(batch())) is RecomputableTensor
+
+    def test_pairs_and_reasons_are_found_as_in_the_plain_model(self) -> None:
+        model = net(nn.SiLU(), nn.BatchNorm2d(6), nn.Mish(), nn.BatchNorm2d(6))
+        expected = find_conv_bn_pairs(model)
+        set_mode(model, "eval", recompute="elementwise")
+        assert find_conv_bn_pairs(model) == expected
+        assert "`2` (SiLU)" in expected.unpaired["3"]

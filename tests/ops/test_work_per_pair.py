@@ -11,13 +11,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.networks import images, random_model
-from helpers.tiny_training import LIGHTNING_SAYS, BoringModule, make_trainer, quick
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_convbn import fuse_for_deploy, set_mode
-
-pytestmark = LIGHTNING_SAYS
 
 
 def nodes(output: Tensor) -> int:
@@ -97,16 +94,3 @@ def test_a_pair_launches_no_more_kernels_than_its_equations_have(recompute: Any)
         backward = counted.taken()
     once = Counter({**BACKWARD, "threshold_backward": 1})
     assert backward == once + once + once
-
-
-def test_two_runs_from_one_seed_are_the_same_bit_for_bit() -> None:
-    """Losses and weights, through the callback."""
-    runs = []
-    for _ in range(2):
-        torch.manual_seed(5)
-        module = BoringModule()
-        make_trainer(quick(), max_epochs=2).fit(module)
-        runs.append((module.losses["fit"], module.state_dict()))
-    (losses, weights), (again, weights_again) = runs
-    assert losses == again
-    assert all(torch.equal(weights[name], weights_again[name]) for name in weights)

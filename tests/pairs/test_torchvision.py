@@ -6,17 +6,18 @@ The provers look at the data flow alone, so where a model looks at no values the
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import pytest
 import torch
-from helpers.comparing import assert_close, outputs
+from helpers.comparing import BACKWARD, gradients, relative
 from helpers.model_checks import Counts, assert_folded_equals_eval, assert_provers_agree, norms, randomized
-from helpers.networks import images
+from helpers.networks import FAMILIES, images, random_model
 from torch import nn
 from torchvision import models
 
-from lightning_convbn import find_conv_bn_pairs
+from lightning_convbn import Mode, set_mode
 
 # What other libraries deprecate from release to release is no failure of these tests.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -110,14 +111,6 @@ def test_counts(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_optical_flow() -> None:
-    """RAFT's small member has no BatchNorm with running statistics; its large one has some among InstanceNorms."""
-    assert not norms(prepared("raft_small")[0])
-    model, _ = prepared("raft_large")
-    assert Counts.of(find_conv_bn_pairs(model)) == Counts(15, 0)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*models.list_models()} - COUNTED.keys()))
 def test_provers_agree_on_all_of_torchvision(name: str) -> None:
     model, inputs = prepared(name)
@@ -125,29 +118,30 @@ def test_provers_agree_on_all_of_torchvision(name: str) -> None:
         assert_provers_agree(model, *inputs, untraced=None)
 
 
+NUMERIC: dict[str, tuple[int, ...]] = {
+    **{name: (1, 3, size, size) for name, size in FAMILIES.items()},
+    "maxvit_t": (1, 3, 224, 224),
+    "deeplabv3_mobilenet_v3_large": (2, 3, 64, 64),
+    "lraspp_mobilenet_v3_large": (2, 3, 64, 64),
+    "r2plus1d_18": (1, 3, 4, 32, 32),
+}
+SLOW = re.compile("efficientnet|inception|maxvit|mnasnet|regnet_y|resnext|resnet50|vgg|wide")
+
+
 @pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        pytest.param("maxvit_t", (1, 3, 224, 224), marks=pytest.mark.slow),
-        ("deeplabv3_mobilenet_v3_large", (2, 3, 64, 64)),
-        ("lraspp_mobilenet_v3_large", (2, 3, 64, 64)),
-        ("r2plus1d_18", (1, 3, 4, 32, 32)),
-    ],
+    "name", [pytest.param(name, marks=pytest.mark.slow if SLOW.match(name) else []) for name in NUMERIC]
 )
-def test_folded_equals_eval(name: str, shape: tuple[int, ...]) -> None:
+def test_folded_equals_eval(name: str) -> None:
     torch.manual_seed(0)
-    assert_folded_equals_eval(randomized(build(name)), images(*shape))
+    model = random_model(name) if name in FAMILIES else randomized(build(name))
+    assert_folded_equals_eval(model, images(*NUMERIC[name]))
 
 
-@pytest.mark.slow
-def test_folded_equals_eval_in_optical_flow() -> None:
-    """In float32, since RAFT computes its grid of coordinates in no other precision.
-
-    The longest sums have 1152 products, and a path has about 40 convolutions: the root of ``1152 * 40`` roundings of
-    2**-24 is 1.3e-5, and each of the two modes has them.
-    """
-    torch.manual_seed(0)
-    model, pair = randomized(build("raft_large")), (images(1, 3, 128, 128), images(1, 3, 128, 128, seed=2))
-    expected = outputs(model, "eval", *pair, num_flow_updates=1)
-    for mode in ("tune", "deploy"):
-        assert_close(outputs(model, mode, *pair, num_flow_updates=1), expected, 1e-4)
+@pytest.mark.parametrize(("name", "mode"), [("resnet18", "deploy"), ("mobilenet_v3_small", "tune")])
+def test_gradients_of_parameters_equal_evals(name: str, mode: Mode) -> None:
+    model, batch = random_model(name).double(), images(2, 3, 64, 64, dtype=torch.float64)
+    found = []
+    for each in ("eval", mode):
+        set_mode(model, each)  # type: ignore[arg-type]
+        found.append(torch.cat([gradient.flatten() for gradient in gradients(model(batch), *model.parameters())]))
+    assert relative(found[1], found[0]) < BACKWARD

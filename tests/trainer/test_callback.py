@@ -22,6 +22,7 @@ from helpers.tiny_training import (
     differing,
     half_in_eval,
     make_trainer,
+    module_of,
     pretend_trained,
     quick,
     state_of,
@@ -63,12 +64,7 @@ def test_every_stage_runs_in_its_mode_and_gives_back_the_plain_module(mode: Any,
 def test_runs_in_the_trainers_of_both_packages(package: Any) -> None:
     """One class of callback for ``lightning`` and ``pytorch_lightning``."""
 
-    class Module(BoringSteps, package.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.build()
-
-    module = Module()
+    module = module_of(package)
     before = Snapshot.of(module)
     bar = type("Lines", (PrintedLines, package.callbacks.ProgressBar), {})()
     trainer = make_trainer(quick(), bar, trainer_class=package.Trainer, num_sanity_val_steps=1)
@@ -479,12 +475,7 @@ class AveragingOfMyOwn(StochasticWeightAveraging):
     ],
 )
 def test_stochastic_weight_averaging_is_refused(package: Any, averaging: Any) -> None:
-    class Module(BoringSteps, package.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.build()
-
-    module = Module()
+    module = module_of(package)
     before, state = Snapshot.of(module), state_of(module)
     trainer = make_trainer(averaging(swa_lrs=0.1), quick(), trainer_class=package.Trainer)
     with pytest.raises(ValueError, match="callbacks: StochasticWeightAveraging resets .* use WeightAveraging"):

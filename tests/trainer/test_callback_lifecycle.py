@@ -125,19 +125,6 @@ def test_an_error_in_the_forward_of_the_target_leaves_it_plain(calls: int) -> No
     assert_fits_in_tune(module, callback, plain=before)
 
 
-def test_after_an_error_module_and_callback_can_go_separate_ways() -> None:
-    module, callback = BoringModule(), quick()
-    before = Snapshot.of(module)
-    make_raise(module, "validation_step", RuntimeError("boom"))
-    trainer = make_trainer(callback)
-    with pytest.raises(RuntimeError, match="boom"):
-        trainer.fit(module)
-    del module.validation_step
-    assert_fits_in_tune(module, quick(), plain=before)
-    other = BoringModule()
-    assert_fits_in_tune(other, callback, plain=Snapshot.of(other))
-
-
 def test_an_error_in_a_later_run_does_not_bring_back_the_flags_of_an_earlier_one() -> None:
     """It comes before our ``setup``, when the flags on record are those of the run before."""
     module, callback = BoringModule(), quick()

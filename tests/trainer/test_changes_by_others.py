@@ -27,7 +27,6 @@ from helpers.tiny_training import (
 )
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, Timer
-from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.ao import quantization
 
@@ -133,14 +132,6 @@ def test_after_a_run_the_list_of_callbacks_is_what_it_was(stage: str, error: Exc
         with pytest.raises(ZeroDivisionError):
             getattr(trainer, stage)(module)
     assert trainer.callbacks is found
-    assert trainer.callbacks == before
-
-
-@pytest.mark.parametrize("method", ["fit", "validate"])
-def test_after_a_tuner_the_list_of_callbacks_is_what_it_was(method: Any, tmp_path: Path) -> None:
-    trainer = make_trainer(quick(), Timer(), default_root_dir=tmp_path)
-    before = [*trainer.callbacks]
-    Tuner(trainer).scale_batch_size(FindsBatchSize(), method=method, max_trials=1, steps_per_trial=1)
     assert trainer.callbacks == before
 
 

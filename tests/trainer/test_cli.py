@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.run_script import type_in
 from helpers.tiny_training import BATCHES_PER_EPOCH, LIGHTNING_SAYS, BoringModule, quick
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -229,36 +228,6 @@ def test_stock_cli_knows_the_short_name_of_what_is_imported(typed: Callable[...,
     cli = typed("fit", *args, cli=LightningCLI)
     assert cli.model.modes["fit"] == ["eval"] * BATCHES_PER_EPOCH
     assert [callback.recompute for callback in callbacks_of(cli)] == ["elementwise"]
-
-
-# ------------------------------------------------------------------------------------------- as a person types it
-
-TRAIN = """\
-from {module} import {cli}
-from helpers.plain_module import Module
-
-cli = {cli}(Module, save_config_callback=None)
-print(cli.model.backbone[1].running_mean.tolist())
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("module", "cli", "flags"),
-    [
-        ("lightning_convbn.cli", "ConvBNCLI", ["--convbn.mode=eval"]),
-        (
-            "lightning.pytorch.cli",
-            "LightningCLI",
-            ["--trainer.callbacks+=lightning_convbn.ConvBNModeCallback", "--trainer.callbacks.mode=eval"],
-        ),
-    ],
-)
-def test_script_run_from_a_shell(module: str, cli: str, flags: list[str], tmp_path: Path) -> None:
-    """Nothing but the flag imports the package in a stock LightningCLI."""
-    printed = type_in(tmp_path, TRAIN.format(module=module, cli=cli), "fit", *QUIET, *flags)
-    assert "ConvBN: `backbone` trains in Eval mode and is evaluated in Deploy mode" in printed
-    assert "[1.0, 1.0, 1.0, 1.0]" in printed
 
 
 # ------------------------------------------------------------------------------------------------- docs, examples

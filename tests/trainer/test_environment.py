@@ -14,9 +14,9 @@ from helpers.tiny_training import (
     BATCHES_PER_EPOCH,
     LIGHTNING_SAYS,
     BoringModule,
-    BoringSteps,
     Snapshot,
     make_trainer,
+    module_of,
     quick,
     with_fresh_norm,
 )
@@ -58,13 +58,8 @@ class WithoutNorm(BoringModule):
     ("mode", "package"), [*((mode, lightning.pytorch) for mode in MODES), ("tune", pytorch_lightning)]
 )
 def test_variable_sets_the_mode(mode: str, package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Module(BoringSteps, package.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.build()
-
     monkeypatch.setenv("LIGHTNING_CONVBN", mode)
-    module = Module()
+    module = module_of(package)
     before = Snapshot.of(module)
     trainer = make_trainer(trainer_class=package.Trainer, num_sanity_val_steps=1)
     trainer.fit(module)
