@@ -6,7 +6,6 @@ import csv
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers import comparing
 from lightning_convbn import ConvBNModeCallback, get_mode
 
 BATCHES_PER_EPOCH = 3
@@ -286,30 +286,13 @@ def with_fresh_norm() -> BoringModule:
     return module
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """Everything about the modules of a model that the callback must give back."""
-
-    printed: str
-    classes: dict[str, type[nn.Module]]
-    flags: dict[str, bool]
-    attributes: dict[str, list[str]]
-    hooks: dict[str, int]
-    parameters: dict[str, int]
-    keys: list[str]
+class Snapshot(comparing.Snapshot):
+    """What the callback must give back. Weights are trained, and Lightning sets attributes on its module."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Snapshot:
-        modules = dict(model.named_modules())
-        return cls(
-            str(model),
-            {name: type(module) for name, module in modules.items()},
-            {name: module.training for name, module in modules.items()},
-            {name: sorted(module.__dict__) for name, module in modules.items() if module is not model},
-            {name: len(module._forward_pre_hooks) + len(module._forward_hooks) for name, module in modules.items()},
-            {name: id(parameter) for name, parameter in model.named_parameters()},
-            list(model.state_dict()),
-        )
+        found = super().of(model)
+        return found._replace(attributes=found.attributes[1:], tensors=dict.fromkeys(found.tensors, b""))
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

@@ -370,14 +370,12 @@ POSITIONAL: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("recompute", ["none", "elementwise"])
 @pytest.mark.parametrize("name", POSITIONAL)
 def test_functions_take_their_arguments_by_position_and_by_name(name: str, recompute: Any) -> None:
-    class Behind(Pair):
-        def forward(self, input: Tensor) -> Tensor:
-            return POSITIONAL[name](F.silu(super().forward(input)))
+    def use(net: Pair, x: Tensor) -> Tensor:
+        return POSITIONAL[name](F.silu(net(x)))
 
-    plain, net = Behind().double().eval(), Behind().double().eval()
-    net.load_state_dict(plain.state_dict())
-    assert len(set_mode(net, "tune", recompute=recompute)) == 1
-    assert_same(results(net, Pair.__call__), results(plain, Pair.__call__))
+    plain, net = pair(), pair()
+    set_mode(net, "tune", recompute=recompute)
+    assert_same(results(net, use), results(plain, use))
 
 
 # ----------------------------------------------------------------------------------- weights written in an evaluation

@@ -30,7 +30,6 @@ from helpers.recomputation import (
 from helpers.torch_settings import one_thread
 from torch import Tensor, nn
 from torch._functorch import config
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from lightning_convbn import Mode, conv_bn_mode, find_conv_bn_pairs, set_mode
@@ -269,10 +268,6 @@ class TestStepsAside:
         assert any(tensor is marked for tensor in seen)
         assert type(product) is Tensor
 
-    def test_where_hooks_are_forbidden(self) -> None:
-        models = pair_of(net(nn.ReLU(), nn.MaxPool2d(2), nn.Sigmoid(), nn.Conv2d(6, 4, 1)))
-        assert_same_within(lambda: torch.autograd.graph.disable_saved_tensors_hooks("not here"), *models)
-
     @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # while bytes are counted
     @pytest.mark.parametrize("reentrant", [False, True])
     @pytest.mark.parametrize("split", [0, 2, 3, 5])
@@ -321,14 +316,6 @@ class TestStepsAside:
         assert torch.equal(*gradients)
         batched = [torch.func.vmap(lambda w, y=y: (y * w).sum())(weight) for y in (marked, plain)]
         assert torch.equal(*batched)
-
-    @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-    def test_forward_mode(self) -> None:
-        plain, recomputing = pair_of(net(nn.SiLU(), nn.BatchNorm2d(6), *conv(6, 2)))
-        with forward_ad.dual_level():
-            dual = forward_ad.make_dual(batch(), images(2, 3, 8, 8, seed=5))
-            tangents = [forward_ad.unpack_dual(model(dual)).tangent for model in (recomputing, plain)]
-        assert torch.equal(*tangents)
 
     @pytest.mark.filterwarnings("ignore:.torch.jit")
     def test_jit_trace(self) -> None:

@@ -159,46 +159,34 @@ def test_reading_what_folding_leaves_unchanged_is_allowed(read: str) -> None:
     assert list(find_conv_bn_pairs(Net(forward, conv=conv(), bn=nn.BatchNorm2d(3)))) == [("conv", "bn")]
 
 
-class AuxiliaryHead(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(conv(), nn.BatchNorm2d(3))
-        self.head = nn.Sequential(conv(), nn.BatchNorm2d(3))
-
-    def forward(self, input: Tensor) -> Tensor:
-        features = self.body(input)
-        return features + self.head(features) if self.training else features
-
-
 def test_a_head_that_eval_never_calls_is_named_so_and_paired_in_training() -> None:
-    model = AuxiliaryHead()
+    def with_a_head(net: Net, x: Tensor) -> Tensor:
+        features = net.body(x)
+        return features + net.head(features) if net.training else features  # type: ignore[no-any-return]
+
+    model = Net(with_a_head, **{name: nn.Sequential(conv(), nn.BatchNorm2d(3)) for name in ("body", "head")})
     assert list(find_conv_bn_pairs(model)) == [("body.0", "body.1"), ("head.0", "head.1")]
     pairs = find_conv_bn_pairs(model.eval())
     assert list(pairs) == [("body.0", "body.1")]
     assert pairs.unpaired == {"head.1": "is never called by the model's forward in its eval state"}
 
 
-class ControlFlow(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = nn.Sequential(conv(), nn.BatchNorm2d(3))
-        self.blocks = nn.ModuleList([nn.Sequential(conv(), nn.BatchNorm2d(3)), conv(), nn.BatchNorm2d(3)])
-        self.conv, self.bn = conv(), nn.BatchNorm2d(3)
-
-    def forward(self, input: Tensor) -> Tensor:
-        features = self.bn(self.conv(self.block(input)))
-        if features.sum() > 0:
-            features = -features
-        for block in self.blocks:
-            features = block(features)
-        return features
-
-
 def test_children_of_what_does_not_trace_are_traced_and_the_rest_is_told_why() -> None:
-    model, image = randomized(ControlFlow()).double(), images(2, 3, 8, 8, dtype=torch.float64)
+    def looks_at_values(net: Net, x: Tensor) -> Tensor:
+        x = net.bn(net.conv(net.block(x)))
+        if x.sum() > 0:
+            x = -x
+        for block in net.blocks:
+            x = block(x)
+        return x
+
+    layers = {"block": nn.Sequential(conv(), nn.BatchNorm2d(3)), "conv": conv(), "bn": nn.BatchNorm2d(3)}
+    blocks = nn.ModuleList([nn.Sequential(conv(), nn.BatchNorm2d(3)), conv(), nn.BatchNorm2d(3)])
+    model = randomized(Net(looks_at_values, **layers, blocks=blocks)).double()
+    image = images(2, 3, 8, 8, dtype=torch.float64)
     plain = copy.deepcopy(model).eval()
     pairs = set_mode(model, "tune")
-    why = "the model` (ControlFlow) can't be traced: symbolically traced variables cannot be used as inputs to control"
+    why = "the model` (Net) can't be traced: symbolically traced variables cannot be used as inputs to control"
     assert list(pairs) == [("block.0", "block.1"), ("blocks.0.0", "blocks.0.1")]
     assert set(pairs.unpaired) == {"bn", "blocks.2"}
     assert all(why in reason for reason in pairs.unpaired.values())
@@ -251,17 +239,11 @@ def test_a_reason_names_the_forward_that_calls_a_function_or_a_method() -> None:
 
 
 def test_a_reason_found_in_a_child_names_its_modules_from_the_whole_model() -> None:
-    class Untraceable(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            layers = {"conv": conv(), "bn": nn.BatchNorm2d(3), "relu": nn.ReLU()}
-            self.block = Net(lambda net, x: USES["given to a module"][0](net, net.conv(x)), **layers)
-            self.first = Net(lambda net, x: net.bn(x), bn=nn.BatchNorm2d(3))
-
-        def forward(self, input: Tensor) -> Tensor:
-            return self.block(self.first(input)) if input.sum() < 1e9 else input
-
-    assert find_conv_bn_pairs(Untraceable()).unpaired == {
+    layers = {"conv": conv(), "bn": nn.BatchNorm2d(3), "relu": nn.ReLU()}
+    block = Net(lambda net, x: USES["given to a module"][0](net, net.conv(x)), **layers)
+    first = Net(lambda net, x: net.bn(x), bn=nn.BatchNorm2d(3))
+    model = Net(lambda net, x: net.block(net.first(x)) if x.sum() < 1e9 else x, block=block, first=first)
+    assert find_conv_bn_pairs(model).unpaired == {
         "block.bn": "the output of its convolution `block.conv` is also used by `block.relu`",
         "first.bn": "its input comes from the argument `input` of the forward of `first`, not from a convolution",
     }

@@ -1,14 +1,15 @@
-"""The second prover: pairs proven, and refused, by the recorded data flow of one forward pass."""
+"""The second prover: pairs that no tracer finds are proven by the recorded data flow of one forward pass."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from helpers.comparing import Snapshot
 from helpers.model_checks import assert_folded_equals_eval, randomized, recorded_pairs
-from helpers.networks import images
+from helpers.networks import Net, images
 from torch import Tensor, nn
 
 from lightning_convbn import ConvBNPair, Mode, conv_bn_mode, find_conv_bn_pairs
@@ -17,79 +18,51 @@ PAIR = ConvBNPair("conv", "bn")
 IMAGE = images(2, 4, 6, 6)
 
 
-class Net(nn.Module):
-    """A convolution and a BatchNorm; a subclass says what becomes of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4, 4, 3, padding=1)
-        self.bn = nn.BatchNorm2d(4)
-
-    def use(self, input: Tensor) -> Any:
-        return self.bn(self.conv(input))
-
-    def forward(self, input: Tensor) -> Any:
-        if input.sum() > 1e9:  # depends on data, so that no tracer gets past it
-            input = -input
-        return self.use(input)
+def untraced(use: Callable[[Net, Tensor], Any], **more: nn.Module) -> nn.Module:
+    """A convolution and a BatchNorm, and a branch on a value, which no tracer gets past."""
+    layers = {"conv": nn.Conv2d(4, 4, 3, padding=1), "bn": nn.BatchNorm2d(4), **more}
+    return randomized(Net(lambda net, x: use(net, -x if x.sum() > 1e9 else x), **layers).eval())
 
 
-class Keyword(Net):
-    def use(self, input: Tensor) -> Tensor:
-        return self.bn(input=self.conv(input=input))
+def reads_shape(net: Net, x: Tensor) -> Tensor:
+    output = net.conv(x)
+    assert output.shape == output.size()
+    assert output.dim() == output.ndim == 4
+    assert output.dtype == x.dtype
+    assert output.device == x.device
+    return net.bn(output) + torch.zeros(6).expand_as(output) + torch.zeros(output.shape[-1])  # type: ignore[no-any-return]
 
 
-class ReadsShape(Net):
-    def use(self, input: Tensor) -> Tensor:
-        output = self.conv(input)
-        assert output.shape == output.size()
-        assert output.dim() == output.ndim == 4
-        assert output.dtype == input.dtype
-        assert output.device == input.device
-        return self.bn(output) + torch.zeros(6).expand_as(output) + torch.zeros(output.shape[-1])
+PROVEN: dict[str, Callable[[Net, Tensor], Any]] = {
+    "one after the other": lambda net, x: net.bn(net.conv(x)),
+    "by keyword": lambda net, x: net.bn(input=net.conv(input=x)),
+    "with its shape read": reads_shape,
+    "through an identity": lambda net, x: net.bn(net.identity(net.conv(x))),
+}
 
 
-class ThroughIdentity(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.identity = nn.Identity()
-
-    def use(self, input: Tensor) -> Tensor:
-        return self.bn(self.identity(self.conv(input)))
-
-
-@pytest.mark.parametrize("cls", [Net, Keyword, ReadsShape, ThroughIdentity])
-def test_what_does_not_trace_is_proven_by_recording(cls: type[Net]) -> None:
-    model = randomized(cls().eval())
+@pytest.mark.parametrize("name", PROVEN)
+def test_what_does_not_trace_is_proven_by_recording(name: str) -> None:
+    model = untraced(PROVEN[name], identity=nn.Identity())
     (reason,) = find_conv_bn_pairs(model).unpaired.values()
-    assert reason.startswith(f"`the model` ({cls.__name__}) can't be traced: ")
+    assert reason.startswith("`the model` (Net) can't be traced: ")
     pairs = find_conv_bn_pairs(model, example_inputs=(IMAGE,))
-    assert [*pairs] == [PAIR]
+    assert [*pairs] == [*recorded_pairs(model, input=IMAGE)] == [PAIR]
     assert not pairs.unpaired
     assert_folded_equals_eval(model, IMAGE, pairs=pairs)
 
 
-def test_keyword_arguments_of_the_model() -> None:
-    assert [*recorded_pairs(Net().eval(), input=IMAGE)] == [PAIR]
-
-
-class Disagreeing(nn.Module):
+def test_what_the_pass_shows_counts_and_not_what_a_trace_of_a_part_would_show() -> None:
     """The trace sees each block on its own; the model, which does not trace, also reaches into one of them."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.reached = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
-        self.skipped = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
-        self.proven = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    def reaches_into_one(net: Net, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            x = net.skipped(x)
+        return net.proven(net.reached(x)) + net.reached[0](x)  # type: ignore[no-any-return]
 
-    def forward(self, input: Tensor) -> Tensor:
-        if input.sum() > 1e9:
-            input = self.skipped(input)
-        return self.proven(self.reached(input)) + self.reached[0](input)
-
-
-def test_what_the_pass_shows_counts_and_not_what_a_trace_of_a_part_would_show() -> None:
-    pairs = find_conv_bn_pairs(Disagreeing().eval(), example_inputs=(IMAGE,))
+    names = ("reached", "skipped", "proven")
+    blocks = {name: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for name in names}
+    pairs = find_conv_bn_pairs(Net(reaches_into_one, **blocks).eval(), example_inputs=(IMAGE,))
     assert [*pairs] == [ConvBNPair("proven.0", "proven.1")]
     assert pairs.unpaired == {
         "reached.1": "the output of its convolution `reached.0` is also used by `add`",
@@ -97,46 +70,33 @@ def test_what_the_pass_shows_counts_and_not_what_a_trace_of_a_part_would_show() 
     }
 
 
-class Fails(Net):
-    """Draws random numbers, and raises after it has run."""
-
-    def use(self, input: Tensor) -> Tensor:
-        self.bn(self.conv(torch.nn.functional.dropout(input)))
+def test_a_recording_that_fails_leaves_everything_as_before() -> None:
+    def fails(net: Net, x: Tensor) -> Tensor:
+        net.bn(net.conv(torch.nn.functional.dropout(x)))
         raise RuntimeError("halfway")
 
-
-def test_a_recording_that_fails_leaves_everything_as_before() -> None:
-    model = Fails()
+    model = untraced(fails)
     before, state = Snapshot.of(model), torch.get_rng_state()
     with pytest.raises(RuntimeError, match="halfway"):
         find_conv_bn_pairs(model, example_inputs=(IMAGE,))
     assert Snapshot.of(model) == before
     assert torch.equal(torch.get_rng_state(), state)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_recording_under_gradients_keeps_no_graph() -> None:
     image = IMAGE.clone().requires_grad_()
-    find_conv_bn_pairs(Net(), example_inputs=(image,))
+    find_conv_bn_pairs(untraced(PROVEN["one after the other"]), example_inputs=(image,))
     assert image.grad is None
     assert torch.is_grad_enabled()
 
 
-class Chain(Net):
-    """Pairs with an activation between them that works in place on what a folded BatchNorm hands through."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv2, self.bn2, self.act = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
-        self.bn3 = nn.BatchNorm2d(4)
-
-    def use(self, input: Tensor) -> Tensor:
-        return self.bn3(self.bn2(self.conv2(self.act(self.bn(self.conv(input))))))
-
-
 @pytest.mark.parametrize("mode", ["tune", "deploy"])
 def test_recording_a_converted_model(mode: Mode) -> None:
-    model = Chain().eval()
+    """An activation works in place on what a folded BatchNorm hands through."""
+    more = {"conv2": nn.Conv2d(4, 4, 1), "bn2": nn.BatchNorm2d(4), "act": nn.ReLU(inplace=True)}
+    model = untraced(
+        lambda net, x: net.bn3(net.bn2(net.conv2(net.act(net.bn(net.conv(x)))))), **more, bn3=nn.BatchNorm2d(4)
+    )
     found = find_conv_bn_pairs(model, example_inputs=(IMAGE,))
     with conv_bn_mode(model, mode, pairs=found):
         assert find_conv_bn_pairs(model, example_inputs=(IMAGE,)) == found

@@ -22,57 +22,19 @@ from lightning_convbn import Mode, set_mode
 # What other libraries deprecate from release to release is no failure of these tests.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-CLASSIFIERS = {
+# What becomes of the BatchNorms of models that have little in common. By night all of torchvision is tried.
+COUNTS = {
     "densenet121": Counts(59, 62),
-    "efficientnet_b0": Counts(49, 0),
-    "efficientnet_v2_s": Counts(110, 0),
-    "googlenet": Counts(57, 2),
-    "inception_v3": Counts(94, 2),
-    "maxvit_t": Counts(23, 11),
-    "mnasnet0_5": Counts(52, 0),
-    "mobilenet_v2": Counts(52, 0),
-    "mobilenet_v3_small": Counts(34, 0),
-    "regnet_x_400mf": Counts(71, 0),
-    "regnet_y_400mf": Counts(53, 0),
-    "resnet18": Counts(20, 0),
-    "resnet50": Counts(53, 0),
-    "resnext50_32x4d": Counts(53, 0),
-    "shufflenet_v2_x0_5": Counts(56, 0),
-    "vgg11_bn": Counts(8, 0),
-    "wide_resnet50_2": Counts(53, 0),
-}
-SEGMENTERS = {
-    "deeplabv3_mobilenet_v3_large": Counts(53, 0),
-    "deeplabv3_resnet50": Counts(60, 0),
-    "fcn_resnet50": Counts(54, 0),
-    "lraspp_mobilenet_v3_large": Counts(47, 0),
-}
-VIDEO = {"r2plus1d_18": Counts(37, 0), "s3d": Counts(77, 0)}
-DETECTORS = {
     "fasterrcnn_mobilenet_v3_large_320_fpn": Counts(46, 0),
-    "fasterrcnn_mobilenet_v3_large_fpn": Counts(46, 0),
-    "fasterrcnn_resnet50_fpn": Counts(53, 0),
-    "fasterrcnn_resnet50_fpn_v2": Counts(65, 0),
-    "fcos_resnet50_fpn": Counts(53, 0),
-    "keypointrcnn_resnet50_fpn": Counts(53, 0),
-    "maskrcnn_resnet50_fpn": Counts(53, 0),
-    "maskrcnn_resnet50_fpn_v2": Counts(69, 0),
-    "retinanet_resnet50_fpn": Counts(53, 0),
-    "retinanet_resnet50_fpn_v2": Counts(53, 0),
+    "googlenet": Counts(57, 2),
+    "lraspp_mobilenet_v3_large": Counts(47, 0),
+    "maxvit_t": Counts(23, 11),
+    "mobilenet_v3_small": Counts(34, 0),
+    "r2plus1d_18": Counts(37, 0),
+    "regnet_x_400mf": Counts(71, 0),
     "ssdlite320_mobilenet_v3_large": Counts(70, 0),
 }
-COUNTED = {**CLASSIFIERS, **SEGMENTERS, **VIDEO, **DETECTORS}
-FAST = {
-    "densenet121",
-    "googlenet",
-    "maxvit_t",
-    "mobilenet_v3_small",
-    "regnet_x_400mf",
-    "lraspp_mobilenet_v3_large",
-    "r2plus1d_18",
-    "fasterrcnn_mobilenet_v3_large_320_fpn",
-    "ssdlite320_mobilenet_v3_large",
-}
+DETECTORS = models.list_models(module=models.detection)
 
 
 def build(name: str, **options: Any) -> nn.Module:
@@ -102,16 +64,14 @@ def prepared(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     return model, (torch.empty(1, 3, *((16,) if ".video" in kind else ()), size, size, device="meta"),)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in COUNTED]
-)
+@pytest.mark.parametrize("name", COUNTS)
 def test_counts(name: str) -> None:
     model, inputs = prepared(name)
-    assert Counts.of(assert_provers_agree(model, *inputs)) == COUNTED[name]
+    assert Counts.of(assert_provers_agree(model, *inputs)) == COUNTS[name]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*models.list_models()} - COUNTED.keys()))
+@pytest.mark.parametrize("name", sorted({*models.list_models()} - COUNTS.keys()))
 def test_provers_agree_on_all_of_torchvision(name: str) -> None:
     model, inputs = prepared(name)
     if norms(model):  # or else there is nothing to record

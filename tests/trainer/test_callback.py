@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch
 import pytest
 import pytorch_lightning
+from helpers.networks import Net
 from helpers.tiny_training import (
     BATCHES_PER_EPOCH,
     LIGHTNING_SAYS,
@@ -116,21 +117,17 @@ def test_validation_sees_the_weights_of_the_moment() -> None:
     assert tune.losses["validate"] == pytest.approx(plain.losses["validate"], rel=1e-9)
 
 
-class Branching(nn.Module):
-    """Has an auxiliary output in train state, so that its pair may be folded in eval state only."""
+def branching() -> nn.Module:
+    """Has an auxiliary output in train state, so that its second pair may be folded in eval state only."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = conv_bn(3, 8)
-        self.conv = nn.Conv2d(8, 8, 1)
-        self.bn = nn.BatchNorm2d(8)
-        pretend_trained(self)
+    def forward(net: Net, images: Tensor) -> Tensor:
+        maps = net.conv(net.first(images))
+        features = net.bn(maps)
+        return (features + maps if net.training else features).mean((2, 3))  # type: ignore[no-any-return]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """In train state the convolution's output is read twice."""
-        maps = self.conv(self.first(images))
-        features = self.bn(maps)
-        return (features + maps if self.training else features).mean((2, 3))
+    net = Net(forward, first=conv_bn(3, 8), conv=nn.Conv2d(8, 8, 1), bn=nn.BatchNorm2d(8))
+    pretend_trained(net)
+    return net
 
 
 @pytest.mark.parametrize("val_check_interval", [1, 1.0])
@@ -141,7 +138,7 @@ def test_what_is_folded_follows_the_state_that_the_module_is_in(
     """Training folds what is proven for train state, also after a validation that came in the middle of an epoch."""
     losses = {}
     for mode in ("eval", "tune"):
-        module = CallsTrain(Branching)
+        module = CallsTrain(branching)
         module.train(not in_eval_before)
         callback = quick(mode, verify=False)
         make_trainer(callback, precision="64-true", val_check_interval=val_check_interval, max_epochs=2).fit(module)
@@ -436,13 +433,11 @@ def test_a_module_without_a_batchnorm_is_refused() -> None:
         ({"mode": "deploy"}, r"mode must be one of 'train', 'eval', 'tune'; got 'deploy'\. .*unstable .*: use 'tune'"),
         ({"eval_mode": "train"}, r"eval_mode must be one of 'eval', 'tune', 'deploy'; got 'train'"),
         ({"start_epoch": -1}, r"start_epoch must be an epoch, 0 or later; got -1"),
-        ({"start_epoch": True}, r"start_epoch must be an epoch, 0 or later; got True"),
         ({"recompute": True}, r"recompute must be one of 'none', 'elementwise', 'blocks'; got True"),
         (
             {"export_path": "x.tflite"},
             r"export_path='x\.tflite': the suffix must be one of \.onnx, \.pt2, \.pt, \.safet",
         ),
-        ({"target": []}, r"target must be one or more attribute paths such as 'backbone'; got \[\]"),
         ({"target": ["backbone", 3]}, r"target must be one or more attribute paths .*; got \['backbone', 3\]"),
     ],
     ids=str,
@@ -487,18 +482,10 @@ def test_stochastic_weight_averaging_is_refused(package: Any, averaging: Any) ->
 # ---------------------------------------------------------------------------------------------------- verification
 
 
-class Deceptive(nn.Module):
+def deceptive(net: Net, x: Any) -> Any:
     """What ``torch.fx`` sees is a convolution and its BatchNorm; given tensors, it uses the convolution twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(8, 8, 1)
-        self.bn = nn.BatchNorm2d(8)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """A proxy is no tensor."""
-        maps = self.conv(maps)
-        return self.bn(maps) + maps if isinstance(maps, Tensor) else self.bn(maps)
+    x = net.conv(x)
+    return net.bn(x) + x if isinstance(x, Tensor) else net.bn(x)
 
 
 class DeceptiveBackbone(Backbone):
@@ -506,7 +493,7 @@ class DeceptiveBackbone(Backbone):
 
     def __init__(self) -> None:
         super().__init__()
-        self.last = nn.Sequential(conv_bn(8, 8), Deceptive())
+        self.last = nn.Sequential(conv_bn(8, 8), Net(deceptive, conv=nn.Conv2d(8, 8, 1), bn=nn.BatchNorm2d(8)))
         pretend_trained(self)
 
 
