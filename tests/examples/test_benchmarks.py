@@ -1,4 +1,4 @@
-"""The benchmark as a person runs it: complete, resumable, honest about what fails; its pages agree with its files."""
+"""The benchmarks as a person runs them: complete; their pages agree with their files."""
 
 from __future__ import annotations
 
@@ -16,14 +16,9 @@ from torch import nn
 
 from examples import results_file
 from examples.benchmarks import all_modes as script
-from examples.benchmarks import (
-    gpu,
-    gpu_page,
-    modes_page,
-    segmentation,
-)
+from examples.benchmarks import gpu, gpu_page, modes_page, predicted_peaks, segmentation
 from examples.benchmarks.allocator import allocations
-from examples.benchmarks.networks import Workload
+from examples.benchmarks.networks import DETECTOR, MODELS, Workload
 from examples.benchmarks.training_step import Step
 from examples.benchmarks.variants import BUDGETS, VARIANTS, budget_name
 from examples.data.digit_scenes import write_digit_masks
@@ -169,3 +164,41 @@ class TestComparisonsOfTemplates:
         rows = json.loads(Path("out/results.json").read_text())["rows"]
         assert [row["way"] for row in rows] == list(segmentation.ways(2))
         assert {path.stem for path in Path("out").glob("*.png")} == set(segmentation.ways(2))
+
+
+PEAKS: list[dict[str, Any]] = json.loads(predicted_peaks.RESULTS.read_text())["rows"]
+
+
+def test_the_table_of_predicted_peaks_is_that_of_the_results() -> None:
+    page = predicted_peaks.PAGE.read_text()
+    assert results_file.with_table(page, predicted_peaks.MARK, predicted_peaks.table(PEAKS)) == page
+
+
+def test_all_predicted_peaks_are_within_the_bounds() -> None:
+    """On a CPU without the workspaces of kernels, on a GPU with them. A prediction is never too high."""
+    on_cpu = [row for row in PEAKS if row["device"] == "cpu"]
+    assert {(row["model"], row["variant"]) for row in on_cpu} == {
+        (model, variant) for model in MODELS if model != DETECTOR for variant in predicted_peaks.PREDICTED
+    }
+    for row in on_cpu:
+        assert row["predicted"] == pytest.approx(row["without_workspaces"], rel=0.005), row
+    on_gpu = [row for row in PEAKS if row["device"] == "cuda"]
+    assert {row["variant"] for row in on_gpu} == {*predicted_peaks.PREDICTED}
+    assert all(row["predicted"] <= row["measured"] for row in PEAKS)
+    for row in on_gpu:
+        assert row["predicted"] == pytest.approx(row["measured"], rel=0.05), row
+
+
+def test_a_small_run_predicts_what_the_allocator_counts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ["--models", "mobilenet_v2", "--batch", "2", "--pixels", "64"]
+    places = ["--gpu", tmp_path / "none.json", "--out", tmp_path / "peaks.json"]
+    run(monkeypatch, predicted_peaks, *options, *places)
+    rows = json.loads((tmp_path / "peaks.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == [*predicted_peaks.PREDICTED]
+    for row in rows:
+        assert row["without_workspaces"] <= row["measured"]
+        assert row["predicted"] == pytest.approx(row["without_workspaces"], rel=0.01), row
+    assert predicted_peaks.PAGE.read_text().count("| mobilenet_v2 | 2 × 64 px") == 0
+    assert "| mobilenet_v2 | 2 × 64 px, CPU | " in capsys.readouterr().out

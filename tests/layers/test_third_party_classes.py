@@ -11,8 +11,8 @@ import efficientnet_pytorch.utils
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.comparing import Snapshot, assert_close, outputs
-from helpers.model_checks import norms, randomized
+from helpers.comparing import BACKWARD, FORWARD, Snapshot, assert_close, gradients, outputs
+from helpers.model_checks import assert_folded_equals_eval, norms, randomized
 from helpers.networks import images
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,7 +33,6 @@ PADDED = [
     smp_efficientnet,
 ]
 FOLDED_MODES: tuple[Mode, ...] = ("tune", "deploy")
-FORWARD, BACKWARD = 1e-12, 1e-10  # relative errors in float64
 
 
 class Detectron2FrozenBatchNorm2d(nn.Module):
@@ -115,23 +114,18 @@ def network(name: str) -> nn.Sequential:
     return randomized(net)
 
 
-def results(model: nn.Module, mode: Mode, image: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The output in a mode, and the gradients of a random projection of it: of the input and every parameter."""
-    image = image.clone().requires_grad_()
-    set_mode(model, mode)
-    torch.manual_seed(3)  # for dropout
-    output = model(image)
-    projection = (output * images(*output.shape, seed=2).to(output.dtype)).sum()
-    return output, list(torch.autograd.grad(projection, [image, *model.parameters()]))
-
-
 def assert_equals_eval(model: nn.Module, image: Tensor) -> None:
     """Compare output and gradients in the folded modes with Eval's, in float64."""
-    expected, expected_gradients = results(model, "eval", image)
-    for mode in FOLDED_MODES:
-        output, gradients = results(model, mode, image)
-        assert_close([output], [expected], FORWARD)
-        assert_close(gradients, expected_gradients, BACKWARD)
+    image.requires_grad_()
+    found = []
+    for mode in ("eval", *FOLDED_MODES):
+        set_mode(model, mode)
+        torch.manual_seed(3)  # for dropout
+        output = model(image)
+        found.append((output, gradients(output, image, *model.parameters())))
+    for output, slopes in found[1:]:
+        assert_close([output], [found[0][0]], FORWARD)
+        assert_close(slopes, found[0][1], BACKWARD)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -144,11 +138,8 @@ def test_output_and_gradients_equal_evals(name: str, training: bool) -> None:
 def test_eval_mode_equals_the_plain_layers(name: str) -> None:
     model, image = network(name).double().eval(), images(2, 16, 9, 9, dtype=torch.float64)
     with torch.no_grad():
-        expected = model(image)
-    for mode in ("eval", *FOLDED_MODES):
-        assert_close(outputs(model, mode, image), [expected], FORWARD)
-    with torch.no_grad():
-        assert_close([fuse_for_deploy(model)(image)], [expected], FORWARD)
+        assert_close(outputs(model, "eval", image), [model(image)], FORWARD)
+    assert_folded_equals_eval(model, image)
 
 
 def test_dropout_behind_a_folded_batch_norm_follows_train_and_eval() -> None:
@@ -169,13 +160,11 @@ def test_fused_copy_keeps_drop_and_activation() -> None:
 def test_what_a_plain_batch_norm_does_not_run_stays_unrun() -> None:
     """torch's ``convert_sync_batchnorm`` leaves timm's drop and activation behind as children that nothing calls."""
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(conv(), BatchNormAct2d(16)))
-    model, image = randomized(converted).eval(), images(2, 16, 9, 9)
+    model, image = randomized(converted).double().eval(), images(2, 16, 9, 9, dtype=torch.float64)
     assert [name for name, _ in model[1].named_children()] == ["drop", "act"]
     with torch.no_grad():
-        expected = model(image)
-        for mode in ("eval", *FOLDED_MODES):
-            assert_close(outputs(model, mode, image), [expected], 1e-5)
-        assert_close([fuse_for_deploy(model)(image)], [expected], 1e-5)
+        assert_close(outputs(model, "eval", image), [model(image)], FORWARD)
+    assert_folded_equals_eval(model, image)
 
 
 @st.composite

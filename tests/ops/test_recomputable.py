@@ -15,7 +15,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers.comparing import Snapshot
 from helpers.networks import images, random_model, randomized
 from helpers.recomputation import (
     Apply,
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from torch._functorch import config
 from torch.utils.checkpoint import checkpoint
 
-from lightning_convbn import Mode, conv_bn_mode, find_conv_bn_pairs, set_mode
+from lightning_convbn import Mode, set_mode
 from lightning_convbn.compat import other_saved_tensor_hooks
 from lightning_convbn.memory import count_saved_bytes
 from lightning_convbn.ops.recomputable import RecomputableTensor
@@ -477,20 +476,3 @@ class TestSwitching:
         set_mode(model, then)
         assert type(model(batch())) is Tensor
         assert str(model) == str(expected)
-
-    def test_the_context_manager_brings_it_back(self) -> None:
-        model = self.model()
-        set_mode(model, "tune", recompute="elementwise")
-        found = Snapshot.of(model)
-        for mode, recompute in (("tune", "none"), ("eval", "elementwise"), ("deploy", "none")):
-            with conv_bn_mode(model, mode, recompute=recompute):
-                assert (type(model(batch())) is Tensor) == (recompute == "none")
-            assert Snapshot.of(model) == found
-            assert type(model(batch())) is RecomputableTensor
-
-    def test_pairs_and_reasons_are_found_as_in_the_plain_model(self) -> None:
-        model = net(nn.SiLU(), nn.BatchNorm2d(6), nn.Mish(), nn.BatchNorm2d(6))
-        expected = find_conv_bn_pairs(model)
-        set_mode(model, "eval", recompute="elementwise")
-        assert find_conv_bn_pairs(model) == expected
-        assert "`2` (SiLU)" in expected.unpaired["3"]
