@@ -44,13 +44,6 @@ class Given(BoringModule):
         return [quick("eval")]
 
 
-class WithoutNorm(BoringModule):
-    """A module for which the callback, given by hand, is an error."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-
-
 # ----------------------------------------------------------------------------------------------- when it comes
 
 
@@ -181,7 +174,8 @@ def test_never_beside_a_callback_that_the_module_brings(first: Any, monkeypatch:
 @pytest.mark.parametrize("stage", ["fit", "predict"])
 def test_a_model_without_norm_runs_with_one_warning(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTNING_CONVBN", "tune")
-    module, trainer = WithoutNorm(), make_trainer(num_sanity_val_steps=1)
+    module = BoringModule(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    trainer = make_trainer(num_sanity_val_steps=1)
     with pytest.warns(UserWarning, match="LIGHTNING_CONVBN=tune has no effect: .* has no BatchNorm") as warned:
         getattr(trainer, stage)(module)
     assert sum("LIGHTNING_CONVBN" in str(warning.message) for warning in warned) == 1
