@@ -85,7 +85,6 @@ def build(where: str, compiler: CompileCounterWithBackend) -> Compilable:
 
 
 def fit(where: str, compiler: CompileCounterWithBackend, *callbacks: Any) -> Compilable:
-    """Train for some epochs."""
     module = build(where, compiler)
     given = torch.compile(module, backend=compiler) if where == "module" else module
     make_trainer(*callbacks, max_epochs=EPOCHS).fit(given)
@@ -115,38 +114,6 @@ def test_compiled_training_is_eager_training_without_a_recompilation(
     for stage in ("fit", "validate"):
         torch.testing.assert_close(compiled.losses[stage], eager.losses[stage], rtol=DRIFT, atol=0)
     assert len(set(compiled.losses["validate"])) == EPOCHS
-
-
-def test_a_compiled_module_trains_in_float32_without_a_recompilation(compiler: CompileCounterWithBackend) -> None:
-    """Only the first losses are compared. After a step a gradient may have jumped, at a ReLU, by a rounding.
-
-    A loss is a chain of four sums of 72 products at most, squared: 2 * root(4 * 72) roundings of 2**-24 are 2e-6.
-    """
-
-    class Single(Compilable):
-        def __init__(self) -> None:
-            super().__init__()
-            self.float()
-
-        def step(self, stage: str, batch: list[Tensor]) -> Tensor:
-            images, targets = batch
-            return F.mse_loss(self(images), targets)
-
-        def configure_model(self) -> None:
-            if self.compiled:
-                self.backbone.compile(backend=compiler, fullgraph=True)
-
-    losses = []
-    for compiled in (False, True):
-        module = Single()
-        module.compiler, module.graphs, module.compiled = compiler, [], compiled
-        make_trainer(quick(), max_epochs=EPOCHS).fit(module)
-        losses.append(module.losses["fit"])
-    assert module.graphs == [2] * EPOCHS
-    assert not counters["graph_break"]
-    assert len(set(losses[1])) == EPOCHS * BATCHES_PER_EPOCH
-    # The first batch is trained on uncompiled, so the second loss is the first one that is compiled.
-    assert losses[1][:2] == pytest.approx(losses[0][:2], rel=1e-5)
 
 
 @pytest.mark.parametrize("where", ["module", "backbone"])
@@ -248,22 +215,9 @@ def test_a_compiled_forward_keeps_no_folded_weight() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_a_model_in_tune_mode_can_be_exported(strict: bool) -> None:
-    """Its fold is in the graph, in plain operations."""
-    model = BoringModule().backbone.eval()
-    set_mode(model, "tune")
-    images = torch.randn(2, 3, 8, 8)
-    program = torch.export.export(model, (images,), strict=strict)
-    torch.testing.assert_close(program.module()(images), model(images))
-    called = {node.target for node in program.graph.nodes if node.op == "call_function"}
-    assert {target.namespace for target in called} == {"aten"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("where", PLACES)
 def test_training_compiled_by_inductor_is_eager_training(where: str) -> None:
-    """The compiler that people use."""
     torch._dynamo.reset()
     inductor = CompileCounterWithBackend("inductor")
     eager, compiled = fit("nowhere", inductor, quick()), fit(where, inductor, quick())

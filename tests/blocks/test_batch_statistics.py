@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.blocks import Residual, Tower, batch, step_results
-from helpers.recomputation import assert_same_bits
+from helpers.recomputation import assert_same_bits, double_backward, several_forwards
 from helpers.torch_settings import one_thread
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -86,22 +86,11 @@ def test_a_step_is_plain_trainings_and_statistics_are_written_once(norm: str) ->
     assert kept[1] < kept[0] / 2
 
 
-def _several_forwards(model: Tower) -> Iterable[Tensor]:
-    return torch.autograd.grad(sum(model(batch() + shift).square().sum() for shift in range(3)), [*model.parameters()])
-
-
 def _switched_in_between(model: Tower) -> Iterable[Tensor]:
     loss = model(batch()).square().sum()
     model.blocks[1].bn1.eval()  # type: ignore[union-attr]
     yield from torch.autograd.grad(loss, [*model.parameters()])
     assert not model.blocks[1].bn1.training  # type: ignore[union-attr]
-
-
-def _double_backward(model: Tower) -> Iterable[Tensor]:
-    input = batch().requires_grad_()
-    (slope,) = torch.autograd.grad(model(input).square().sum(), input, create_graph=True)
-    seconds = torch.autograd.grad(slope.square().sum(), [*model.parameters()], allow_unused=True)
-    return [slope.detach(), *(second for second in seconds if second is not None)]
 
 
 def _looked_at(model: Tower) -> Iterable[Tensor]:
@@ -118,7 +107,7 @@ def _looked_at(model: Tower) -> Iterable[Tensor]:
     return ()
 
 
-@pytest.mark.parametrize("use", [_several_forwards, _switched_in_between, _double_backward, _looked_at])
+@pytest.mark.parametrize("use", [several_forwards, _switched_in_between, double_backward, _looked_at])
 @one_thread()
 def test_uses(use: Callable[[Tower], Iterable[Tensor]]) -> None:
     plain, model = tower(), tower()

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from helpers.blocks import Residual, Tower, batch
 from helpers.comparing import Snapshot
-from helpers.networks import torchvision_model
+from helpers.networks import Net, torchvision_model
 from torch import Tensor, nn
 
 from lightning_convbn import find_conv_bn_pairs, recomputed_blocks, set_mode
@@ -40,42 +40,31 @@ def test_blocks_of_torchvision(name: str, count: int, first: str | None, last: s
     assert (names[0], names[-1]) == (first, last) if names else first is None
 
 
+def around(*layers: nn.Module) -> nn.Module:
+    """A module that is no container, around one."""
+    return Net(lambda net, x: net.inner(x), inner=nn.Sequential(*layers))
+
+
 def test_a_block_of_blocks_is_a_stage() -> None:
-    class Stage(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Sequential(Residual(), Residual())
+    def stage() -> nn.Module:
+        return around(Residual(), Residual())
 
-        def forward(self, input: Tensor) -> Tensor:
-            return self.inner(input)  # type: ignore[no-any-return]
-
-    assert found_in(Tower(Stage, blocks=2)) == tuple(f"blocks.{i}.inner.{j}" for i in (0, 1) for j in (0, 1))
+    assert found_in(Tower(stage, blocks=2)) == tuple(f"blocks.{i}.inner.{j}" for i in (0, 1) for j in (0, 1))
 
 
 def test_what_is_no_block() -> None:
-    class Alone(nn.Module):
+    def alone() -> nn.Module:
         """One convolution: what it reads is kept in any case."""
+        return around(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6))
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.pair = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6))
-
-        def forward(self, input: Tensor) -> Tensor:
-            return self.pair(input)  # type: ignore[no-any-return]
-
-    class WithoutNorms(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.convs = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1))
-
-        def forward(self, input: Tensor) -> Tensor:
-            return self.convs(input)  # type: ignore[no-any-return]
+    def without_norms() -> nn.Module:
+        return around(nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1))
 
     class Other(Residual):
         """Of a class of its own."""
 
-    assert found_in(Tower(Alone)) == ()
-    assert found_in(Tower(WithoutNorms)) == ()
+    assert found_in(Tower(alone)) == ()
+    assert found_in(Tower(without_norms)) == ()
     assert found_in(Tower(Residual, blocks=1)) == ()
     mixed = Tower(Residual, blocks=3)
     mixed.blocks[1] = Other()

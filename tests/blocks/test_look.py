@@ -92,20 +92,6 @@ def test_a_block_that_can_not_run_twice_runs_once_and_says_why(kind: type[Residu
     assert all(reason.startswith(REFUSED[kind]) for reason in blocks.left_out.values()), blocks.left_out
 
 
-def test_a_batchnorm_in_train_mode_is_trained_once() -> None:
-    def results(recompute: Any) -> tuple[Tower, list[Tensor]]:
-        model = Tower().train()
-        pairs = find_conv_bn_pairs(model).unfreeze({"blocks.1.bn2": "is new"})
-        set_mode(model, "tune", pairs=pairs)
-        return model, step_results(model, recompute)
-
-    expected, (model, found) = results("none")[1], results("blocks")
-    assert_same_bits(found, expected)
-    assert model.blocks[1].bn2.num_batches_tracked == 1  # type: ignore[union-attr]
-    blocks = recomputed_blocks(model)
-    assert blocks.names == ("blocks.0", "blocks.1", "blocks.2")
-
-
 @pytest.mark.parametrize("given", ["a tensor", "a flag", "a dict", "an object"])
 def test_what_a_block_may_be_given(given: str) -> None:
     class Options:

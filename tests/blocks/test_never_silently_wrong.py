@@ -35,12 +35,9 @@ def nothing(module: Any) -> None:
     pass
 
 
-def starts_average(module: Any) -> None:
-    module.average = torch.ones(())
-
-
-def starts_buffer(module: Any) -> None:
-    module.register_buffer("average", torch.ones(()))
+def attribute(name: str, make: Callable[[], Any]) -> Callable[[Any], None]:
+    """A start that sets an attribute."""
+    return lambda module: setattr(module, name, make())
 
 
 def follows_average(module: Any, input: Tensor) -> Tensor:
@@ -48,26 +45,14 @@ def follows_average(module: Any, input: Tensor) -> Tensor:
     return input / module.average
 
 
-def starts_count(module: Any) -> None:
-    module.count = 0
-
-
 def counts(module: Any, input: Tensor) -> Tensor:
     module.count += 1
     return input / module.count
 
 
-def starts_list(module: Any) -> None:
-    module.seen = []
-
-
 def appends(module: Any, input: Tensor) -> Tensor:
     module.seen.append(1)
     return input / len(module.seen)
-
-
-def starts_table(module: Any) -> None:
-    module.table = [torch.zeros(4)]
 
 
 def writes_a_view(module: Any, input: Tensor) -> Tensor:
@@ -76,31 +61,23 @@ def writes_a_view(module: Any, input: Tensor) -> Tensor:
 
 
 STATES: dict[str, tuple[Any, Any]] = {
-    "an attribute is replaced": (starts_average, follows_average),
-    "a buffer is replaced": (starts_buffer, follows_average),
-    "a number is counted up": (starts_count, counts),
-    "a list grows": (starts_list, appends),
-    "a view of an attribute is written": (starts_table, writes_a_view),
+    "an attribute is replaced": (attribute("average", lambda: torch.ones(())), follows_average),
+    "a buffer is replaced": (lambda module: module.register_buffer("average", torch.ones(())), follows_average),
+    "a number is counted up": (attribute("count", int), counts),
+    "a list grows": (attribute("seen", list), appends),
+    "a view of an attribute is written": (attribute("table", lambda: [torch.zeros(4)]), writes_a_view),
 }
-
-
-def starts_generator(module: Any) -> None:
-    module.generator = torch.Generator().manual_seed(0)
-
-
-def starts_random(module: Any) -> None:
-    module.generator = {"own": random.Random(0)}
-
-
-def starts_numpy(module: Any) -> None:
-    module.generator = np.random.default_rng(0)
-
-
-GENERATORS: dict[str, tuple[Any, Any]] = {
-    "torch": (starts_generator, lambda module, input: input + torch.rand(input.shape, generator=module.generator)),
-    "random": (starts_random, lambda module, input: input * module.generator["own"].random()),
-    "numpy": (starts_numpy, lambda module, input: input * float(module.generator.random())),
-    "of nobody": (nothing, lambda module, input: input + torch.rand(input.shape, generator=SHARED)),
+MAKES: dict[str, Callable[[], Any]] = {
+    "torch": lambda: torch.Generator().manual_seed(0),
+    "random": lambda: {"own": random.Random(0)},
+    "numpy": lambda: np.random.default_rng(0),
+    "of nobody": lambda: None,
+}
+DRAWS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "torch": lambda module, input: input + torch.rand(input.shape, generator=module.generator),
+    "random": lambda module, input: input * module.generator["own"].random(),
+    "numpy": lambda module, input: input * float(module.generator.random()),
+    "of nobody": lambda module, input: input + torch.rand(input.shape, generator=SHARED),
 }
 SHARED = torch.Generator()
 
@@ -118,19 +95,15 @@ def test_state_changes_once(trap: str) -> None:
     assert not recomputed_blocks(model).names
 
 
-@pytest.mark.parametrize("trap", GENERATORS)
+@pytest.mark.parametrize("trap", DRAWS)
 def test_a_generator_of_its_own_draws_once(trap: str) -> None:
     results = []
     for recompute in ("none", "blocks"):
         SHARED.manual_seed(0)
-        model = tower(*GENERATORS[trap])
+        model = tower(attribute("generator", MAKES[trap]), DRAWS[trap])
         results.append(step_results(model, recompute))
     assert_same_bits(*results)
     assert set(recomputed_blocks(model).left_out.values()) == {reasons.DRAWS}
-
-
-def starts_rate(module: Any) -> None:
-    module.rate = 0.0
 
 
 SCHEDULES: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -143,7 +116,7 @@ SCHEDULES: dict[str, Callable[[Any, Tensor], Tensor]] = {
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_what_draws_only_later_draws_the_same_twice(schedule: str) -> None:
     def gradients(recompute: Any) -> list[Tensor]:
-        model, found = tower(starts_rate, SCHEDULES[schedule]), []
+        model, found = tower(attribute("rate", float), SCHEDULES[schedule]), []
         set_mode(model, "tune", recompute=recompute)
         for rate, size in ((0.0, 8), (0.5, 12)):
             for module in model.modules():
@@ -178,29 +151,24 @@ def test_a_hook_in_front_of_a_layer_runs_once() -> None:
     assert_same_bits(results("blocks"), results("none"))
 
 
-def scaled(model: Tower) -> None:
-    with torch.no_grad():
-        model.blocks[1].conv2.weight.mul_(2)  # type: ignore[union-attr, operator]
+def weight_of(model: Tower) -> Any:
+    return model.blocks[1].conv2.weight  # type: ignore[union-attr]
 
 
-def replaced(model: Tower) -> None:
-    model.blocks[1].conv2.weight = nn.Parameter(2 * model.blocks[1].conv2.weight)  # type: ignore[union-attr, operator]
+WRITES: dict[str, Callable[[Tower], Any]] = {
+    "scaled": torch.no_grad()(lambda model: weight_of(model).mul_(2)),
+    "replaced": lambda model: setattr(model.blocks[1].conv2, "weight", nn.Parameter(2 * weight_of(model))),
+    "other data": lambda model: setattr(weight_of(model), "data", 2 * weight_of(model).data),
+    "loaded": lambda model: model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()}),
+}
 
 
-def moved(model: Tower) -> None:
-    model.blocks[1].conv2.weight.data = 2 * model.blocks[1].conv2.weight.data  # type: ignore[union-attr, operator]
-
-
-def loaded(model: Tower) -> None:
-    model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()})
-
-
-@pytest.mark.parametrize("write", [scaled, replaced, moved, loaded])
-def test_a_write_between_forward_and_backward_is_an_error(write: Callable[[Tower], None]) -> None:
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_between_forward_and_backward_is_an_error(write: str) -> None:
     model = Tower()
     set_mode(model, "tune", recompute="blocks")
     output = model(batch())
-    write(model)
+    WRITES[write](model)
     with pytest.raises(RuntimeError, match="was written or replaced|modified by an inplace operation"):
         output.sum().backward()
     model(batch()).sum().backward()

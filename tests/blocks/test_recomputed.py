@@ -126,20 +126,6 @@ class TestRandomNumbers:
         assert_same_bits(step_results(model, "blocks"), expected)
         assert not all(map(torch.equal, step_results(model, "blocks", seed=1), expected))
 
-    def test_a_schedule_that_begins_without_drawing_is_followed(self) -> None:
-        def losses(recompute: Any) -> list[Tensor]:
-            model = Tower(lambda: Residual(between=lambda: nn.Dropout(0.0))).train()
-            set_mode(model, "tune", recompute=recompute)
-            found = []
-            for probability in (0.0, 0.5):
-                for block in model.blocks:
-                    block.between.p = probability  # type: ignore[union-attr]
-                torch.manual_seed(0)
-                found += torch.autograd.grad(model(batch()).sum(), [*model.parameters()])
-            return found
-
-        assert_same_bits(losses("blocks"), losses("none"))
-
     def test_a_block_is_looked_at_again_in_another_state(self) -> None:
         """In its eval state it does not draw, and that must not be believed in training."""
 

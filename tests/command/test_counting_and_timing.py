@@ -16,7 +16,6 @@ from lightning_convbn.command.inputs import images
 
 
 def measurer_of(net: nn.Module, device: str = "cpu") -> ModelMeasurer:
-    """The measurer of a small net."""
     return ModelMeasurer(net, images(2, (3, 8, 8)), torch.float32, torch.device(device))
 
 

@@ -31,7 +31,6 @@ class Net(nn.Sequential):
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a network, written by the command."""
     file: Path = tmp_path_factory.mktemp("page") / "page.html"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "load_model", lambda *_: Net())
@@ -55,7 +54,6 @@ def page(browser: Any, page_file: Path) -> Iterator[Any]:
 
 
 def blocks(page: Any) -> list[str]:
-    """The names of the blocks, from top to bottom."""
     ticks = page.locator(".y2tick text").all()
     return [name for _, name in sorted((tick.bounding_box()["y"], tick.text_content()) for tick in ticks)]
 
@@ -92,13 +90,6 @@ def test_hovering_tells_the_bytes_and_the_reason(page: Any) -> None:
     assert "a_name_that_is_very_long_" * 6 in shown  # the tick has its end
     assert "BatchNorm2d, frozen: its input comes from" in shown
     assert " MiB" in shown
-
-
-def test_a_click_on_the_legend_hides_a_variant_in_both_pictures(page: Any) -> None:
-    before = page.locator(".barlayer .point").count()
-    page.locator(".legendtoggle").first.click()
-    page.wait_for_function("document.querySelectorAll('.scatterlayer .point').length === 7")
-    assert page.locator(".barlayer .point").count() == before * 7 // 8
 
 
 def test_a_hostile_name_is_text(page: Any) -> None:

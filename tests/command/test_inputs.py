@@ -87,20 +87,6 @@ class TestFunctions:
         assert_counted(found, OneList(), [*images(2, 3, 8, 8)])
         assert count(capsys, TwoImages(), "--input", "batches:two")["batch"] == 2
 
-    @pytest.mark.slow
-    def test_a_detector_takes_a_list(self, capsys: pytest.CaptureFixture[str]) -> None:
-        write_module(
-            "detectors",
-            "from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn\n"
-            "def small():\n"
-            "    sizes = {'min_size': 64, 'max_size': 64}\n"
-            "    return fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, **sizes)\n"
-            "def images(): return ([torch.rand(3, 64, 64), torch.rand(3, 48, 64)],)",
-        )
-        found = run_json(capsys, "measure", "detectors:small", *COUNT, "--input", "detectors:images")
-        assert found["batchnorms"]["folded"] == found["batchnorms"]["total"] > 30
-        assert found["variants"]["tune"]["peak_bytes"] < found["variants"]["eval"]["peak_bytes"]
-
 
 class TestLargestBatch:
     def test_all_inputs_get_the_batch(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,14 +152,6 @@ class TestExample:
         assert "1 of 1 BatchNorm" in said.out
         assert "the model was looked at without it" in said.err
         assert "can't take the input 2x5x8x8" in refusal(capsys, "measure", "stale:net")
-
-
-def test_tensors_in_any_output_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    def counted(kind: str) -> list[tuple[int, int]]:
-        found = run_json(capsys, "measure", f"helpers.other_inputs:{kind}", *COUNT, "--size", "8")["variants"]
-        return [(found[mode]["saved_bytes"], found[mode]["peak_bytes"]) for mode in found]
-
-    assert counted("InDataclass") == counted("InMapping") == counted("Wrapped")
 
 
 @pytest.mark.parametrize("command", ["measure", "inspect", "export"])

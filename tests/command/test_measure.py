@@ -37,7 +37,6 @@ TRAIN = [variant for variant in ASKED if variant.startswith("train")]
 
 @pytest.fixture(scope="module")
 def found() -> Any:
-    """What the command has measured of a small net."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out := io.StringIO())
         arguments = ["--batch-size", str(BATCH), "--rounds", "3", "--budget", "1MiB", "--json"]

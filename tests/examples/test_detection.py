@@ -43,14 +43,12 @@ TINY = [
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A COCO folder of a few small scenes."""
     scenes = tmp_path / "scenes"
     digit_scenes.write_digit_scenes(scenes, SCENES, size=SIZE, seed=0)
     return scenes
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object], split: str = "train") -> None:
-    """Change what an annotation file says."""
     file = folder / "annotations" / f"instances_{split}.json"
     content = json.loads(file.read_text())
     change(content)
@@ -58,12 +56,10 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object], split: str = 
 
 
 def read(folder: Path, **options: Any) -> CocoImages:
-    """Read the training set of a folder."""
     return CocoImages(*find_split(folder, "train"), images_with_boxes._transforms(), **options)
 
 
 def type_in(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    """Run the app as its command does."""
     monkeypatch.setattr(sys, "argv", ["detection.py", *args])
     detection.main()
 

@@ -2,160 +2,100 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_training import Snapshot, pretend_trained, statistics_of
+from helpers.tiny_training import pretend_trained
+from helpers.watched_run import WatchedRun
 from mmcv.cnn import ConvModule
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from examples.other_trainers.mmengine_hook import ConvBNModeHook
-from lightning_convbn import get_mode
-from lightning_convbn.memory import count_saved_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:mmengine")
+STEPS = 5
 
 
-class Recorder(Hook):
-    """Records the losses, and the bytes that the backbone keeps for the backward pass of a step."""
+class Watch(Hook):
+    """Looks at the model before each step, when the Runner has made all of its changes, and notes the loss."""
 
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.kept_bytes = 0
+    def __init__(self, run: WatchedRun) -> None:
+        self.run = run
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Count at the first step, when the Runner has made all of its changes."""
-        if batch_idx == 0:
-            self.kept_bytes = count_saved_bytes(runner.model.backbone, data_batch[0])
+        self.run.look(runner.model, *data_batch)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Record the loss."""
-        self.losses.append(outputs["loss"].item())
+        self.run.losses.append(outputs["loss"].item())
 
 
 class Backbone(nn.Sequential):
     """Three ConvModules; ``norm_eval`` keeps the BatchNorms in eval state, as the backbones of mmdetection do."""
 
     def __init__(self, norm_eval: bool) -> None:
-        widths = [1, 16, 32, 32]
-        norm = {"type": "BN"}
-        super().__init__(
-            *(ConvModule(w, wider, 3, padding=1, norm_cfg=norm) for w, wider in zip(widths, widths[1:], strict=False))
-        )
+        modules = [ConvModule(inputs, 32, 3, padding=1, norm_cfg={"type": "BN"}) for inputs in (1, 32, 32)]
+        super().__init__(*modules)
         self.norm_eval = norm_eval
 
     def train(self, mode: bool = True) -> Backbone:
-        """Switch to train state; with `norm_eval` the BatchNorms stay in eval state."""
         super().train(mode)
-        if self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
+        for module in self.modules() if self.norm_eval else ():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
         return self
 
 
-class DigitNet(BaseModel):
-    """Tells ten digits apart."""
-
-    def __init__(self, norm_eval: bool = False) -> None:
+class Classifier(BaseModel):
+    def __init__(self, norm_eval: bool) -> None:
         super().__init__()
-        self.backbone = Backbone(norm_eval)
-        self.head = nn.Linear(32, 10)
+        self.backbone, self.head = Backbone(norm_eval), nn.Linear(32, 10)
 
-    def forward(self, images: Tensor, labels: Tensor, mode: str = "tensor") -> Tensor | dict[str, Tensor]:
-        """Return the scores; in MMEngine's mode `loss`, return the loss."""
-        scores: Tensor = self.head(self.backbone(images).mean((2, 3)))
+    def forward(self, images: Tensor, labels: Tensor, mode: str = "tensor") -> Any:
+        """The scores; in MMEngine's mode `loss` the loss."""
+        scores = self.head(self.backbone(images).mean((2, 3)))
         return {"loss": cross_entropy(scores, labels)} if mode == "loss" else scores
 
 
-def digits(low: int, high: int) -> DataLoader[tuple[Tensor, ...]]:
-    """Return batches of the digits from low to below high, enlarged to 16 pixels."""
-    found = load_digits()
-    images, labels = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16, torch.tensor(found.target)
-    chosen = (labels >= low) & (labels < high)
-    enlarged = nn.functional.interpolate(images[chosen], scale_factor=2)
-    generator = torch.Generator().manual_seed(0)
-    return DataLoader(TensorDataset(enlarged, labels[chosen]), batch_size=32, shuffle=True, generator=generator)
-
-
-def train(
-    model: DigitNet,
-    data: DataLoader[tuple[Tensor, ...]],
-    *hooks: Hook | dict[str, Any],
-    name: str,
-    epochs: int = 1,
-    config: Mapping[str, Any] | None = None,
-) -> Recorder:
-    """MMEngine needs a new name for each Runner. The model is changed."""
-    recorder = Recorder()
-    with tempfile.TemporaryDirectory() as folder:
-        Runner(
-            model,
-            folder,
-            train_dataloader=data,
-            train_cfg={"by_epoch": True, "max_epochs": epochs},
-            optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.01, "momentum": 0.9}},
-            default_hooks={"checkpoint": None, "logger": None},
-            custom_hooks=[*hooks, recorder],
-            log_level="ERROR",
-            experiment_name=name,
-            cfg=dict(config or {}),
-        ).train()
-    return recorder
-
-
-def run(name: str, *hooks: Any, norm_eval: bool = False, **config: Any) -> tuple[DigitNet, Recorder]:
-    """Train a network that looks pretrained on the digits 5 and 6."""
+def train(folder: Path, name: str, *hooks: Any, norm_eval: bool = False, **config: Any) -> WatchedRun:
+    """Train a network that looks pretrained. MMEngine needs a new name for each Runner."""
     torch.manual_seed(0)
-    model = DigitNet(norm_eval).double()
+    model = Classifier(norm_eval).double().train()
     pretend_trained(model)
-    data = digits(5, 7)
-    data.dataset.tensors = (data.dataset.tensors[0].double(), *data.dataset.tensors[1:])
-    return model, train(model, data, *hooks, name=name, config=config)
+    run = WatchedRun(model)
+    images = torch.randn(8 * STEPS, 1, 16, 16, dtype=torch.float64)
+    Runner(
+        model,
+        str(folder),
+        train_dataloader=DataLoader(TensorDataset(images, torch.randint(10, (8 * STEPS,))), batch_size=8),
+        train_cfg={"by_epoch": True, "max_epochs": 1},
+        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.01, "momentum": 0.9}},
+        default_hooks={"checkpoint": None, "logger": None},
+        custom_hooks=[*hooks, Watch(run)],
+        log_level="ERROR",
+        experiment_name=name,
+        cfg=config,
+    ).train()
+    return run
 
 
-def test_losses_and_weights_are_evals_and_mmengines_at_less_memory() -> None:
-    evaluated, eval_run = run("eval", norm_eval=True)
-    theirs, their_run = run("theirs", norm_eval=True, efficient_conv_bn_eval=["backbone"])
-    ours, our_run = run("ours", {"type": "ConvBNModeHook", "target": "backbone"})
-    assert len(our_run.losses) > 10
-    assert our_run.losses[-1] < 0.7 * our_run.losses[0]
-    assert our_run.kept_bytes < their_run.kept_bytes < 0.6 * eval_run.kept_bytes
-    for model, recorder in ((evaluated, eval_run), (theirs, their_run)):
-        assert our_run.losses == pytest.approx(recorder.losses, rel=1e-9)
-        for name, parameter in ours.named_parameters():
-            torch.testing.assert_close(parameter, model.get_parameter(name), rtol=1e-8, atol=1e-10)
+def test_losses_and_weights_are_evals_and_mmengines_at_less_memory(tmp_path: Path) -> None:
+    frozen = train(tmp_path, "frozen", norm_eval=True)
+    theirs = train(tmp_path, "theirs", norm_eval=True, efficient_conv_bn_eval=["backbone"])
+    ours = train(tmp_path, "ours", {"type": "ConvBNModeHook", "target": "backbone"})
+    ours.assert_as_frozen_by_hand(frozen, steps=STEPS, saved=0.4)
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-9)
+    assert ours.kept < theirs.kept
 
 
-def test_eval_mode_by_the_hook() -> None:
-    _, expected = run("eval by the backbone", norm_eval=True)
-    _, found = run("eval by the hook", ConvBNModeHook("eval", "backbone"))
+def test_eval_mode_by_the_hook(tmp_path: Path) -> None:
+    expected = train(tmp_path, "eval by the backbone", norm_eval=True)
+    found = train(tmp_path, "eval by the hook", ConvBNModeHook("eval", "backbone"))
     assert found.losses == expected.losses
-    assert found.kept_bytes == expected.kept_bytes
-
-
-def test_gives_back_plain_modules_with_frozen_statistics() -> None:
-    modes = []
-
-    class Looks(Recorder):
-        def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
-            modes.append(get_mode(runner.model))
-
-    torch.manual_seed(0)
-    model = DigitNet().train()
-    pretend_trained(model)
-    before, statistics = Snapshot.of(model), statistics_of(model)
-    train(model, digits(5, 6), ConvBNModeHook(target=""), Looks(), name="given back")
-    assert set(modes) == {"tune"}
-    assert Snapshot.of(model) == before
-    for name, buffer in statistics_of(model).items():
-        assert torch.equal(buffer, statistics[name]), name
+    assert found.kept == expected.kept

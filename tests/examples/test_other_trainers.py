@@ -41,7 +41,6 @@ SHOWN = [file for file in sorted(FOLDER.glob("[!_]*.py")) if file.stem != "mmeng
 
 @pytest.mark.parametrize("file", SHOWN, ids=lambda file: file.stem)
 def test_the_page_shows_the_file_and_it_is_short(file: Path) -> None:
-    """The page is docs/use/other-trainers.md."""
     (shown,) = re.findall(
         rf'```python title="examples/other_trainers/{file.name}"\n(.*?)```', PAGE.read_text(), re.DOTALL
     )
@@ -56,7 +55,6 @@ def small_resnet() -> nn.Module:
 
 
 def random_images(count: int) -> tuple[Tensor, Tensor]:
-    """Random images of three classes."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(count, 3, 64, 64, dtype=torch.float64, generator=generator)
     return images, torch.randint(3, (count,), generator=generator)
@@ -70,7 +68,6 @@ class WatchedLoader(DataLoader[tuple[Tensor, ...]]):
         self.run = run
 
     def __iter__(self) -> Iterator[Any]:
-        """Look, and give a batch."""
         for batch in super().__iter__():
             self.run.look(self.run.model, batch[0])
             yield batch
@@ -109,7 +106,6 @@ def trained_rt_detr() -> nn.Module:
 
 
 def with_classes(count: int) -> list[dict[str, Any]]:
-    """What the classifier is given."""
     images, labels = random_images(count)
     return [{"pixel_values": image, "labels": label % 2} for image, label in zip(images, labels, strict=True)]
 

@@ -19,14 +19,12 @@ ONE_PHOTO = 0.5 / 25  # 25 of the 80 photos show the rarer class; its recall is 
 
 
 def text_of(notebook: NotebookNode) -> str:
-    """Return all that the cells have printed."""
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert {output.output_type for output in outputs} <= {"stream", "display_data"}
     return "".join(output.text for output in outputs if output.output_type == "stream")
 
 
 def accuracies(printed: str, mode: str) -> list[float]:
-    """Read the accuracy before and after each epoch."""
     (numbers,) = re.findall(rf"^{mode} mode: (.*)$", printed, re.MULTILINE)
     return [float(number) for number in numbers.split()]
 

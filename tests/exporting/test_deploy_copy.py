@@ -5,12 +5,14 @@ from __future__ import annotations
 import pickle
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.comparing import Snapshot, assert_close, gradients
-from helpers.networks import images, randomized, small_net
+from helpers.networks import Net, images, randomized, small_net
 from torch import Tensor, nn
 
 from lightning_convbn import ConvBNPairs, Mode, conv_bn_mode, export, find_conv_bn_pairs, fuse_for_deploy, set_mode
@@ -76,16 +78,9 @@ def test_gradients_of_the_copys_input_equal_evals() -> None:
 
 
 def test_a_norm_under_two_names_is_replaced_under_both() -> None:
-    class TwoNames(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-            self.layers = nn.ModuleList([self.conv, self.bn])
-
-        def forward(self, input: Tensor) -> Tensor:
-            return self.layers[1](self.conv(input))
-
-    net, input = randomized(TwoNames()).double(), images(2, 3, 8, 8, dtype=torch.float64)
+    conv, bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    net = Net(lambda net, x: net.layers[1](net.conv(x)), conv=conv, bn=bn, layers=nn.ModuleList([conv, bn]))
+    net, input = randomized(net).double(), images(2, 3, 8, 8, dtype=torch.float64)
     fused = fuse_for_deploy(net)
     assert type(fused.bn) is type(fused.layers[1]) is nn.Identity
     assert_close([fused(input)], [expected_output(net, input)], 1e-12)
@@ -103,54 +98,42 @@ def test_pairs_that_do_not_fit_are_refused() -> None:
         fuse_for_deploy(small_net(), pairs=ConvBNPairs([("nowhere", "1")]))
 
 
-class TiedDecoder(nn.Module):
-    """Whose decoder uses the weight of the encoder's convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(3, 3, 1)
-        self.last_bn = nn.BatchNorm2d(3)
-
-    def forward(self, input: Tensor) -> Tensor:
-        features = self.bn(self.conv(input))
-        features = nn.functional.conv_transpose2d(features, self.conv.weight)
-        return self.last_bn(self.last(features))
+def tied_decoder(net: Net, x: Tensor) -> Tensor:
+    """The decoder uses the weight of the encoder's convolution."""
+    features = nn.functional.conv_transpose2d(net.bn(net.conv(x)), net.conv.weight)
+    return net.last_bn(net.last(features))  # type: ignore[no-any-return]
 
 
-class ReadsTheNorm(TiedDecoder):
-    def forward(self, input: Tensor) -> Tensor:
-        return self.bn(self.conv(input)) * self.bn.weight.view(1, -1, 1, 1) + self.bn.running_mean.view(1, -1, 1, 1)
+def reads_the_norm(net: Net, x: Tensor) -> Tensor:
+    shape = (1, -1, 1, 1)
+    return net.bn(net.conv(x)) * net.bn.weight.view(shape) + net.bn.running_mean.view(shape)  # type: ignore[no-any-return]
 
 
-class Penalised(TiedDecoder):
-    """Whose output has a penalty on all weights in it. It does not depend on the input."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.bn(self.conv(input)) + sum(parameter.square().sum() for parameter in self.parameters())
+def penalised(net: Net, x: Tensor) -> Tensor:
+    """The output has a penalty on all weights in it. It does not depend on the input."""
+    return net.bn(net.conv(x)) + sum(parameter.square().sum() for parameter in net.parameters())  # type: ignore[no-any-return]
 
 
-class TiedUnderAnotherName(TiedDecoder):
-    """Its tied weight is found under the name of the decoder first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.weight = nn.Conv2d(3, 4, 3), None
-        conv, self.__dict__["_modules"] = self.conv, dict(reversed(self._modules.items()))
-        self.weight = conv.weight
-
-    def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.conv_transpose2d(self.bn(self.conv(input)), self.weight)
+def tied_by_name(net: Net, x: Tensor) -> Tensor:
+    return nn.functional.conv_transpose2d(net.bn(net.conv(x)), net.decoder)
 
 
-class Untraceable(TiedDecoder):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if input.sum() < 1e9 else input
+def untraceable(net: Net, x: Tensor) -> Tensor:
+    return tied_decoder(net, x) if x.sum() < 1e9 else x
+
+
+def autoencoder(forward: Callable[[Net, Tensor], Tensor]) -> Net:
+    layers = {"conv": nn.Conv2d(3, 4, 3), "bn": nn.BatchNorm2d(4)}
+    net = Net(forward, **layers, last=nn.Conv2d(3, 3, 1), last_bn=nn.BatchNorm2d(3))
+    if forward is tied_by_name:  # which is found under the name of the decoder first
+        net.decoder = net.conv.weight
+    return randomized(net).double()  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-@pytest.mark.parametrize("cls", [TiedDecoder, ReadsTheNorm, Penalised, TiedUnderAnotherName])
-def test_a_pair_whose_parameters_are_read_elsewhere_stays_as_it_is(cls: type[nn.Module], recorded: bool) -> None:
-    net, input = randomized(cls()).double(), images(2, 3, 8, 8, dtype=torch.float64)
+@pytest.mark.parametrize("forward", [tied_decoder, reads_the_norm, penalised, tied_by_name])
+def test_a_pair_whose_parameters_are_read_elsewhere_stays_as_it_is(forward: Any, recorded: bool) -> None:
+    net, input = autoencoder(forward), images(2, 3, 8, 8, dtype=torch.float64)
     expected = expected_output(net, input)
     example = (input,) if recorded else None
     pairs = find_conv_bn_pairs(net, example_inputs=example)
@@ -172,16 +155,12 @@ def test_a_pair_whose_parameters_are_read_elsewhere_stays_as_it_is(cls: type[nn.
 
 @pytest.mark.parametrize("given", [False, True])
 def test_a_pair_that_is_one_only_while_gradients_are_wanted_stays_as_it_is(given: bool) -> None:
-    class Asks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second, self.bn = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+    def asks(net: Net, x: Tensor) -> Tensor:
+        output = net.first(x)
+        return net.bn(net.second(output) if torch.is_grad_enabled() else output)
 
-        def forward(self, input: Tensor) -> Tensor:
-            output = self.first(input)
-            return self.bn(self.second(output) if torch.is_grad_enabled() else output)
-
-    model, input = randomized(Asks()).eval(), images(2, 3, 4, 4)
+    net = Net(asks, first=nn.Conv2d(3, 3, 1), second=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3))
+    model, input = randomized(net).eval(), images(2, 3, 4, 4)
     fused = fuse_for_deploy(model, pairs=find_conv_bn_pairs(model) if given else None)
     for wanted in (True, False):
         with torch.set_grad_enabled(wanted):
@@ -189,18 +168,17 @@ def test_a_pair_that_is_one_only_while_gradients_are_wanted_stays_as_it_is(given
 
 
 def test_other_pairs_of_a_tied_decoder_are_folded() -> None:
-    assert type(fuse_for_deploy(TiedDecoder()).last_bn) is nn.Identity
+    assert type(fuse_for_deploy(autoencoder(tied_decoder)).last_bn) is nn.Identity
 
 
 @pytest.mark.parametrize("read", ["dtype", "shape"])
 def test_reading_what_a_weight_is_like_is_no_use_of_it(read: str) -> None:
-    class Reading(TiedDecoder):
-        def forward(self, input: Tensor) -> Tensor:
-            like = getattr(self.conv.weight, read)
-            return self.bn(self.conv(input if read == "shape" else input.to(like))) * (like is not None)
+    def reading(net: Net, x: Tensor) -> Tensor:
+        like = getattr(net.conv.weight, read)
+        return net.bn(net.conv(x if read == "shape" else x.to(like))) * (like is not None)  # type: ignore[no-any-return]
 
-    for example in (None, (images(2, 3, 8, 8),)):
-        assert not find_conv_bn_pairs(Reading(), example_inputs=example).unfused
+    for example in (None, (images(2, 3, 8, 8, dtype=torch.float64),)):
+        assert not find_conv_bn_pairs(autoencoder(reading), example_inputs=example).unfused
 
 
 def test_a_linear_layer_that_shares_its_weight_as_a_module_keeps_it() -> None:
@@ -214,16 +192,12 @@ def test_a_linear_layer_that_shares_its_weight_as_a_module_keeps_it() -> None:
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_a_pair_in_a_forward_that_branches_at_random_stays_as_it_is(recorded: bool) -> None:
-    class Branching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+    def branches(net: Net, x: Tensor) -> Tensor:
+        output = net.conv(x)
+        return net.bn(output) + (output if random.random() < 0.5 else 0)
 
-        def forward(self, input: Tensor) -> Tensor:
-            output = self.conv(input)
-            return self.bn(output) + (output if random.random() < 0.5 else 0)
-
-    model, input = randomized(Branching().eval()), images(2, 3, 8, 8)
+    net = Net(branches, conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
+    model, input = randomized(net.eval()), images(2, 3, 8, 8)
     for seed in range(6):
         random.seed(seed)
         pairs = find_conv_bn_pairs(model, example_inputs=(input,) if recorded else None)
@@ -239,9 +213,9 @@ def test_a_pair_in_a_forward_that_branches_at_random_stays_as_it_is(recorded: bo
 
 def test_a_model_that_can_not_be_traced_needs_example_inputs() -> None:
     """Its code may read a weight, and only a run shows it."""
-    net, input = randomized(Untraceable()).double(), images(2, 3, 8, 8, dtype=torch.float64)
+    net, input = autoencoder(untraceable), images(2, 3, 8, 8, dtype=torch.float64)
     net.block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    message = r"Untraceable can't be folded for good by its code alone, because the model can't be traced; give example"
+    message = r"Net can't be folded for good by its code alone, because the model can't be traced; give example"
     for pairs in (None, find_conv_bn_pairs(net)):
         with pytest.raises(ValueError, match=message):
             fuse_for_deploy(net, pairs=pairs)

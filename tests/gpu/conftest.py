@@ -16,7 +16,6 @@ HAS_GPU = torch.cuda.is_available()
     params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no GPU")])]
 )
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where a test runs."""
     device = torch.device(request.param)
     if device.type == "cuda":
         _warm_up(device)

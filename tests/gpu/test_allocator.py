@@ -29,7 +29,6 @@ def kept_by_the_graph(model: nn.Module, batch: Tensor) -> object:
 
 
 def peak_of(mode: Mode, recompute: Recompute, model: nn.Module, batch: Tensor) -> Allocated:
-    """Ask the allocator about a forward and a backward pass."""
     set_mode(model, mode, recompute=recompute)
     return allocated_by(lambda: forward_and_backward(model, (batch,), {}), batch.device)
 

@@ -30,7 +30,6 @@ def _forget_compiled() -> Iterator[None]:
 def compiled(
     device: torch.device, mode: Mode, recompute: Recompute = "none", options: dict[str, Any] | None = None
 ) -> nn.Module:
-    """Compile the network in a mode, without a graph break."""
     net = smooth_net(device, torch.float64)
     set_mode(net, mode, recompute=recompute)
     net.compile(fullgraph=True, dynamic=False, **(options or {"backend": backend(device)}))
@@ -43,7 +42,6 @@ def backend(device: torch.device) -> str:
 
 
 def step(net: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    """Make a step in float64, and drop the gradients."""
     batch = images(4, 3, 16, 16, dtype=torch.float64).to(device)
     output = net(batch)
     output.square().mean().backward()

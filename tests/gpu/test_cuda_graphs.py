@@ -56,7 +56,6 @@ class NothingIsRead(TorchDispatchMode):
 
 @contextmanager
 def nothing_waits(device: torch.device) -> Iterator[None]:
-    """Refuse to wait for the device."""
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -85,7 +84,6 @@ def test_that_something_waits_would_be_noticed(device: torch.device) -> None:
 
 
 def gradients_of(net: nn.Module, batch: Tensor) -> list[Tensor]:
-    """Make a step; return the output and all gradients."""
     net.zero_grad(set_to_none=True)
     output = net(batch)
     output.square().mean().backward()

@@ -20,13 +20,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.blocks import Residual, Tower, batch
 from helpers.comparing import relative
 from helpers.networks import images, random_model
+from helpers.recomputation import assert_same_bits
 from helpers.smooth_network import DEPTH, PRODUCTS, smooth_net
 from helpers.torch_settings import one_thread
 from torch import Tensor, nn
 
-from lightning_convbn import Recompute, find_conv_bn_pairs, set_mode
+from lightning_convbn import Recompute, recomputed_blocks, set_mode
 from lightning_convbn.layers.supported_layers import is_norm
 
 # What the numbers are that a layer multiplies. TF32 has the significand of fp16.
@@ -80,7 +82,6 @@ def step(net: nn.Module, device: torch.device, precision: str, channels_last: bo
 
 
 def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """The relative error of each tensor."""
     return {name: relative(tensor, expected[name]) for name, tensor in found.items()}
 
 
@@ -227,8 +228,16 @@ class TestGradScaler:
         assert all(torch.equal(one, other) for one, other in zip(net.parameters(), before.parameters(), strict=True))
 
 
-def test_pairs_are_found_on_any_device(device: torch.device) -> None:
-    """By the data flow, and by a run on the device's tensors."""
-    net = smooth_net(device)
-    recorded = find_conv_bn_pairs(net, example_inputs=(images(2, 3, 16, 16).to(device),))
-    assert [pair.bn for pair in recorded] == [pair.bn for pair in find_conv_bn_pairs(net)]
+@pytest.mark.parametrize("between", [nn.SiLU, nn.Dropout])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_blocks_that_run_again_change_no_bit(device: torch.device, between: type[nn.Module], autocast: bool) -> None:
+    """With dropout, too."""
+    model, found = Tower(lambda: Residual(between=between)).train().to(device), []
+    for recompute in ("none", "blocks"):
+        set_mode(model, "tune", recompute=recompute)  # type: ignore[arg-type]
+        torch.manual_seed(0)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            output = model(batch().to(device))
+        found.append([output.detach(), *torch.autograd.grad(output.square().sum(), [*model.parameters()])])
+    assert_same_bits(*found)
+    assert len(recomputed_blocks(model).names) == 3

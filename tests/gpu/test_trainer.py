@@ -123,11 +123,6 @@ def test_peaks_are_of_their_own_epoch(device: torch.device) -> None:
     assert bool(logged.get(PEAKS[0])) == (device.type == "cuda")
 
 
-def test_peaks_are_not_logged_if_memory_is_not(device: torch.device) -> None:
-    _, logged = fit(device, ConvBNModeCallback(log_memory=False))
-    assert not any(name.startswith("convbn/") for name in logged)
-
-
 @pytest.mark.parametrize("recompute", ["none", "elementwise"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
 def test_every_precision_trains_as_eval_does(device: torch.device, precision: Any, recompute: Recompute) -> None:

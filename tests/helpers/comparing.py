@@ -52,6 +52,7 @@ class Snapshot(NamedTuple):
     training: list[bool]
     parameters: list[int]
     tensors: dict[str, bytes]
+    hooks: list[int]
 
     @classmethod
     def of(cls, model: nn.Module) -> Snapshot:
@@ -64,6 +65,7 @@ class Snapshot(NamedTuple):
             [module.training for module in modules],
             [id(parameter) for parameter in model.parameters()],
             {name: tensor.clone().numpy().tobytes() for name, tensor in model.state_dict().items()},
+            [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in modules],
         )
 
 

@@ -25,7 +25,6 @@ class NewTensors(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and look at what it returns."""
         result = function(*args, **(kwargs or {}))
         inputs = {leaf.untyped_storage()._cdata for leaf in tensors((args, kwargs))}
         self.count += sum(
@@ -36,7 +35,6 @@ class NewTensors(TorchDispatchMode):
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """List the tensors in nested containers."""
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 

@@ -9,7 +9,6 @@ class AlwaysInEval(nn.BatchNorm2d):
     """A BatchNorm that no `.train()` brings out of its eval state."""
 
     def train(self, mode: bool = True) -> AlwaysInEval:
-        """Stay in eval state."""
         return super().train(False)
 
 

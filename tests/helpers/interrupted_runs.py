@@ -50,11 +50,9 @@ class Waiting(BoringModule):
         self.place = "" if folder is None else folder.name.partition("-")[2]
 
     def train_dataloader(self) -> Any:
-        """Give batches that a resumed run goes on with."""
         return ResumableLoader(images_and_targets(BATCHES).dataset, batch_size=2)
 
     def wait(self, place: str) -> None:
-        """Wait to be interrupted."""
         if self.folder is not None and place == self.place:
             (self.folder / "writing").write_text(str(os.getpid()))
             (self.folder / "writing").rename(self.folder / "there")
@@ -78,7 +76,6 @@ class Waiting(BoringModule):
 
 
 def trainer(folder: Path) -> Any:
-    """Make the Trainer; the same for every part of the run."""
     saving = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=2)
     return make_trainer(quick(), saving, max_epochs=EPOCHS, enable_checkpointing=True)
 
@@ -89,13 +86,11 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def run(folder: Path, module: Waiting, **how: Any) -> None:
-    """Fit, and write down what has come out."""
     trainer(folder).fit(module, **how)
     torch.save({"state_dict": state_of(module), "steps": len(module.losses["fit"])}, folder / "end.pt")
 
 
 def resume(folder: Path) -> None:
-    """Go on from the last checkpoint."""
     run(folder, Waiting(), ckpt_path=folder / f"step={steps_in(folder)[-1]}.ckpt", **TRUSTED)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from helpers.comparing import FORWARD, assert_close, in_float64, outputs
-from lightning_convbn import ConvBNPairs, find_conv_bn_pairs
+from helpers.comparing import FORWARD, assert_close, floats, in_float64, outputs
+from lightning_convbn import ConvBNPairs, find_conv_bn_pairs, fuse_for_deploy
 from lightning_convbn.layers.supported_layers import is_norm
 from lightning_convbn.pairs.find import _proven
 from lightning_convbn.pairs.recording import record_data_flow
@@ -25,7 +25,6 @@ class Counts(NamedTuple):
 
     @classmethod
     def of(cls, pairs: ConvBNPairs) -> Counts:
-        """Count."""
         return cls(len(pairs), len(pairs.frozen), len(pairs.unfrozen))
 
 
@@ -78,9 +77,15 @@ def assert_provers_agree(model: nn.Module, *inputs: Any, untraced: int | None = 
 
 
 def assert_folded_equals_eval(model: nn.Module, *inputs: Any, pairs: ConvBNPairs | None = None) -> None:
-    """Compare the outputs in Tune and in Deploy mode with those in Eval mode, all of them in float64."""
+    """Compare Tune mode, Deploy mode and the Deploy copy with Eval mode, all in float64. The copy has plain layers."""
     model, inputs = copy.deepcopy(model).double(), tree_map(in_float64, inputs)
+    pairs = find_conv_bn_pairs(model) if pairs is None else pairs
     expected = outputs(model, "eval", *inputs, pairs=pairs)
     assert expected
     for mode in ("tune", "deploy"):
         assert_close(outputs(model, mode, *inputs, pairs=pairs), expected, FORWARD)
+    fused = fuse_for_deploy(model, pairs=pairs, example_inputs=inputs if pairs.untraced else None)
+    with torch.no_grad():
+        assert_close(floats(fused(*inputs)), expected, FORWARD)
+    assert sorted(norms(fused)) == sorted([*pairs.unpaired, *pairs.unfused])
+    assert not any(type(module).__module__.startswith("lightning_convbn") for module in fused.modules())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -83,6 +86,19 @@ def small_net(seed: int = 0) -> nn.Module:
         nn.Linear(8, 4),
     )
     return randomized(net, seed)
+
+
+class Net(nn.Module):
+    """A model whose forward is a function of itself and the input, so that a test can say it in a line."""
+
+    def __init__(self, forward: Callable[..., Any], **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.run = forward
+
+    def forward(self, input: Any) -> Any:
+        return self.run(self, input)
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:

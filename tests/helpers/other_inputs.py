@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import UserDict
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +26,6 @@ class TwoImages(LightningModule):
         self.color, self.depth = conv_bn(3, 4), conv_bn(1, 4)
 
     def forward(self, image: Tensor, depth: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
-        """Add both up."""
         features = self.color(image) + self.depth(depth)
         return {"features": features if scale is None else features * scale[:, None, None, None]}
 
@@ -41,7 +38,6 @@ class OneDict(LightningModule):
         self.block = conv_bn(3, 4)
 
     def forward(self, batch: dict[str, Tensor]) -> list[Tensor]:
-        """Hide what is masked."""
         return [self.block(batch["image"]) * batch["mask"], batch["mask"]]
 
 
@@ -53,7 +49,6 @@ class OneList(LightningModule):
         self.block = conv_bn(3, 4)
 
     def forward(self, images: list[Tensor]) -> Tensor:
-        """Run all in one batch."""
         assert isinstance(images, list)
         return self.block(torch.stack(images))
 
@@ -66,7 +61,6 @@ class Unbatched(LightningModule):
         self.linear, self.bn = nn.Linear(3, 4), nn.BatchNorm1d(4)
 
     def forward(self, row: Tensor) -> Tensor:
-        """Make a batch of it."""
         return self.bn(self.linear(row[None]))[0]
 
 
@@ -95,43 +89,3 @@ class WithExample(TwoImages):
     def __init__(self) -> None:
         super().__init__()
         self.example_input_array = self.example
-
-
-@dataclass
-class Prediction:
-    """An output that PyTorch does not look into."""
-
-    scores: Tensor
-    name: str = "scores"
-
-
-class Wrapped(LightningModule):
-    """Takes images, and gives a tensor in what `wrap` makes of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = conv_bn(3, 4)
-
-    def wrap(self, output: Tensor) -> Any:
-        """Give the tensor itself."""
-        return output
-
-    def forward(self, images: Tensor) -> Any:
-        """Run one block."""
-        return self.wrap(self.block(images))
-
-
-class InDataclass(Wrapped):
-    """Gives a list of a dataclass."""
-
-    def wrap(self, output: Tensor) -> Any:
-        """Wrap it twice."""
-        return [Prediction(output)]
-
-
-class InMapping(Wrapped):
-    """Gives a mapping that is no dict."""
-
-    def wrap(self, output: Tensor) -> Any:
-        """Wrap it."""
-        return UserDict(scores=output)

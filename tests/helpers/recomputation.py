@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ class Apply(nn.Module):
 
 
 def conv(inputs: int, outputs: int) -> list[nn.Module]:
-    """A pair."""
     return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)]
 
 
@@ -58,7 +57,6 @@ def pair_of(model: nn.Module, mode: Mode = "tune") -> tuple[nn.Module, nn.Module
 
 @one_thread()
 def results(model: nn.Module, input: Tensor, run: Run | None = None) -> list[Tensor]:
-    """Output and all gradients."""
     model.zero_grad()
     torch.manual_seed(0)
     input = input.clone().requires_grad_()
@@ -84,3 +82,14 @@ def assert_recomputed_alike(model: nn.Module, input: Tensor | None = None, mode:
     kept = [count_saved_bytes(one, input) for one in (plain, recomputing)]
     assert kept[1] <= kept[0]
     return kept
+
+
+def several_forwards(model: nn.Module) -> Iterable[Tensor]:
+    return torch.autograd.grad(sum(model(batch() + shift).square().sum() for shift in range(3)), [*model.parameters()])
+
+
+def double_backward(model: nn.Module) -> Iterable[Tensor]:
+    input = batch().requires_grad_()
+    (slope,) = torch.autograd.grad(model(input).square().sum(), input, create_graph=True)
+    seconds = torch.autograd.grad(slope.square().sum(), [*model.parameters()], allow_unused=True)
+    return [slope.detach(), *(second for second in seconds if second is not None)]

@@ -55,7 +55,6 @@ class Shared(BoringModule):
         self.to(self.precision)
 
     def step(self, stage: str, batch: list[Tensor]) -> Tensor:
-        """Convert the batch as well."""
         return super().step(stage, [tensor.to(self.precision) for tensor in batch])
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
@@ -63,7 +62,6 @@ class Shared(BoringModule):
         return images_and_targets(2 * BATCHES_PER_PROCESS)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Give one batch to each process."""
         return images_and_targets(2)
 
 
@@ -81,11 +79,9 @@ class ByHand(Shared):
         self.automatic_optimization = False
 
     def configure_optimizers(self) -> Any:
-        """Train backbone and head apart."""
         return [torch.optim.SGD(part.parameters(), lr=self.learning_rate) for part in (self.backbone, self.head)]
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """Step both."""
         loss = self.step("fit", batch)
         for optimizer in self.optimizers():
             optimizer.zero_grad()
@@ -99,7 +95,6 @@ class Unused(Shared):
     """A part of the backbone gets no gradient in the second process's even batches."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Leave the head out now and then."""
         features = self.backbone(images)
         skips = self.trainer.global_rank == 1 and self.trainer.global_step % 2
         return features[:, :4] if skips else self.head(features)
@@ -113,7 +108,6 @@ class Budgeted(Shared):
         self.recomputed: list[str] = []
 
     def step(self, stage: str, batch: list[Tensor]) -> Tensor:
-        """Note it."""
         loss = super().step(stage, batch)
         if stage == "fit":
             self.recomputed.append(recompute_of(self.backbone))
@@ -140,14 +134,12 @@ class Sharded(Shared):
         self.units = units
 
     def configure_model(self) -> None:
-        """Shard."""
         mesh = self.device_mesh["data_parallel"]
         for unit in self.units:
             fully_shard(self.get_submodule(unit), mesh=mesh)
 
 
 def fsdp2() -> ModelParallelStrategy:
-    """Shard over both processes."""
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
 
 
@@ -203,7 +195,6 @@ def run(name: str, mode: Any, folder: Path) -> dict[str, Any]:
 
 
 def seen_of(module: Shared, told: list[str]) -> dict[str, Any]:
-    """Gather what is to be compared."""
     state = {name: whole(tensor) for name, tensor in state_of(module).items()}
     converted = [name for name, part in module.named_modules() if is_converted(part)]
     return {
@@ -223,7 +214,6 @@ def is_converted(part: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -231,7 +221,6 @@ class Resumable(Shared):
     """The tiny module on data that can be resumed."""
 
     def train_dataloader(self) -> Any:
-        """Give each process its own."""
         return ResumableLoader(images_and_targets(2 * BATCHES_PER_PROCESS).dataset, batch_size=2)
 
 
@@ -256,7 +245,6 @@ def train_statistics(*callbacks: Any) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    """Run everything and write it down."""
     apply_torch_settings()
     results: dict[Any, Any] = {(name, mode): run(name, mode, folder) for name in RUNS for mode in ("eval", "tune")}
     results["resume"] = resume(folder)

@@ -32,7 +32,6 @@ class SmoothNet(nn.Module):
         self.head = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 4))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return four values for each image."""
         features = self.grouped(self.stem(images))
         gated = self.lone(features * self.gate(features))
         both = torch.cat([features, self.depthwise(nn.functional.silu(gated))], dim=1)

@@ -6,7 +6,6 @@ import csv
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers import comparing
 from lightning_convbn import ConvBNModeCallback, get_mode
 
 BATCHES_PER_EPOCH = 3
@@ -77,7 +77,6 @@ class Backbone(nn.Module):
         pretend_trained(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the features, averaged over the image."""
         features = self.last(self.lone(self.middle(self.stem(images))))
         return self.dropout(features).mean((2, 3))
 
@@ -97,7 +96,6 @@ class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
     skipped = 0
 
     def __iter__(self) -> Iterator[Any]:
-        """Give the batches that are left of the epoch."""
         self.given, first, self.skipped = self.skipped, self.skipped, 0
         for index, batch in enumerate(super().__iter__()):
             if index >= first:
@@ -105,11 +103,9 @@ class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
                 yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Say how many batches of the epoch have been given."""
         return {"given": self.given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Skip those."""
         self.skipped = state["given"]
 
 
@@ -140,11 +136,9 @@ class BoringSteps:
         self.losses: dict[str, list[float]] = defaultdict(list)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Predict the targets."""
         return self.head(self.backbone(images))
 
     def step(self, stage: str, batch: list[Tensor]) -> Tensor:
-        """Record mode and loss."""
         images, targets = batch
         self.modes[stage].append(get_mode(self))
         loss = F.mse_loss(self(images), targets)
@@ -152,7 +146,6 @@ class BoringSteps:
         return loss
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """Train."""
         return self.step("fit", batch)
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
@@ -160,11 +153,9 @@ class BoringSteps:
         self.log("loss", self.step("sanity" if self.trainer.sanity_checking else "validate", batch))
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """Test."""
         self.step("test", batch)
 
     def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """Predict."""
         self.modes["predict"].append(get_mode(self))
         return self(batch[0])
 
@@ -173,11 +164,9 @@ class BoringSteps:
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Give the only data that there are."""
         return images_and_targets(shuffle=self.shuffle)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Give one batch."""
         return images_and_targets(batches=1)
 
     test_dataloader = predict_dataloader = val_dataloader
@@ -189,6 +178,17 @@ class BoringModule(BoringSteps, LightningModule):
     def __init__(self, make_backbone: Callable[[], nn.Module] = Backbone) -> None:
         super().__init__()
         self.build(make_backbone)
+
+
+def module_of(package: Any) -> Any:
+    """Make the tiny LightningModule of one of the two packages."""
+
+    class Module(BoringSteps, package.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.build()
+
+    return Module()
 
 
 class OwnNorm(BoringSteps, LightningModule):
@@ -203,8 +203,16 @@ class OwnNorm(BoringSteps, LightningModule):
         self.forget()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Predict."""
         return self.after(self.bn(self.conv(images))).mean((2, 3))
+
+
+class FindsBatchSize(BoringModule):
+    """Has a batch size to be found."""
+
+    batch_size = 1
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(images_and_targets(batches=4).dataset, batch_size=self.batch_size)
 
 
 class PeekingBackbone(Backbone):
@@ -221,7 +229,6 @@ class PeekingBackbone(Backbone):
         self.seen[:] = [output]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Add it up."""
         features = super().forward(images)
         return features + self.seen.pop().mean((2, 3)) if self.peeks else features
 
@@ -234,7 +241,6 @@ class PrintedLines(ProgressBar):
         self.text = ""
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Keep a line."""
         self.text += " ".join(map(str, args)) + "\n"
 
     def disable(self) -> None:
@@ -280,31 +286,13 @@ def with_fresh_norm() -> BoringModule:
     return module
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """Everything about the modules of a model that the callback must give back."""
-
-    printed: str
-    classes: dict[str, type[nn.Module]]
-    flags: dict[str, bool]
-    attributes: dict[str, list[str]]
-    hooks: dict[str, int]
-    parameters: dict[str, int]
-    keys: list[str]
+class Snapshot(comparing.Snapshot):
+    """What the callback must give back. Weights are trained, and Lightning sets attributes on its module."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Snapshot:
-        """Look at a model."""
-        modules = dict(model.named_modules())
-        return cls(
-            str(model),
-            {name: type(module) for name, module in modules.items()},
-            {name: module.training for name, module in modules.items()},
-            {name: sorted(module.__dict__) for name, module in modules.items() if module is not model},
-            {name: len(module._forward_pre_hooks) + len(module._forward_hooks) for name, module in modules.items()},
-            {name: id(parameter) for name, parameter in model.named_parameters()},
-            list(model.state_dict()),
-        )
+        found = super().of(model)
+        return found._replace(attributes=found.attributes[1:], tensors=dict.fromkeys(found.tensors, b""))
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "layer
 
 
 def resnet() -> nn.Module:
-    """A classifier."""
     return transformers.ResNetForImageClassification(transformers.ResNetConfig(**RESNET))
 
 

@@ -141,36 +141,8 @@ def test_the_gradient_of_a_tap_is_evals_where_the_norm_plays_no_part(mode: Any) 
 # ------------------------------------------------------------------------------------------------ other parameters
 
 
-def new_weight(net: nn.Sequential) -> None:
-    net[0].weight = nn.Parameter(2 * net[0].weight.detach())
-
-
-def new_bias(net: nn.Sequential) -> None:
-    net[0].bias = nn.Parameter(net[0].bias.detach() + 1)
-
-
-def no_bias(net: nn.Sequential) -> None:
-    net[0].bias = None
-
-
-def assigned(net: nn.Sequential) -> None:
-    net.load_state_dict({name: 2 * value for name, value in net.state_dict().items()}, assign=True)
-
-
-def loaded(net: nn.Sequential) -> None:
-    net.load_state_dict({name: 2 * value for name, value in net.state_dict().items()})
-
-
-def other_data(net: nn.Sequential) -> None:
-    net[0].weight.data = 2 * net[0].weight.data
-
-
-def moved(net: nn.Sequential) -> None:
-    net.to("meta")
-
-
-def of_another_dtype(net: nn.Sequential) -> None:
-    net.float()
+def doubled(net: nn.Sequential) -> dict[str, Tensor]:
+    return {name: 2 * value for name, value in net.state_dict().items()}
 
 
 def parametrized(net: nn.Sequential) -> None:
@@ -178,34 +150,41 @@ def parametrized(net: nn.Sequential) -> None:
     net[0].parametrizations.weight.original0.data *= 2
 
 
-REPLACED = [new_weight, new_bias, no_bias, assigned, moved, parametrized]
-WRITTEN = [loaded, other_data, of_another_dtype]
+REPLACED: dict[str, Callable[[nn.Sequential], Any]] = {
+    "another weight": lambda net: setattr(net[0], "weight", nn.Parameter(2 * net[0].weight.detach())),
+    "another bias": lambda net: setattr(net[0], "bias", nn.Parameter(net[0].bias.detach() + 1)),
+    "no bias": lambda net: setattr(net[0], "bias", None),
+    "an assigned state dict": lambda net: net.load_state_dict(doubled(net), assign=True),
+    "another device": lambda net: net.to("meta"),
+    "a parametrization": parametrized,
+}
+WRITTEN: dict[str, Callable[[nn.Sequential], Any]] = {
+    "a loaded state dict": lambda net: net.load_state_dict(doubled(net)),
+    "other data": lambda net: setattr(net[0].weight, "data", 2 * net[0].weight.data),
+    "another dtype": lambda net: net.float(),
+}
 
 
 @MODES
-@pytest.mark.parametrize("change", REPLACED, ids=lambda change: change.__name__)
-def test_a_tap_that_is_read_after_its_parameters_were_replaced_is_evals(
-    mode: Any, change: Callable[[nn.Sequential], None]
-) -> None:
+@pytest.mark.parametrize("change", REPLACED)
+def test_a_tap_that_is_read_after_its_parameters_were_replaced_is_evals(mode: Any, change: str) -> None:
     net = layers()
     expected = net[0](image())
     set_mode(net, mode)
     tap = net[0](image())
     net[1](tap)
-    change(net)
+    REPLACED[change](net)
     assert_close([tap + 0], [expected], 1e-12)
 
 
 @MODES
-@pytest.mark.parametrize("change", WRITTEN, ids=lambda change: change.__name__)
-def test_a_tap_that_is_read_after_its_parameters_were_written_is_an_error(
-    mode: Any, change: Callable[[nn.Sequential], None]
-) -> None:
+@pytest.mark.parametrize("change", WRITTEN)
+def test_a_tap_that_is_read_after_its_parameters_were_written_is_an_error(mode: Any, change: str) -> None:
     net = layers()
     set_mode(net, mode)
     tap = net[0](image())
     net[1](tap)
-    change(net)
+    WRITTEN[change](net)
     with pytest.raises(RuntimeError, match=TOO_LATE):
         tap.sum()
 
@@ -243,3 +222,20 @@ def test_a_tap_that_is_read_after_a_switch_is_evals(mode: Any) -> None:
         net[1](tap)
         set_mode(net, after)  # type: ignore[arg-type]
         assert_close([tap + 0], [expected], 1e-12)
+
+
+def test_a_tap_that_is_read_after_a_write_to_the_input_is_an_error() -> None:
+    net, input = layers(), image()
+    set_mode(net, "tune")
+    tap = net[0](input)
+    input.add_(1)
+    with pytest.raises(RuntimeError, match=TOO_LATE):
+        tap.mean()
+
+
+def test_shape_and_dtype_of_a_tap_can_be_asked_for() -> None:
+    net = layers()
+    set_mode(net, "tune")
+    tap, flat = net[0](image()), torch.ones(2 * 4 * 8 * 8)
+    assert (tap.shape, tap.dim(), tap.size(1), len(tap), tap.dtype) == ((2, 4, 8, 8), 4, 4, 2, torch.float64)
+    assert flat.view_as(tap).shape == flat.reshape_as(tap).shape == torch.ones(1).expand_as(tap).shape

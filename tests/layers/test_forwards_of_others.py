@@ -276,24 +276,6 @@ def test_whoever_takes_only_the_type_of_an_output_is_no_consumer(name: str, mode
     assert len(find_conv_bn_pairs(plain, example_inputs=(image(),))) == 1
 
 
-class WritesItsList(Pair):
-    """Normalises its images in the caller's list, as detectors do, and collects in another one."""
-
-    def forward(self, inputs: list[Tensor]) -> Tensor:  # type: ignore[override]
-        for number, input in enumerate(inputs):
-            inputs[number] = super().forward(input)
-        return torch.stack(inputs)
-
-
-@pytest.mark.parametrize("mode", ["train", *FROZEN])
-def test_a_forward_that_writes_its_list_can_be_measured_and_recorded(mode: Any) -> None:
-    net, given = WritesItsList().double(), [image(), image()]
-    before = [id(input) for input in given]
-    find_conv_bn_pairs(net, example_inputs=(given,))
-    assert measure_memory(net, given, mode=mode).saved_bytes > 0
-    assert [id(input) for input in given] == before
-
-
 def opened_zip(folder: Path) -> Any:
     with zipfile.ZipFile(folder / "data.zip", "w") as archive:
         archive.writestr("a", "text")
@@ -324,7 +306,6 @@ HANDLES: dict[str, tuple[Callable[[Path], Any], Callable[[Any], bool]]] = {
 
 @pytest.fixture
 def handle(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    """A handle, and the way to use it."""
     make, use = HANDLES[request.param]
     made = make(tmp_path)
     yield made, use
@@ -389,14 +370,12 @@ POSITIONAL: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("recompute", ["none", "elementwise"])
 @pytest.mark.parametrize("name", POSITIONAL)
 def test_functions_take_their_arguments_by_position_and_by_name(name: str, recompute: Any) -> None:
-    class Behind(Pair):
-        def forward(self, input: Tensor) -> Tensor:
-            return POSITIONAL[name](F.silu(super().forward(input)))
+    def use(net: Pair, x: Tensor) -> Tensor:
+        return POSITIONAL[name](F.silu(net(x)))
 
-    plain, net = Behind().double().eval(), Behind().double().eval()
-    net.load_state_dict(plain.state_dict())
-    assert len(set_mode(net, "tune", recompute=recompute)) == 1
-    assert_same(results(net, Pair.__call__), results(plain, Pair.__call__))
+    plain, net = pair(), pair()
+    set_mode(net, "tune", recompute=recompute)
+    assert_same(results(net, use), results(plain, use))
 
 
 # ----------------------------------------------------------------------------------- weights written in an evaluation

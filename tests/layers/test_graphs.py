@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.comparing import assert_close
 from helpers.model_checks import randomized
-from helpers.networks import images
+from helpers.networks import Net, images
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -112,60 +112,39 @@ def test_a_pair_that_is_compiled_together_is_folded(wrapped: bool) -> None:
 
 
 def test_a_graph_that_ends_between_the_two_layers_does_not_matter() -> None:
-    class Breaks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = two_blocks()
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.net[0](x)
-            torch._dynamo.graph_break()
-            return self.net[1](x)
+    def breaks(model: Net, x: Tensor) -> Tensor:
+        x = model.net[0](x)
+        torch._dynamo.graph_break()
+        return model.net[1](x)
 
     image, expected = evals(two_blocks())
-    model = Breaks()
-    set_mode(model, "tune", pairs=find_conv_bn_pairs(Breaks(), example_inputs=(image,)))
+    model = Net(breaks, net=two_blocks())
+    set_mode(model, "tune", pairs=find_conv_bn_pairs(model, example_inputs=(image,)))
     assert "convbn='tune'" in str(model.net[0])
     assert_close([torch.compile(model, backend="eager")(image)], [expected], 1e-12)
 
 
 def test_a_norm_left_out_of_the_graph_normalises_what_comes_out_of_it() -> None:
-    class LeavesOut(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = two_blocks()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.outside(self.net[0](x))
-
-        @torch.compiler.disable
-        def outside(self, x: Tensor) -> Tensor:
-            return self.net[1](x)
-
+    outside = torch.compiler.disable(lambda model, x: model.net[1](x))
     image, expected = evals(two_blocks())
-    model = LeavesOut()
+    model = Net(lambda model, x: outside(model, model.net[0](x)), net=two_blocks())
     set_mode(model, "tune", pairs=find_conv_bn_pairs(model, example_inputs=(image,)))
     assert_close([torch.compile(model, backend="eager")(image)], [expected], 1e-12)
 
 
-class Branches(nn.Module):
-    """A pair whose output goes elsewhere too, or alone, after a proof that has not seen it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.way = two_blocks(), "norm"
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.net[0](x)
-        if self.way == "both":
-            return self.net[1](x) + x.mean()
-        return x.relu() if self.way == "alone" else self.net[1](x)
+def branches(model: Net, x: Tensor) -> Tensor:
+    """The output of a convolution goes elsewhere too, or alone, after a proof that has not seen it."""
+    x = model.net[0](x)
+    if model.way == "both":
+        return model.net[1](x) + x.mean()
+    return x.relu() if model.way == "alone" else model.net[1](x)
 
 
 @pytest.mark.parametrize("way", ["norm", "both", "alone"])
 @pytest.mark.parametrize("graph", ["compile", "export", "jit.trace", "make_fx"])
 def test_in_a_graph_nobody_reads_folded_values_either(way: str, graph: str) -> None:
-    model = randomized(Branches()).double().eval()
+    model = Net(branches, net=two_blocks())
+    model.way = "norm"
     image = images(2, 3, 8, 8, dtype=torch.float64)
     pairs = find_conv_bn_pairs(model, example_inputs=(image,))
     model.way = way

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from helpers.comparing import assert_close, gradients, relative
-from helpers.networks import images, random_model, randomized, small_net
+from helpers.networks import Net, images, random_model, randomized, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_convbn import Mode, fuse_for_deploy, set_mode
+from lightning_convbn import Mode, fuse_for_deploy, measure_memory, set_mode
 from lightning_convbn.memory import count_saved_bytes
 
 FOLDED_MODES: tuple[Mode, ...] = ("tune", "deploy")
@@ -24,17 +24,6 @@ NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 SIZE = 6
 
 Layers = tuple[nn.Module, nn.Module, tuple[int, ...]]
-
-
-class WithOutputSize(nn.Module):
-    """A pair whose transposed convolution is told the size of its output."""
-
-    def __init__(self, conv: nn.Module, bn: nn.Module, output_size: list[int]) -> None:
-        super().__init__()
-        self.conv, self.bn, self.output_size = conv, bn, output_size
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.bn(self.conv(input, output_size=self.output_size))
 
 
 def same_size(dims: int) -> st.SearchStrategy[dict[str, Any]]:
@@ -63,7 +52,6 @@ def strided(dims: int) -> st.SearchStrategy[dict[str, Any]]:
 
 @st.composite
 def convolutions(draw: st.DrawFn) -> Layers:
-    """A convolution, its BatchNorm and the shape of an input."""
     dims, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2]))
     options = draw(st.one_of(same_size(dims), strided(dims)))
     conv = CONVS[dims](2 * groups, 3 * groups, groups=groups, bias=draw(st.booleans()), **options)
@@ -91,7 +79,6 @@ def transposed(draw: st.DrawFn) -> Layers:
 
 @st.composite
 def linears(draw: st.DrawFn) -> Layers:
-    """A linear layer, its BatchNorm and the shape of an input."""
     return nn.Linear(4, 3, bias=draw(st.booleans())), draw(norms(3, 1)), (5, 4)
 
 
@@ -131,7 +118,7 @@ def test_any_configuration_equals_eval(mode: Mode, layers: Layers) -> None:
 @pytest.mark.parametrize("dims", TRANSPOSED)
 def test_output_size_of_a_transposed_convolution_is_honoured(dims: int, mode: Mode) -> None:
     conv = TRANSPOSED[dims](2, 3, 3, stride=2, padding=1)
-    model = WithOutputSize(conv, NORMS[dims](3), [8] * dims)
+    model = Net(lambda net, x: net.bn(net.conv(x, output_size=[8] * dims)), conv=conv, bn=NORMS[dims](3))
     assert_equals_eval(model, mode, images(2, 2, *[4] * dims, dtype=torch.float64))
     assert model(images(2, 2, *[4] * dims, dtype=torch.float64)).shape[2:] == (8,) * dims
 
@@ -272,18 +259,6 @@ def test_a_fold_made_within_a_transform_serves_outside_of_it() -> None:
 
 
 @pytest.mark.parametrize("mode", FOLDED_MODES)
-def test_channels_last_is_kept_and_equals_eval(mode: Mode) -> None:
-    net = small_net()[:9].to(memory_format=torch.channels_last)
-    plain = copy.deepcopy(net).eval()
-    set_mode(net, mode)
-    input = images(2, 3, 8, 8).to(memory_format=torch.channels_last)
-    output, expected = net(input), plain(input)
-    assert output.is_contiguous(memory_format=torch.channels_last)
-    assert_close([output], [expected], 1e-5)
-    assert_close(gradients(output, *net.parameters()), gradients(expected, *plain.parameters()), 1e-5)
-
-
-@pytest.mark.parametrize("mode", FOLDED_MODES)
 def test_activation_checkpointing_changes_nothing(mode: Mode) -> None:
     net = small_net().double()
     set_mode(net, mode)
@@ -362,3 +337,53 @@ def test_statistics_written_between_forward_and_backward_are_refused_as_in_eval_
         buffer.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradients(output, *net.parameters())
+
+
+def test_a_geometry_in_numbers_and_lists_is_that_of_the_layer() -> None:
+    net, input = small_net()[:2].double().eval(), images(2, 3, 8, 8, dtype=torch.float64)
+    net[0].padding, net[0].stride, net[0].dilation = 1, 2, [1, 1]
+    expected = net(input)
+    set_mode(net, "tune")
+    assert_close([net(input)], [expected], 1e-12)
+
+
+class Noted(Tensor):
+    """A tensor that doubles what a convolution puts out."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = super().__torch_function__(func, types, args, kwargs or {})
+        return 2 * output if func is torch.conv2d else output
+
+
+def test_another_subclass_of_tensor_handles_both_layers_by_itself() -> None:
+    net, input = small_net()[:2].eval(), images(2, 3, 8, 8).as_subclass(Noted)
+    expected = net(input)
+    set_mode(net, "tune")
+    found = net(input)
+    assert type(found) is type(expected) is Noted
+    assert_close([found.as_subclass(Tensor)], [expected.as_subclass(Tensor)], 1e-5)
+
+
+@pytest.mark.parametrize("recompute", ["none", "elementwise", ["0", "1"]], ids=str)
+def test_where_saved_tensor_hooks_are_forbidden_the_results_are_evals(recompute: Any) -> None:
+    net = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)) for _ in range(2)))
+    input = images(2, 3, 8, 8, dtype=torch.float64)
+    expected = gradients(net.double().eval()(input), *net.parameters())
+    set_mode(net, "tune", recompute=recompute)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        assert_close(gradients(net(input), *net.parameters()), expected, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [nn.Conv2d(16, 2, 3), nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(2, 16, 1), nn.ConvTranspose2d(4, 4, 2, 2)],
+    ids=str,
+)
+def test_only_gamma_trained_never_keeps_more_than_eval(conv: Any) -> None:
+    """Eval mode keeps the output then; where that is smaller than the input, the pair runs as in Eval mode."""
+    net = nn.Sequential(copy.deepcopy(conv).requires_grad_(False), nn.BatchNorm2d(conv.out_channels))
+    image = images(4, conv.in_channels, 12, 12)
+    for wanted in (image, image.clone().requires_grad_()):
+        tune, plain = (measure_memory(net, wanted, mode=mode).saved_bytes for mode in ("tune", "eval"))  # type: ignore[arg-type]
+        assert tune <= plain

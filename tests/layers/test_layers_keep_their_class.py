@@ -8,14 +8,14 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from helpers.comparing import Snapshot, assert_close, gradients
+from helpers.comparing import assert_close, gradients
 from helpers.networks import images, randomized, small_net
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrizations, parametrize
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from lightning_convbn import Mode, find_conv_bn_pairs, set_mode
+from lightning_convbn import Mode, set_mode
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 FROZEN: tuple[Mode, ...] = ("eval", "tune", "deploy")
@@ -23,7 +23,6 @@ FOLDED: tuple[Mode, ...] = ("tune", "deploy")
 
 
 def pair(conv: type[nn.Conv2d] = nn.Conv2d, bn: type[nn.BatchNorm2d] = nn.BatchNorm2d) -> nn.Sequential:
-    """A pair of some classes, in its eval state."""
     torch.manual_seed(0)
     return randomized(nn.Sequential(conv(3, 8, 3), bn(8))).double().eval()  # type: ignore[return-value]
 
@@ -33,7 +32,6 @@ def image() -> Tensor:
 
 
 def results(model: Callable[[Tensor], Tensor], *parameters: Tensor) -> list[Tensor]:
-    """The output, and the gradients of the input and of some parameters."""
     input = image().requires_grad_()
     output = model(input)
     return [output.detach(), *gradients(output, input, *parameters)]
@@ -53,34 +51,6 @@ class Block(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         known = type(self.conv) is nn.Conv2d and type(self.bn).__name__ == "BatchNorm2d"
         return torch.relu(self.bn(self.conv(input))) + (input if known else 0)
-
-
-PAIRS = {
-    "Linear": lambda: (nn.Linear(4, 4), nn.BatchNorm1d(4)),
-    "Conv1d": lambda: (nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)),
-    "Conv2d": lambda: (nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
-    "Conv3d": lambda: (nn.Conv3d(4, 4, 1), nn.BatchNorm3d(4)),
-    "ConvTranspose1d": lambda: (nn.ConvTranspose1d(4, 4, 1), nn.SyncBatchNorm(4)),
-    "ConvTranspose2d": lambda: (nn.ConvTranspose2d(4, 4, 1), nn.BatchNorm2d(4)),
-    "ConvTranspose3d": lambda: (nn.ConvTranspose3d(4, 4, 1), nn.BatchNorm3d(4)),
-}  # layers of other packages: in `test_third_party_classes.py`
-
-
-@pytest.mark.parametrize("name", PAIRS)
-def test_types_stay_in_every_mode(name: str) -> None:
-    model = nn.Sequential(*PAIRS[name]())
-    classes = [type(module) for module in model.modules()]
-    for mode in MODES:
-        assert len(set_mode(model, mode)) == 1
-        assert [type(module) for module in model.modules()] == classes
-
-
-@pytest.mark.parametrize(("mode", "recompute"), [("eval", "blocks"), ("tune", "elementwise"), ("tune", "blocks")])
-def test_types_stay_with_recomputation(mode: Mode, recompute: Any) -> None:
-    model = nn.Sequential(*(Block() for _ in range(3)), nn.SiLU())
-    classes = [type(module) for module in model.modules()]
-    set_mode(model, mode, recompute=recompute)
-    assert [type(module) for module in model.modules()] == classes
 
 
 @pytest.mark.parametrize("mode", FROZEN)
@@ -134,8 +104,9 @@ def exported(model: nn.Module) -> nn.Module:
     return torch.export.export(model, (image(),)).module()
 
 
-def called_with_its_own_tensors(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda input: torch.func.functional_call(model, model.state_dict(), input)
+def called_with_other_tensors(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    others = {name: tensor * 1.5 for name, tensor in model.state_dict().items()}
+    return lambda input: torch.func.functional_call(model, others, input)
 
 
 MADE: dict[str, Callable[[nn.Module], Callable[[Tensor], Any]]] = {
@@ -143,9 +114,7 @@ MADE: dict[str, Callable[[nn.Module], Callable[[Tensor], Any]]] = {
     "fx feature extractor": lambda model: lambda input: create_feature_extractor(model, ["8"])(input)["8"],
     "jit.trace": lambda model: torch.jit.trace(model, image()),
     "export": exported,
-    "functional_call": called_with_its_own_tensors,
-    "deepcopy": copy.deepcopy,
-    "copy": copy.copy,
+    "functional_call": called_with_other_tensors,
 }
 
 
@@ -156,7 +125,8 @@ def test_what_is_made_of_a_converted_model_computes_what_a_plain_one_computes(ma
     plain = small_net()[:9].double().eval()
     model = copy.deepcopy(plain)
     set_mode(model, mode)
-    assert_close([MADE[made](model)(image())], [plain(image())], 1e-9)
+    expected = called_with_other_tensors(plain) if made == "functional_call" else plain
+    assert_close([MADE[made](model)(image())], [expected(image())], 1e-9)
     assert_close(results(model, *model.parameters()), results(plain, *plain.parameters()), 1e-9)
 
 
@@ -330,20 +300,6 @@ def test_the_mode_is_visible_in_print(mode: Mode) -> None:
     assert len(pairs) == 3
 
 
-def test_a_round_trip_leaves_everything_as_it_was_found() -> None:
-    net = small_net()
-    found = Snapshot.of(net)
-    modes: list[Mode] = ["tune", "deploy", "eval", "tune"]
-    for mode in modes:
-        set_mode(net, mode)
-        if mode != "train":
-            net(images(2, 3, 8, 8)).sum().backward()
-        now = Snapshot.of(net)
-        assert (now.classes, now.parameters, now.tensors) == (found.classes, found.parameters, found.tensors)
-    set_mode(net, "train")
-    assert Snapshot.of(net) == found
-
-
 # ---------------------------------------------------------------------------------------------------- compiled models
 
 
@@ -370,19 +326,3 @@ def test_equal_blocks_take_as_many_graphs_as_plain_ones(mode: Mode, counter: Com
         assert_close([model(images(2, 6, 5, 5))], [expected], 1e-5)
         frames.append(counter.frame_count)
     assert frames[1] <= frames[0]
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-def test_three_epochs_with_validation_take_two_graphs(counter: CompileCounter) -> None:
-    model = small_net()
-    compiled = torch.compile(model, backend=counter)
-    for _ in range(3):
-        set_mode(model, "tune")
-        model.train()
-        compiled(images(2, 3, 8, 8)).sum().backward()
-        set_mode(model, "deploy")
-        model.eval()
-        with torch.no_grad():
-            compiled(images(2, 3, 8, 8))
-    assert counter.frame_count == 2
-    assert len(find_conv_bn_pairs(model)) == 3

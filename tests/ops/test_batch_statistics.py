@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from helpers.networks import images, randomized
-from helpers.recomputation import Apply, Run, assert_same_bits, batch, results
+from helpers.recomputation import Apply, Run, assert_same_bits, batch, double_backward, results, several_forwards
 from helpers.torch_settings import one_thread
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -38,7 +38,6 @@ def around(function: Callable[..., Tensor], *layers: nn.Module) -> nn.Module:
 
 
 def step(model: nn.Module, input: Tensor, run: Run | None = None) -> list[Tensor]:
-    """Output, gradients and buffers after a step."""
     return [*results(model, input, run), *(buffer.clone() for buffer in model.buffers())]
 
 
@@ -236,23 +235,12 @@ def _both() -> tuple[nn.Module, nn.Module]:
     return plain, recomputing
 
 
-def _several_forwards(model: nn.Module) -> Iterable[Tensor]:
-    return torch.autograd.grad(sum(model(batch() + shift).square().sum() for shift in range(3)), [*model.parameters()])
-
-
 def _two_backwards(model: nn.Module) -> Iterable[Tensor]:
     loss = model(batch()).square().sum()
     return [
         *torch.autograd.grad(loss, [*model.parameters()], retain_graph=True),
         *torch.autograd.grad(loss, [*model.parameters()]),
     ]
-
-
-def _double_backward(model: nn.Module) -> Iterable[Tensor]:
-    input = batch().requires_grad_()
-    (slope,) = torch.autograd.grad(model(input).square().sum(), input, create_graph=True)
-    seconds = torch.autograd.grad(slope.square().sum(), [*model.parameters()], allow_unused=True)
-    return [slope.detach(), *(second for second in seconds if second is not None)]
 
 
 def _functional(model: nn.Module) -> Iterable[Tensor]:
@@ -301,7 +289,7 @@ def _without_gradients(model: nn.Module) -> Iterable[Tensor]:
 @pytest.mark.parametrize(
     "use",
     [
-        *(_several_forwards, _two_backwards, _double_backward, _functional, _hooks, _after_an_exception),
+        *(several_forwards, _two_backwards, double_backward, _functional, _hooks, _after_an_exception),
         *(_saved_elsewhere, _without_gradients),
     ],
 )

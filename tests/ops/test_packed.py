@@ -11,24 +11,6 @@ from helpers.networks import images
 from helpers.recomputation import IMAGE, PAIR, Apply, assert_recomputed_alike, batch, net
 from torch import Tensor, nn
 
-from lightning_convbn.ops.packed import PackedBits, Window, layout_of, recipe_of_indices
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (8,), (3, 5), (2, 3, 5, 7), (0, 3)])
-def test_bits_come_back(shape: tuple[int, ...]) -> None:
-    mask = images(*shape) > 0
-    assert torch.equal(PackedBits(mask).unpack(), mask)
-    assert PackedBits(mask)._bits.nbytes == -(-mask.numel() // 8)
-
-
-@pytest.mark.parametrize("order", [(0, 2, 3, 1), (3, 1, 0, 2)])
-def test_bits_come_back_in_their_layout(order: tuple[int, ...]) -> None:
-    mask = (images(2, 3, 5, 7) > 0).permute(order)
-    unpacked = PackedBits(mask).unpack()
-    assert torch.equal(unpacked, mask)
-    assert unpacked.stride() == mask.stride()
-
-
 GEOMETRIES: list[dict[str, Any]] = [
     {"kernel_size": 2},
     {"kernel_size": 3, "stride": 2, "padding": 1},
@@ -83,18 +65,3 @@ def test_a_clipped_output_that_somebody_else_reads_after_it_was_packed() -> None
 
     kept = assert_recomputed_alike(net(Apply(branches, nn.Conv2d(6, 4, 1))))
     assert kept[1] == IMAGE + PAIR + 2 * 6 * 64 * 4 + 2 * 6 * 16
-
-
-def test_indices_come_back() -> None:
-    output, index = F.max_pool2d(images(2, 3, 9, 10), 3, 2, 1, return_indices=True)
-    recipe = recipe_of_indices(index, (9, 10), Window.of(2, 3, 2, 1, 1))
-    assert torch.equal(recipe(), index)
-    assert output.shape == index.shape
-
-
-@pytest.mark.parametrize("dense", [False, True])
-def test_a_layout_comes_back(dense: bool) -> None:
-    for tensor in (images(2, 3, 4, 5), images(2, 3, 4, 5).to(memory_format=torch.channels_last)):
-        found = layout_of(tensor, dense=dense)()
-        assert (found.shape, found.dtype) == (tensor.shape, tensor.dtype)
-        assert found.stride() == tensor.stride() or (not dense and tensor.is_contiguous())

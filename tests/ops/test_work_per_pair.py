@@ -12,17 +12,13 @@ import pytest
 import torch
 from helpers.counting_operations import NewTensors
 from helpers.networks import images, random_model
-from helpers.tiny_training import LIGHTNING_SAYS, BoringModule, make_trainer, quick
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_convbn import fuse_for_deploy, set_mode
 
-pytestmark = LIGHTNING_SAYS
-
 
 def nodes(output: Tensor) -> int:
-    """Count the nodes of an autograd graph."""
     seen, waiting = set(), [output.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -48,7 +44,6 @@ class Kernels(TorchDispatchMode):
         return output
 
     def taken(self) -> Counter[str]:
-        """Return the counts, and begin anew."""
         taken, self.names = self.names, Counter()
         return taken
 
@@ -111,16 +106,3 @@ def test_an_activation_is_computed_again_in_the_memory_of_its_input(activation: 
     with NewTensors({torch.Size((2, 8, 20, 20))}) as new:
         output.sum().backward()
     assert new.count == 4  # of the forward pass one; and a gradient of each of the three layers
-
-
-def test_two_runs_from_one_seed_are_the_same_bit_for_bit() -> None:
-    """Losses and weights, through the callback."""
-    runs = []
-    for _ in range(2):
-        torch.manual_seed(5)
-        module = BoringModule()
-        make_trainer(quick(), max_epochs=2).fit(module)
-        runs.append((module.losses["fit"], module.state_dict()))
-    (losses, weights), (again, weights_again) = runs
-    assert losses == again
-    assert all(torch.equal(weights[name], weights_again[name]) for name in weights)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
-import random
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from helpers.comparing import FORWARD, Snapshot, relative
-from helpers.networks import images, randomized
+from helpers.comparing import FORWARD, relative
+from helpers.model_checks import recorded_pairs
+from helpers.networks import Net, images, randomized
 from torch import Tensor, nn
 
 from lightning_convbn import ConvBNPair, ConvBNPairs, find_conv_bn_pairs, set_mode
@@ -31,45 +32,12 @@ class OddBatchNorm2d(nn.BatchNorm2d):
         return super().forward(input) * 2
 
 
-class Net(nn.Module):
-    """A model whose forward is a function of itself and the input, so that a test can say it in a line."""
-
-    def __init__(self, forward: Callable[..., Tensor], **modules: nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-        self.run = forward
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.run(self, input)
-
-
 def shared_conv(net: Net, x: Tensor) -> Tensor:
     return net.second(net.conv(net.bn(net.conv(x))))
 
 
 def norm_used_twice(net: Net, x: Tensor) -> Tensor:
     return net.bn(net.second(net.bn(net.conv(x))))
-
-
-def output_added(net: Net, x: Tensor) -> Tensor:
-    features = net.conv(x)
-    return torch.add(net.bn(features), features)
-
-
-def output_returned(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
-    features = net.conv(x)
-    return net.bn(features), features
-
-
-def output_given_to_a_module(net: Net, x: Tensor) -> Tensor:
-    features = net.conv(x)
-    return net.bn(features) + net.relu(features)
-
-
-def output_given_to_a_method(net: Net, x: Tensor) -> Tensor:
-    features = net.conv(x)
-    return net.bn(features) + features.mean()
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
@@ -84,29 +52,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
         lambda: Net(norm_used_twice, conv=conv(), bn=nn.BatchNorm2d(3), second=conv()),
         {"bn": "is called 2 times, with inputs from different layers"},
     ),
-    "output also added": (
-        lambda: Net(output_added, conv=conv(), bn=nn.BatchNorm2d(3)),
-        {"bn": "the output of its convolution `conv` is also used by `add`"},
-    ),
-    "output also returned": (
-        lambda: Net(output_returned, conv=conv(), bn=nn.BatchNorm2d(3)),
-        {"bn": "the output of its convolution `conv` is also used by the caller, as it is returned"},
-    ),
-    "output also given to a module": (
-        lambda: Net(output_given_to_a_module, conv=conv(), bn=nn.BatchNorm2d(3), relu=nn.ReLU()),
-        {"bn": "the output of its convolution `conv` is also used by `relu`"},
-    ),
-    "output also given to a method": (
-        lambda: Net(output_given_to_a_method, conv=conv(), bn=nn.BatchNorm2d(3)),
-        {"bn": "the output of its convolution `conv` is also used by `Tensor.mean`"},
-    ),
     "behind an activation": (
         lambda: nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(3)),
         {"2": "its input comes from `1` (ReLU), not from a convolution"},
-    ),
-    "behind a function": (
-        lambda: Net(lambda net, x: net.bn(torch.cat([net.conv(x), x], 1)), conv=conv(), bn=nn.BatchNorm2d(6)),
-        {"bn": "its input comes from `cat`, not from a convolution"},
     ),
     "first layer": (
         lambda: nn.Sequential(nn.BatchNorm2d(3), conv()),
@@ -139,6 +87,45 @@ def test_what_is_not_proven_is_refused_with_its_reason_and_computes_as_eval(case
         assert torch.equal(output, other)
 
 
+ALSO = "the output of its convolution `conv` is also used by "
+USES: dict[str, tuple[Callable[[Net, Tensor], Any], str]] = {
+    "added": (lambda net, y: torch.add(net.bn(y), y), f"{ALSO}`add`"),
+    "by keyword": (lambda net, y: torch.add(net.bn(y), other=y), f"{ALSO}`add`"),
+    "in a list": (lambda net, y: torch.cat([net.bn(y), y]), f"{ALSO}`cat`"),
+    "returned": (lambda net, y: (net.bn(y), y), f"{ALSO}the caller, as it is returned"),
+    "given to a module": (lambda net, y: net.bn(y) + net.relu(y), f"{ALSO}`relu`"),
+    "given to its convolution": (lambda net, y: net.bn(y) + net.conv(y), f"{ALSO}`conv`"),
+    "given to another BatchNorm": (lambda net, y: net.bn(y) + net.other(y), f"{ALSO}`other`"),
+    "read before": (lambda net, y: y.mean() + net.bn(y), f"{ALSO}`Tensor.mean`"),
+    "written before": (lambda net, y: (y.mul_(2), net.bn(y))[1], f"{ALSO}`Tensor.mul_`"),
+    "written after": (lambda net, y: net.bn(y) * y.add_(1), f"{ALSO}`Tensor.add_`"),
+    "written in a part": (lambda net, y: (y.__setitem__(0, 0), net.bn(y))[1], f"{ALSO}`Tensor.__setitem__`"),
+    "behind a function": (
+        lambda net, y: net.bn(torch.cat([y, y])),
+        "its input comes from `cat`, not from a convolution",
+    ),
+    "behind a view": (
+        lambda net, y: net.bn(y.view(y.shape)),
+        "its input comes from `Tensor.view`, not from a convolution",
+    ),
+    "normalised twice": (lambda net, y: net.bn(y) + net.bn(-y), "is called 2 times, with inputs from different layers"),
+    "not normalised": (lambda net, y: y, "is never called by the model's forward in its eval state"),
+}
+
+
+@pytest.mark.parametrize("case", USES)
+def test_a_use_of_the_output_is_refused_by_both_provers_and_computes_as_eval(case: str) -> None:
+    use, reason = USES[case]
+    layers = {"conv": conv(), "bn": nn.BatchNorm2d(3), "relu": nn.ReLU(), "other": nn.BatchNorm2d(3)}
+    model, image = randomized(Net(lambda net, x: use(net, net.conv(x)), **layers)).eval(), images(2, 3, 8, 8)
+    plain = copy.deepcopy(model)
+    pairs, recorded = set_mode(model, "tune"), recorded_pairs(plain, image)
+    assert ([*pairs], pairs.unpaired["bn"]) == ([], reason)
+    assert ([*recorded], recorded.unpaired["bn"]) == ([], reason.replace("`Tensor.", "`"))
+    for output, other in zip(model.train()(image), plain(image), strict=True):
+        assert torch.equal(output, other)
+
+
 def test_a_channel_mismatch_is_refused() -> None:
     pairs = find_conv_bn_pairs(nn.Sequential(conv(4), nn.BatchNorm2d(3)))
     assert pairs.unpaired == {"1": "`0` gives 4 channels, not the 3 that it has"}
@@ -163,18 +150,6 @@ def test_a_lazy_norm_is_unfrozen_until_it_is_initialised() -> None:
     assert list(find_conv_bn_pairs(model)) == [("0", "1")]
 
 
-def test_a_norm_of_a_class_of_its_own_stays_frozen_through_train() -> None:
-    model = randomized(nn.Sequential(conv(), OddBatchNorm2d(3)))
-    plain = copy.deepcopy(model).eval()
-    found = Snapshot.of(model)
-    set_mode(model, "tune")
-    assert torch.equal(model.train()(images(2, 3, 8, 8)), plain(images(2, 3, 8, 8)))
-    assert Snapshot.of(model).tensors == found.tensors
-    set_mode(model, "train")
-    assert Snapshot.of(model) == found
-    assert not torch.equal(model(images(2, 3, 8, 8)), plain(images(2, 3, 8, 8)))
-
-
 @pytest.mark.parametrize("read", ["x.shape[0]", "x.size(1)", "x.dim()", "x.ndim", "x.dtype == x.dtype"])
 def test_reading_what_folding_leaves_unchanged_is_allowed(read: str) -> None:
     def forward(net: Net, x: Tensor) -> Tensor:
@@ -184,46 +159,34 @@ def test_reading_what_folding_leaves_unchanged_is_allowed(read: str) -> None:
     assert list(find_conv_bn_pairs(Net(forward, conv=conv(), bn=nn.BatchNorm2d(3)))) == [("conv", "bn")]
 
 
-class AuxiliaryHead(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(conv(), nn.BatchNorm2d(3))
-        self.head = nn.Sequential(conv(), nn.BatchNorm2d(3))
-
-    def forward(self, input: Tensor) -> Tensor:
-        features = self.body(input)
-        return features + self.head(features) if self.training else features
-
-
 def test_a_head_that_eval_never_calls_is_named_so_and_paired_in_training() -> None:
-    model = AuxiliaryHead()
+    def with_a_head(net: Net, x: Tensor) -> Tensor:
+        features = net.body(x)
+        return features + net.head(features) if net.training else features  # type: ignore[no-any-return]
+
+    model = Net(with_a_head, **{name: nn.Sequential(conv(), nn.BatchNorm2d(3)) for name in ("body", "head")})
     assert list(find_conv_bn_pairs(model)) == [("body.0", "body.1"), ("head.0", "head.1")]
     pairs = find_conv_bn_pairs(model.eval())
     assert list(pairs) == [("body.0", "body.1")]
     assert pairs.unpaired == {"head.1": "is never called by the model's forward in its eval state"}
 
 
-class ControlFlow(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = nn.Sequential(conv(), nn.BatchNorm2d(3))
-        self.blocks = nn.ModuleList([nn.Sequential(conv(), nn.BatchNorm2d(3)), conv(), nn.BatchNorm2d(3)])
-        self.conv, self.bn = conv(), nn.BatchNorm2d(3)
-
-    def forward(self, input: Tensor) -> Tensor:
-        features = self.bn(self.conv(self.block(input)))
-        if features.sum() > 0:
-            features = -features
-        for block in self.blocks:
-            features = block(features)
-        return features
-
-
 def test_children_of_what_does_not_trace_are_traced_and_the_rest_is_told_why() -> None:
-    model, image = randomized(ControlFlow()).double(), images(2, 3, 8, 8, dtype=torch.float64)
+    def looks_at_values(net: Net, x: Tensor) -> Tensor:
+        x = net.bn(net.conv(net.block(x)))
+        if x.sum() > 0:
+            x = -x
+        for block in net.blocks:
+            x = block(x)
+        return x
+
+    layers = {"block": nn.Sequential(conv(), nn.BatchNorm2d(3)), "conv": conv(), "bn": nn.BatchNorm2d(3)}
+    blocks = nn.ModuleList([nn.Sequential(conv(), nn.BatchNorm2d(3)), conv(), nn.BatchNorm2d(3)])
+    model = randomized(Net(looks_at_values, **layers, blocks=blocks)).double()
+    image = images(2, 3, 8, 8, dtype=torch.float64)
     plain = copy.deepcopy(model).eval()
     pairs = set_mode(model, "tune")
-    why = "the model` (ControlFlow) can't be traced: symbolically traced variables cannot be used as inputs to control"
+    why = "the model` (Net) can't be traced: symbolically traced variables cannot be used as inputs to control"
     assert list(pairs) == [("block.0", "block.1"), ("blocks.0.0", "blocks.0.1")]
     assert set(pairs.unpaired) == {"bn", "blocks.2"}
     assert all(why in reason for reason in pairs.unpaired.values())
@@ -246,36 +209,12 @@ def test_optional_arguments_are_traced_at_their_defaults() -> None:
     assert list(find_conv_bn_pairs(OptionalArgument())) == [("conv", "bn")]
 
 
-class LeavesTraces(nn.Module):
-    """Its forward does all that a trace must undo."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn, self.dropout = conv(), nn.BatchNorm2d(3), nn.Dropout()
-        self.register_buffer("calls", torch.zeros(()))
-        self.register_buffer("average", torch.zeros(()))
-        self.history: Tensor | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
+def test_tracing_is_silent() -> None:
+    def warns(net: Net, x: Tensor) -> Tensor:
         warnings.warn("called", stacklevel=1)
-        self.history = input
-        self.new = input
-        self.calls += 1
-        self.average = self.average * 0.9 + 1
-        return self.dropout(self.bn(self.conv(input))) * random.random() + torch.rand(1)
+        return net.bn(net.conv(x))  # type: ignore[no-any-return]
 
-
-def test_tracing_leaves_the_model_and_random_states_as_found() -> None:
-    model = LeavesTraces()
-    found, attributes = Snapshot.of(model), dict(model.__dict__)
-    states = torch.get_rng_state(), random.getstate()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert list(find_conv_bn_pairs(model)) == [("conv", "bn")]
-    assert model.__dict__ == attributes
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert random.getstate() == states[1]
-    assert Snapshot.of(model) == found
+    assert list(find_conv_bn_pairs(Net(warns, conv=conv(), bn=nn.BatchNorm2d(3)))) == [("conv", "bn")]
 
 
 def test_one_block_under_two_names_that_is_called_once_is_paired_once() -> None:
@@ -300,16 +239,11 @@ def test_a_reason_names_the_forward_that_calls_a_function_or_a_method() -> None:
 
 
 def test_a_reason_found_in_a_child_names_its_modules_from_the_whole_model() -> None:
-    class Untraceable(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = Net(output_given_to_a_module, conv=conv(), bn=nn.BatchNorm2d(3), relu=nn.ReLU())
-            self.first = Net(lambda net, x: net.bn(x), bn=nn.BatchNorm2d(3))
-
-        def forward(self, input: Tensor) -> Tensor:
-            return self.block(self.first(input)) if input.sum() < 1e9 else input
-
-    assert find_conv_bn_pairs(Untraceable()).unpaired == {
+    layers = {"conv": conv(), "bn": nn.BatchNorm2d(3), "relu": nn.ReLU()}
+    block = Net(lambda net, x: USES["given to a module"][0](net, net.conv(x)), **layers)
+    first = Net(lambda net, x: net.bn(x), bn=nn.BatchNorm2d(3))
+    model = Net(lambda net, x: net.block(net.first(x)) if x.sum() < 1e9 else x, block=block, first=first)
+    assert find_conv_bn_pairs(model).unpaired == {
         "block.bn": "the output of its convolution `block.conv` is also used by `block.relu`",
         "first.bn": "its input comes from the argument `input` of the forward of `first`, not from a convolution",
     }

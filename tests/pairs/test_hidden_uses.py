@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from helpers.comparing import FORWARD, relative
-from helpers.networks import images, randomized
+from helpers.networks import Net, images, randomized
 from torch import Tensor, nn
 
-from lightning_convbn import (
-    find_conv_bn_pairs,
-    fuse_for_deploy,
-    set_mode,
-)
+from lightning_convbn import find_conv_bn_pairs, fuse_for_deploy, set_mode
 
 IMAGE = images(2, 3, 6, 6)
 
 
-class Net(nn.Module):
-    """A convolution, a BatchNorm, and something between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-        randomized(self.eval())
-
-    def forward(self, input: Tensor) -> Any:
-        return self.bn(self.conv(input))
+def pair(forward: Callable[..., Any]) -> nn.Module:
+    return randomized(Net(forward, conv=nn.Conv2d(3, 4, 3), bn=nn.BatchNorm2d(4)).eval())
 
 
-class Stashing(Net):
-    features: list[Tensor]
-
-    def forward(self, input: Tensor) -> Tensor:
-        self.features = [self.conv(input)]
-        return self.bn(self.features[0])
+def stashes(net: Net, x: Tensor) -> Tensor:
+    net.features = [net.conv(x)]
+    return net.bn(net.features[0])  # type: ignore[no-any-return]
 
 
 class Opaque:
@@ -46,16 +32,15 @@ class Opaque:
         self.features, self.output = features, output
 
 
-class ReturningAnObject(Net):
-    def forward(self, input: Tensor) -> Opaque:
-        features = self.conv(input)
-        return Opaque(features, self.bn(features))
+def gives_an_object(net: Net, x: Tensor) -> Opaque:
+    features = net.conv(x)
+    return Opaque(features, net.bn(features))
 
 
-@pytest.mark.parametrize("cls", [Stashing, ReturningAnObject])
+@pytest.mark.parametrize("forward", [stashes, gives_an_object])
 @pytest.mark.parametrize("example_inputs", [None, (IMAGE,)])
-def test_a_hidden_consumer_is_found(cls: type[Net], example_inputs: tuple[Tensor] | None) -> None:
-    found = find_conv_bn_pairs(cls(), example_inputs=example_inputs)
+def test_a_hidden_consumer_is_found(forward: Any, example_inputs: tuple[Tensor] | None) -> None:
+    found = find_conv_bn_pairs(pair(forward), example_inputs=example_inputs)
     assert not len(found)
     assert any(reason in found.unpaired["bn"] for reason in ("is also used by", "can't be traced"))
 
@@ -64,12 +49,11 @@ def test_a_hidden_consumer_is_found(cls: type[Net], example_inputs: tuple[Tensor
 def test_a_scripted_consumer_is_found() -> None:
     scripted = torch.jit.script(_doubled)
 
-    class Scripted(Net):
-        def forward(self, input: Tensor) -> Tensor:
-            features = self.conv(input)
-            return self.bn(features) + scripted(features) if input.sum() < 1e9 else features
+    def reads(net: Net, x: Tensor) -> Tensor:
+        features = net.conv(x)
+        return net.bn(features) + scripted(features) if x.sum() < 1e9 else features
 
-    assert not len(find_conv_bn_pairs(Scripted(), example_inputs=(IMAGE,)))
+    assert not len(find_conv_bn_pairs(pair(reads), example_inputs=(IMAGE,)))
 
 
 def _doubled(x: Tensor) -> Tensor:
@@ -77,18 +61,13 @@ def _doubled(x: Tensor) -> Tensor:
 
 
 def test_a_sequential_whose_parent_reads_between_its_layers_is_caught_by_the_recording() -> None:
-    class Iterating(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    def iterates(net: Net, x: Tensor) -> list[Tensor]:
+        outputs = [x]
+        for layer in net.layers:
+            outputs.append(layer(outputs[-1]) if float(outputs[-1].sum()) < 1e9 else outputs[-1])
+        return outputs
 
-        def forward(self, input: Tensor) -> list[Tensor]:
-            outputs = [input]
-            for layer in self.layers:
-                outputs.append(layer(outputs[-1]) if float(outputs[-1].sum()) < 1e9 else outputs[-1])
-            return outputs
-
-    model = randomized(Iterating().eval())
+    model = randomized(Net(iterates, layers=nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())).eval())
     assert find_conv_bn_pairs(model).untraced
     found = find_conv_bn_pairs(model, example_inputs=(IMAGE,))
     assert found.unpaired["layers.1"].startswith("the output of its convolution `layers.0` is also used by ")
@@ -96,20 +75,18 @@ def test_a_sequential_whose_parent_reads_between_its_layers_is_caught_by_the_rec
 
 
 def test_finding_pairs_is_not_in_the_way_of_a_pending_backward() -> None:
-    model = Net()
+    model = pair(lambda net, x: net.bn(net.conv(x)))
     output = model(IMAGE)
     find_conv_bn_pairs(model, example_inputs=(IMAGE,))
     output.sum().backward()
 
 
 def test_a_deploy_copy_folds_only_what_is_proven_in_its_eval_state() -> None:
-    class Residual(Net):
-        def forward(self, input: Tensor) -> Tensor:
-            features = self.conv(input)
-            output: Tensor = self.bn(features)
-            return output if self.training else output + features
+    def residual(net: Net, x: Tensor) -> Tensor:
+        features = net.conv(x)
+        return net.bn(features) if net.training else net.bn(features) + features  # type: ignore[no-any-return]
 
-    model, image = Residual().double(), IMAGE.double()
+    model, image = pair(residual).double(), IMAGE.double()
     expected = model(image)
     set_mode(model.train(), "tune")
     assert relative(fuse_for_deploy(model)(image), expected) < FORWARD

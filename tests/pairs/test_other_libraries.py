@@ -12,10 +12,10 @@ import segmentation_models_pytorch as smp
 import torch
 import transformers
 from helpers.model_checks import Counts, assert_folded_equals_eval, assert_provers_agree, randomized
-from helpers.networks import images
+from helpers.networks import Net, images
 from helpers.transformers_models import RESNET, mobilenet_v2, resnet, rt_detr
 from mmcv.cnn import ConvModule, DepthwiseSeparableConvModule
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_convbn import ConvBNPair, find_conv_bn_pairs
 
@@ -117,15 +117,8 @@ def test_mmcv() -> None:
 def test_mmcv_module_told_not_to_normalize() -> None:
     """A ConvModule can be called without its norm: what is called decides, not what it holds."""
 
-    class Unnormalized(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = conv_module(3, 4, 3)
-
-        def forward(self, input: Tensor) -> Tensor:
-            return self.block(input, norm=False)
-
-    pairs = assert_provers_agree(Unnormalized().eval(), images(1, 3, 8, 8))
+    model = Net(lambda net, x: net.block(x, norm=False), block=conv_module(3, 4, 3))
+    pairs = assert_provers_agree(model.eval(), images(1, 3, 8, 8))
     assert pairs.unpaired == {"block.bn": "is never called by the model's forward in its eval state"}
 
 

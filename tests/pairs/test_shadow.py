@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers.networks import images
+from helpers.networks import Net, images
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -116,17 +116,13 @@ def test_nobody_can_tell_that_somebody_has_looked(look: str) -> None:
 def test_a_list_of_the_callers_is_left_alone() -> None:
     """Video networks of two paths write into it."""
 
-    class TwoPaths(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)) for _ in range(2))
+    def two_paths(net: Net, paths: list[Tensor]) -> Tensor:
+        for index, block in enumerate((net.first, net.second)):
+            paths[index] = block(paths[index])
+        return paths[0] + paths[1]
 
-        def forward(self, paths: list[Tensor]) -> Tensor:
-            for index, block in enumerate(self.blocks):
-                paths[index] = block(paths[index])
-            return paths[0] + paths[1]
-
-    model, paths = TwoPaths().eval(), [IMAGE, IMAGE + 1]
+    blocks = [nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)) for _ in range(2)]
+    model, paths = Net(two_paths, first=blocks[0], second=blocks[1]).eval(), [IMAGE, IMAGE + 1]
     given = list(paths)
     assert len(find_conv_bn_pairs(model, example_inputs=(paths,))) == 2
     measure_memory(model, paths, mode="tune")
@@ -189,14 +185,9 @@ def test_a_hook_that_is_a_method_of_the_model_runs_in_the_shadow() -> None:
 def test_a_reentrant_checkpoint_is_a_use_of_what_it_is_given(look: str) -> None:
     """Its backward pass runs the BatchNorm again, on a tensor without a graph: no fold can go over that border."""
 
-    class Crossed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    def crossed(net: Net, x: Tensor) -> Any:
+        return checkpoint(net.bn, net.conv(x), use_reentrant=True)
 
-        def forward(self, x: Tensor) -> Tensor:
-            output: Tensor = checkpoint(self.bn, self.conv(x), use_reentrant=True)
-            return output
-
-    pairs = find_conv_bn_pairs(Crossed(), example_inputs=None if look == "trace" else (IMAGE,))
+    model = Net(crossed, conv=nn.Conv2d(3, 4, 3), bn=nn.BatchNorm2d(4))
+    pairs = find_conv_bn_pairs(model, example_inputs=None if look == "trace" else (IMAGE,))
     assert "use_reentrant=True" in pairs.unpaired["bn"]

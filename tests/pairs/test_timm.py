@@ -5,6 +5,9 @@ The provers look at the data flow alone, so they run on the meta device, at each
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -15,100 +18,21 @@ from torch import nn
 # What other libraries deprecate from release to release is no failure of these tests.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# What becomes of the BatchNorms of ten models that people fine-tune (docs/benchmarks/coverage.md).
+COVERAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "coverage.json"
+# What becomes of the BatchNorms of models that people fine-tune, as the docs say it.
 COUNTS = {
-    "efficientnet_b0": Counts(49, 0),
-    "mobilenetv3_large_100": Counts(46, 0),
-    "efficientnetv2_rw_s": Counts(112, 0),
-    "regnety_004": Counts(53, 0),
-    "levit_128": Counts(4, 60),
-    "hrnet_w18": Counts(325, 0),
-    "repvgg_a0": Counts(44, 17),
-    "mixnet_s": Counts(15, 34),
-    "ghostnet_100": Counts(80, 0),
-    "nasnetalarge": Counts(260, 4),
+    row["model"].removeprefix("timm:"): Counts(row["folded"], row["frozen"], row["unfrozen"])
+    for row in json.loads(COVERAGE.read_text())["rows"]
+    if row["model"].startswith("timm:")
 }
-
 LARGE = {"efficientnetv2_rw_s", "hrnet_w18", "nasnetalarge"}
 
-# A small member of each other architecture; those in one line come from one file of timm. The rest of the tests takes
-# a dozen that have little in common.
-FAST = {
-    "bat_resnext26ts",
-    "botnet26t_256",
-    "coatnet_nano_rw_224",
-    "cspresnet50",
-    "efficientvit_b0",
-    "fastvit_t8",
-    "levit_conv_128s",
-    "mobilenetv4_hybrid_medium",
-    "regnetz_b16",
-    "tiny_vit_5m_224",
-    "xcit_nano_12_p16_224",
-    "xception41p",
-}
-SMALL_MEMBERS = """
-    botnet26t_256 eca_halonext26ts lambda_resnet26t
-    gernet_s resnext26ts gcresnext26ts bat_resnext26ts mobileone_s1 regnetz_b16
-    convmixer_768_32
-    cpubone_nano
-    darknet17 cspresnet50 cs3darknet_focus_s
-    cspnext_tiny
-    densenet121
-    dla46_c dla60_res2net
-    dpn48b
-    efficientformer_l1
-    efficientformerv2_s0
-    efficientnet_es efficientnetv2_rw_t fbnetc_100 mnasnet_small mobilenet_edgetpu_100 mobilenetv1_100 mobilenetv2_050
-    semnasnet_075 spnasnet_100 tf_efficientnet_b0 tf_efficientnetv2_b0 tf_mixnet_s tinynet_e
-    efficientvim_m1
-    efficientvit_b0 efficientvit_l1
-    efficientvit_m0
-    fasternet_t0
-    fastvit_t8
-    ghostnetv2_100 ghostnetv3_050
-    hardcorenas_a
-    hgnet_tiny hgnetv2_b0
-    hrnet_w18_small
-    iformer_t
-    inception_next_atto
-    inception_resnet_v2
-    inception_v3
-    inception_v4
-    lcnetv2_small
-    levit_conv_128s
-    lowformer_b0
-    coatnet_nano_rw_224
-    fbnetv3_b lcnet_035 mobilenetv3_small_050 mobilenetv4_conv_small mobilenetv4_hybrid_medium
-    mobilevit_xxs mobilevitv2_050
-    nextvit_small
-    regnetv_040 regnetx_002
-    repghostnet_050
-    repvit_m0_9
-    res2net50_14w_8s
-    resnest14d
-    ecaresnet26t resnet18 resnetblur50 resnetrs50 resnext50_32x4d seresnext26t_32x4d
-    resnetv2_18
-    rexnet_100
-    selecsls42
-    legacy_seresnet18
-    shvit_s1
-    skresnet18
-    starnet_s050
-    swiftformer_xs
-    tiny_vit_5m_224
-    tresnet_m
-    vgg11_bn
-    visformer_tiny
-    vit_small_resnet26d_224
-    volo_d1_224
-    eca_vovnet39b ese_vovnet19b_slim_dw
-    legacy_xception
-    xception41 xception41p
-    xcit_nano_12_p16_224
-    maxvit_tiny_tf_224 pnasnet5large
-"""
-ARCHITECTURES = SMALL_MEMBERS.split()
+# A dozen architectures that have little in common. By night all of timm is tried.
+ARCHITECTURES = [
+    *("bat_resnext26ts", "botnet26t_256", "coatnet_nano_rw_224", "cspresnet50", "efficientvit_b0", "fastvit_t8"),
+    *("levit_conv_128s", "mobilenetv4_hybrid_medium", "regnetz_b16", "tiny_vit_5m_224"),
+    *("xcit_nano_12_p16_224", "xception41p"),
+]
 
 NUMERIC = {
     "mobilenetv3_small_050": 64,  # BatchNormAct2d
@@ -135,9 +59,7 @@ def test_counts(name: str) -> None:
     assert Counts.of(assert_provers_agree(model, image)) == COUNTS[name]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in ARCHITECTURES]
-)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_provers_agree(name: str) -> None:
     model, image = abstract_model(name)
     pairs = assert_provers_agree(model, image)

@@ -6,72 +6,35 @@ The provers look at the data flow alone, so where a model looks at no values the
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import pytest
 import torch
-from helpers.comparing import assert_close, outputs
+from helpers.comparing import BACKWARD, gradients, relative
 from helpers.model_checks import Counts, assert_folded_equals_eval, assert_provers_agree, norms, randomized
-from helpers.networks import images
+from helpers.networks import FAMILIES, images, random_model
 from torch import nn
 from torchvision import models
 
-from lightning_convbn import find_conv_bn_pairs
+from lightning_convbn import Mode, set_mode
 
 # What other libraries deprecate from release to release is no failure of these tests.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-CLASSIFIERS = {
+# What becomes of the BatchNorms of models that have little in common. By night all of torchvision is tried.
+COUNTS = {
     "densenet121": Counts(59, 62),
-    "efficientnet_b0": Counts(49, 0),
-    "efficientnet_v2_s": Counts(110, 0),
-    "googlenet": Counts(57, 2),
-    "inception_v3": Counts(94, 2),
-    "maxvit_t": Counts(23, 11),
-    "mnasnet0_5": Counts(52, 0),
-    "mobilenet_v2": Counts(52, 0),
-    "mobilenet_v3_small": Counts(34, 0),
-    "regnet_x_400mf": Counts(71, 0),
-    "regnet_y_400mf": Counts(53, 0),
-    "resnet18": Counts(20, 0),
-    "resnet50": Counts(53, 0),
-    "resnext50_32x4d": Counts(53, 0),
-    "shufflenet_v2_x0_5": Counts(56, 0),
-    "vgg11_bn": Counts(8, 0),
-    "wide_resnet50_2": Counts(53, 0),
-}
-SEGMENTERS = {
-    "deeplabv3_mobilenet_v3_large": Counts(53, 0),
-    "deeplabv3_resnet50": Counts(60, 0),
-    "fcn_resnet50": Counts(54, 0),
-    "lraspp_mobilenet_v3_large": Counts(47, 0),
-}
-VIDEO = {"r2plus1d_18": Counts(37, 0), "s3d": Counts(77, 0)}
-DETECTORS = {
     "fasterrcnn_mobilenet_v3_large_320_fpn": Counts(46, 0),
-    "fasterrcnn_mobilenet_v3_large_fpn": Counts(46, 0),
-    "fasterrcnn_resnet50_fpn": Counts(53, 0),
-    "fasterrcnn_resnet50_fpn_v2": Counts(65, 0),
-    "fcos_resnet50_fpn": Counts(53, 0),
-    "keypointrcnn_resnet50_fpn": Counts(53, 0),
-    "maskrcnn_resnet50_fpn": Counts(53, 0),
-    "maskrcnn_resnet50_fpn_v2": Counts(69, 0),
-    "retinanet_resnet50_fpn": Counts(53, 0),
-    "retinanet_resnet50_fpn_v2": Counts(53, 0),
+    "googlenet": Counts(57, 2),
+    "lraspp_mobilenet_v3_large": Counts(47, 0),
+    "maxvit_t": Counts(23, 11),
+    "mobilenet_v3_small": Counts(34, 0),
+    "r2plus1d_18": Counts(37, 0),
+    "regnet_x_400mf": Counts(71, 0),
     "ssdlite320_mobilenet_v3_large": Counts(70, 0),
 }
-COUNTED = {**CLASSIFIERS, **SEGMENTERS, **VIDEO, **DETECTORS}
-FAST = {
-    "densenet121",
-    "googlenet",
-    "maxvit_t",
-    "mobilenet_v3_small",
-    "regnet_x_400mf",
-    "lraspp_mobilenet_v3_large",
-    "r2plus1d_18",
-    "fasterrcnn_mobilenet_v3_large_320_fpn",
-    "ssdlite320_mobilenet_v3_large",
-}
+DETECTORS = models.list_models(module=models.detection)
 
 
 def build(name: str, **options: Any) -> nn.Module:
@@ -101,53 +64,44 @@ def prepared(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     return model, (torch.empty(1, 3, *((16,) if ".video" in kind else ()), size, size, device="meta"),)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in COUNTED]
-)
+@pytest.mark.parametrize("name", COUNTS)
 def test_counts(name: str) -> None:
     model, inputs = prepared(name)
-    assert Counts.of(assert_provers_agree(model, *inputs)) == COUNTED[name]
+    assert Counts.of(assert_provers_agree(model, *inputs)) == COUNTS[name]
 
 
 @pytest.mark.slow
-def test_optical_flow() -> None:
-    """RAFT's small member has no BatchNorm with running statistics; its large one has some among InstanceNorms."""
-    assert not norms(prepared("raft_small")[0])
-    model, _ = prepared("raft_large")
-    assert Counts.of(find_conv_bn_pairs(model)) == Counts(15, 0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*models.list_models()} - COUNTED.keys()))
+@pytest.mark.parametrize("name", sorted({*models.list_models()} - COUNTS.keys()))
 def test_provers_agree_on_all_of_torchvision(name: str) -> None:
     model, inputs = prepared(name)
     if norms(model):  # or else there is nothing to record
         assert_provers_agree(model, *inputs, untraced=None)
 
 
+NUMERIC: dict[str, tuple[int, ...]] = {
+    **{name: (1, 3, size, size) for name, size in FAMILIES.items()},
+    "maxvit_t": (1, 3, 224, 224),
+    "deeplabv3_mobilenet_v3_large": (2, 3, 64, 64),
+    "lraspp_mobilenet_v3_large": (2, 3, 64, 64),
+    "r2plus1d_18": (1, 3, 4, 32, 32),
+}
+SLOW = re.compile("efficientnet|inception|maxvit|mnasnet|regnet_y|resnext|resnet50|vgg|wide")
+
+
 @pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        pytest.param("maxvit_t", (1, 3, 224, 224), marks=pytest.mark.slow),
-        ("deeplabv3_mobilenet_v3_large", (2, 3, 64, 64)),
-        ("lraspp_mobilenet_v3_large", (2, 3, 64, 64)),
-        ("r2plus1d_18", (1, 3, 4, 32, 32)),
-    ],
+    "name", [pytest.param(name, marks=pytest.mark.slow if SLOW.match(name) else []) for name in NUMERIC]
 )
-def test_folded_equals_eval(name: str, shape: tuple[int, ...]) -> None:
+def test_folded_equals_eval(name: str) -> None:
     torch.manual_seed(0)
-    assert_folded_equals_eval(randomized(build(name)), images(*shape))
+    model = random_model(name) if name in FAMILIES else randomized(build(name))
+    assert_folded_equals_eval(model, images(*NUMERIC[name]))
 
 
-@pytest.mark.slow
-def test_folded_equals_eval_in_optical_flow() -> None:
-    """In float32, since RAFT computes its grid of coordinates in no other precision.
-
-    The longest sums have 1152 products, and a path has about 40 convolutions: the root of ``1152 * 40`` roundings of
-    2**-24 is 1.3e-5, and each of the two modes has them.
-    """
-    torch.manual_seed(0)
-    model, pair = randomized(build("raft_large")), (images(1, 3, 128, 128), images(1, 3, 128, 128, seed=2))
-    expected = outputs(model, "eval", *pair, num_flow_updates=1)
-    for mode in ("tune", "deploy"):
-        assert_close(outputs(model, mode, *pair, num_flow_updates=1), expected, 1e-4)
+@pytest.mark.parametrize(("name", "mode"), [("resnet18", "deploy"), ("mobilenet_v3_small", "tune")])
+def test_gradients_of_parameters_equal_evals(name: str, mode: Mode) -> None:
+    model, batch = random_model(name).double(), images(2, 3, 64, 64, dtype=torch.float64)
+    found = []
+    for each in ("eval", mode):
+        set_mode(model, each)  # type: ignore[arg-type]
+        found.append(torch.cat([gradient.flatten() for gradient in gradients(model(batch), *model.parameters())]))
+    assert relative(found[1], found[0]) < BACKWARD

@@ -11,7 +11,7 @@ from efficientnet_lite_pytorch.utils import Conv2dStaticSamePadding
 from helpers.comparing import Snapshot, assert_close
 from helpers.model_checks import norms
 from helpers.model_checks import randomized as randomized_frozen_too
-from helpers.networks import images, randomized, small_net
+from helpers.networks import Net, images, randomized, small_net
 from helpers.tiny_training import BoringModule, make_trainer, quick
 from lightning.fabric import Fabric
 from timm.layers import BatchNormAct2d
@@ -83,16 +83,11 @@ def test_a_lightningmodule_attached_to_a_trainer_is_copied_without_it() -> None:
 
 
 def test_a_tensor_that_a_forward_left_behind_is_copied_without_its_graph() -> None:
-    class Stash(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = small_net()
+    def stashes(net: Net, x: Tensor) -> Tensor:
+        net.features = net.inner(x)
+        return net.features
 
-        def forward(self, input: Tensor) -> Tensor:
-            self.features = self.net(input)
-            return self.features
-
-    model = Stash()
+    model = Net(stashes, inner=small_net())
     model(images(2, 3, 8, 8))
     fused = fuse_for_deploy(model)
     assert model.features.grad_fn is not None

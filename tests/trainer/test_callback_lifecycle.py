@@ -14,23 +14,18 @@ from helpers.tiny_training import (
     BATCHES_PER_EPOCH,
     LIGHTNING_SAYS,
     BoringModule,
+    FindsBatchSize,
     Snapshot,
     differing,
     half_in_eval,
-    images_and_targets,
     make_trainer,
     quick,
     state_of,
     statistics_of,
 )
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
-    BatchSizeFinder,
-    LearningRateFinder,
-)
+from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, LearningRateFinder
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lightning_convbn import set_mode
 
@@ -44,8 +39,6 @@ needs_averaging = pytest.mark.skipif(EMAWeightAveraging is None, reason="EMAWeig
 
 
 def make_raise(owner: Any, hook: str, error: BaseException) -> None:
-    """Let a hook of one LightningModule or callback raise."""
-
     def raising(*args: Any, **kwargs: Any) -> None:
         raise error
 
@@ -63,49 +56,19 @@ def assert_fits_in_tune(module: BoringModule, *callbacks: Any, plain: Snapshot) 
     assert Snapshot.of(module) == plain
 
 
+FIT_HOOKS = """
+setup configure_optimizers on_fit_start train_dataloader val_dataloader on_train_start on_train_epoch_start
+on_train_batch_start training_step optimizer_step on_train_batch_end on_validation_model_eval on_validation_start
+validation_step on_validation_end on_validation_model_train on_train_epoch_end on_train_end on_fit_end teardown
+"""
 MODULE_HOOKS = {
-    "fit": [
-        "setup",
-        "configure_optimizers",
-        "on_fit_start",
-        "train_dataloader",
-        "val_dataloader",
-        "on_train_start",
-        "on_train_epoch_start",
-        "on_train_batch_start",
-        "training_step",
-        "optimizer_step",
-        "on_train_batch_end",
-        "on_validation_model_eval",
-        "on_validation_start",
-        "validation_step",
-        "on_validation_end",
-        "on_validation_model_train",
-        "on_train_epoch_end",
-        "on_train_end",
-        "on_fit_end",
-        "teardown",
-    ],
+    "fit": FIT_HOOKS.split(),
     "validate": ["on_validation_model_eval", "validation_step", "on_validation_end"],
     "test": ["on_test_start", "test_step", "on_test_end"],
     "predict": ["on_predict_start", "predict_step", "on_predict_end", "teardown"],
 }
-ALWAYS = {
-    "setup",
-    "on_train_batch_start",
-    "training_step",
-    "validation_step",
-    "test_step",
-    "predict_step",
-    "on_fit_end",
-}
-CALLBACK_HOOKS = [
-    "on_fit_start",
-    "on_train_batch_start",
-    "on_validation_start",
-    "on_validation_batch_end",
-    "teardown",
-]
+ALWAYS = {"setup", "on_train_batch_start", "training_step", "validation_step", "test_step", "predict_step"}
+CALLBACK_HOOKS = ["on_fit_start", "on_train_batch_start", "on_validation_start", "on_validation_batch_end", "teardown"]
 
 
 @pytest.mark.parametrize(
@@ -162,20 +125,6 @@ def test_an_error_in_the_forward_of_the_target_leaves_it_plain(calls: int) -> No
     assert_fits_in_tune(module, callback, plain=before)
 
 
-def test_after_an_error_module_and_callback_can_go_separate_ways() -> None:
-    """Neither holds on to the other."""
-    module, callback = BoringModule(), quick()
-    before = Snapshot.of(module)
-    make_raise(module, "validation_step", RuntimeError("boom"))
-    trainer = make_trainer(callback)
-    with pytest.raises(RuntimeError, match="boom"):
-        trainer.fit(module)
-    del module.validation_step
-    assert_fits_in_tune(module, quick(), plain=before)
-    other = BoringModule()
-    assert_fits_in_tune(other, callback, plain=Snapshot.of(other))
-
-
 def test_an_error_in_a_later_run_does_not_bring_back_the_flags_of_an_earlier_one() -> None:
     """It comes before our ``setup``, when the flags on record are those of the run before."""
     module, callback = BoringModule(), quick()
@@ -202,14 +151,9 @@ def interruptible() -> Iterator[None]:
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("stage", "hook"),
-    [
-        ("fit", "training_step"),
-        ("fit", "validation_step"),
-        ("predict", "predict_step"),
-    ],
+    [("fit", "training_step"), ("fit", "validation_step"), ("predict", "predict_step")],
 )
 def test_ctrl_c_leaves_the_module_plain(stage: str, hook: str) -> None:
-    """Lightning turns it into an exit."""
     module, callback = half_in_eval(), quick()
     before = Snapshot.of(module)
     make_raise(module, hook, KeyboardInterrupt())
@@ -249,16 +193,6 @@ def test_an_error_while_a_finder_tries_is_repaired_by_the_next_fit(tmp_path: Pat
 # ---------------------------------------------------------------------------------------------- other callbacks
 
 
-class FindsBatchSize(BoringModule):
-    """Has a batch size to be found."""
-
-    batch_size = 1
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Give batches of that size."""
-        return DataLoader(images_and_targets(batches=4).dataset, batch_size=self.batch_size)
-
-
 @pytest.mark.filterwarnings("ignore:Failed to compute suggestion for learning rate")
 @pytest.mark.parametrize("ours_first", [False, True])
 @pytest.mark.parametrize(
@@ -273,7 +207,6 @@ class FindsBatchSize(BoringModule):
 def test_what_a_finder_tries_is_tune_mode(
     tmp_path: Path, finder: Any, arguments: dict[str, Any], ours_first: bool
 ) -> None:
-    """Or it would find what is good for another network, one that needs more memory."""
     module = FindsBatchSize()
     before = Snapshot.of(module)
     callbacks = [quick(), finder(**arguments)]
@@ -288,7 +221,6 @@ class KeepsValidation(BoringModule):
     """Keeps what validation saw and said at its end."""
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """Keep the weights in force, and the predictions."""
         super().validation_step(batch, batch_idx)
         self.seen, self.said = state_of(self), self(batch[0])
 
@@ -322,11 +254,9 @@ class StartsWithTheHead(BoringModule):
         self.weights: list[Tensor] = []
 
     def on_train_epoch_start(self) -> None:
-        """Keep the weight."""
         self.weights.append(self.backbone.last[0].weight.detach().clone())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Leave the backbone to the callback that unfreezes it."""
         return torch.optim.SGD(self.head.parameters(), lr=self.learning_rate)
 
 

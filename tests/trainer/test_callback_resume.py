@@ -1,7 +1,9 @@
-"""Checkpoints are those of the plain model, and a resumed run ends where an uninterrupted one does."""
+"""Checkpoints are those of the plain model. A resumed run ends where an uninterrupted one does."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 pytestmark = [*RESUMING_SAYS, pytest.mark.filterwarnings("ignore:ConvBN. start_epoch=. is not reached")]
+STAYS = pytest.mark.filterwarnings("ignore:ConvBN. 1 BatchNorm.s. of `backbone` stay in Train mode")
 
 
 def train(module: BoringModule, folder: Path, epochs: int, *callbacks: Any, resume: Path | None = None) -> None:
@@ -35,7 +38,6 @@ def train(module: BoringModule, folder: Path, epochs: int, *callbacks: Any, resu
 
 
 def checkpoint_of(path: Path) -> dict[str, Any]:
-    """Read a checkpoint."""
     return torch.load(path, weights_only=False)
 
 
@@ -70,7 +72,6 @@ def test_a_checkpoint_that_is_saved_while_folded_is_plain_too(tmp_path: Path) ->
 
 
 def test_a_run_without_the_callback_is_resumed_with_it_and_the_other_way_round(tmp_path: Path) -> None:
-    """Epoch 0 without, epoch 1 with, epoch 2 without."""
     modes = []
     for epoch, callbacks in enumerate(([], [quick()], [])):
         module = BoringModule()
@@ -100,7 +101,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     assert differing(state_of(resumed), state_of(straight)) == []
 
 
-@pytest.mark.filterwarnings("ignore:ConvBN. 1 BatchNorm.s. of `backbone` stay in Train mode")
+@STAYS
 def test_an_untrained_batchnorm_is_still_known_when_the_run_is_resumed(tmp_path: Path) -> None:
     """By then its statistics have moved, and it must go on as it began."""
     straight = with_fresh_norm()
@@ -113,11 +114,51 @@ def test_an_untrained_batchnorm_is_still_known_when_the_run_is_resumed(tmp_path:
     assert differing(state_of(resumed), state_of(straight)) == []
 
 
+@STAYS
+def test_later_stages_keep_the_note(tmp_path: Path) -> None:
+    """So the checkpoints before and after a test are the same."""
+    module, trainer, notes = with_fresh_norm(), make_trainer(quick()), []
+    trainer.fit(module)
+    for stage in (trainer.validate, trainer.test, trainer.predict):
+        stage(module)
+        trainer.save_checkpoint(tmp_path / "saved.ckpt")
+        notes.append(torch.load(tmp_path / "saved.ckpt", weights_only=False)["lightning_convbn"])
+    assert notes == [{"backbone": ["middle.1"]}] * 3
+
+
+def test_a_second_fit_leaves_it_in_train_mode_and_says_so_again() -> None:
+    """By its statistics it has been trained by then."""
+    module, callback = with_fresh_norm(), quick()
+    for fits in (1, 2):
+        with pytest.warns(UserWarning, match="1 BatchNorm.s. of `backbone` stay in Train mode: `middle.1`"):
+            make_trainer(callback).fit(module)
+        assert module.backbone.middle[1].num_batches_tracked == fits * BATCHES_PER_EPOCH
+
+
+@STAYS
+def test_another_module_has_no_part_in_the_note() -> None:
+    """Its BatchNorm of that name has been trained."""
+    callback, other = quick(), BoringModule()
+    make_trainer(callback).fit(with_fresh_norm())
+    make_trainer(callback).fit(other)
+    assert other.backbone.middle[1].num_batches_tracked == 0
+
+
+@STAYS
+def test_a_callback_that_was_used_can_be_copied_and_pickled() -> None:
+    """The copy is of the arguments, and of no run."""
+    callback = quick("eval")
+    make_trainer(callback).fit(with_fresh_norm())
+    for copied in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        module = BoringModule()
+        make_trainer(copied).fit(module)
+        assert module.modes["fit"] == ["eval"] * BATCHES_PER_EPOCH
+
+
 class ResumableModule(BoringModule):
     """The tiny module, on a data loader that can be resumed."""
 
     def train_dataloader(self) -> ResumableLoader:
-        """Give the same batches."""
         return ResumableLoader(images_and_targets().dataset, batch_size=2)
 
 

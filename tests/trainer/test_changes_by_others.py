@@ -17,20 +17,18 @@ from helpers.tiny_training import (
     LIGHTNING_SAYS,
     Backbone,
     BoringModule,
+    FindsBatchSize,
     PrintedLines,
     Snapshot,
     conv_bn,
-    images_and_targets,
     make_trainer,
     pretend_trained,
     quick,
 )
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, Timer
-from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.ao import quantization
-from torch.utils.data import DataLoader
 
 from lightning_convbn import ConvBNModeCallback, find_conv_bn_pairs, get_mode
 from lightning_convbn.pairs import reasons
@@ -62,7 +60,6 @@ class InHook(Callback):
 def in_own_hook(
     module: BoringModule, hook: str, act: Callable[[Any], Any], when: Callable[[], bool] = lambda: True
 ) -> None:
-    """Let a LightningModule do something to itself, once, in one hook."""
     acted = []
 
     def called(*args: Any, **kwargs: Any) -> None:
@@ -74,7 +71,6 @@ def in_own_hook(
 
 
 def prepare_qat(module: Any) -> None:
-    """Prepare for quantisation-aware training, in place."""
     module.backbone.train()
     module.backbone.qconfig = quantization.get_default_qat_qconfig("fbgemm")
     quantization.prepare_qat(module.backbone, inplace=True)
@@ -82,16 +78,6 @@ def prepare_qat(module: Any) -> None:
 
 def quantised(model: nn.Module) -> int:
     return sum(type(module) is torch.ao.nn.qat.Conv2d for module in model.modules())
-
-
-class FindsBatchSize(BoringModule):
-    """Has a batch size to be found."""
-
-    batch_size = 1
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Give batches of that size."""
-        return DataLoader(images_and_targets(batches=4).dataset, batch_size=self.batch_size)
 
 
 @pytest.mark.parametrize("ours_first", [True, False])
@@ -146,15 +132,6 @@ def test_after_a_run_the_list_of_callbacks_is_what_it_was(stage: str, error: Exc
         with pytest.raises(ZeroDivisionError):
             getattr(trainer, stage)(module)
     assert trainer.callbacks is found
-    assert trainer.callbacks == before
-
-
-@pytest.mark.parametrize("method", ["fit", "validate"])
-def test_after_a_tuner_the_list_of_callbacks_is_what_it_was(method: Any, tmp_path: Path) -> None:
-    """As a test of Lightning's own asks for."""
-    trainer = make_trainer(quick(), Timer(), default_root_dir=tmp_path)
-    before = [*trainer.callbacks]
-    Tuner(trainer).scale_batch_size(FindsBatchSize(), method=method, max_trials=1, steps_per_trial=1)
     assert trainer.callbacks == before
 
 
@@ -372,7 +349,6 @@ class TwoNames(BoringModule):
         self.wrapped = nn.Sequential(self.encoder, self.head)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Predict."""
         return self.wrapped(images)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.run_script import type_in
 from helpers.tiny_training import BATCHES_PER_EPOCH, LIGHTNING_SAYS, BoringModule, quick
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -48,8 +47,6 @@ class Module(BoringModule):
 
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Run a CLI as if its arguments had been typed."""
-
     def run(*args: str, cli: type[LightningCLI] = ConvBNCLI, quiet: bool = True, **options: Any) -> Any:
         command, *rest = args or ("",)
         head = [command] if command and not command.startswith("-") else []
@@ -64,15 +61,6 @@ def callbacks_of(cli: Any) -> list[ConvBNModeCallback]:
 
 
 # ------------------------------------------------------------------------------------------------------ the flag
-
-
-@pytest.mark.parametrize("command", ["fit", "test"])
-def test_every_command_takes_the_flag(command: str, typed: Callable[..., Any]) -> None:
-    modes = typed(command, "--convbn.mode=eval", "--convbn.eval_mode=tune", "--convbn.log_memory=false").model.modes
-    expected = {command: ["tune"]}
-    if command == "fit":
-        expected = {"fit": ["eval"] * BATCHES_PER_EPOCH, "validate": ["tune"]}
-    assert modes == expected
 
 
 def settings(callback: ConvBNModeCallback) -> dict[str, Any]:
@@ -96,6 +84,13 @@ def test_every_argument_of_the_callback_is_a_flag_with_its_help(
         assert " ".join(text.split()) in printed
 
 
+CONFIGS: dict[str, Any] = {
+    "tune": {},
+    "eval": {"mode": "eval", "eval_mode": "eval"},
+    "start_epoch": {"start_epoch": 1},
+    "off": None,
+    "stock_cli": {},
+}
 FLAGS = [
     (["--convbn=false"], None),
     (["--convbn=false", "--convbn=true"], {}),
@@ -111,13 +106,7 @@ FLAGS = [
     (["--config=off.yaml", "--config=on.yaml"], {"mode": "eval"}),
     *(
         ([f"--config={ROOT / 'examples' / 'templates' / 'configs' / name}.yaml"], expected)
-        for name, expected in [
-            ("tune", {}),
-            ("eval", {"mode": "eval", "eval_mode": "eval"}),
-            ("start_epoch", {"start_epoch": 1}),
-            ("off", None),
-            ("stock_cli", {}),
-        ]
+        for name, expected in CONFIGS.items()
     ),
 ]
 
@@ -241,36 +230,6 @@ def test_stock_cli_knows_the_short_name_of_what_is_imported(typed: Callable[...,
     assert [callback.recompute for callback in callbacks_of(cli)] == ["elementwise"]
 
 
-# ------------------------------------------------------------------------------------------- as a person types it
-
-TRAIN = """\
-from {module} import {cli}
-from helpers.plain_module import Module
-
-cli = {cli}(Module, save_config_callback=None)
-print(cli.model.backbone[1].running_mean.tolist())
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("module", "cli", "flags"),
-    [
-        ("lightning_convbn.cli", "ConvBNCLI", ["--convbn.mode=eval"]),
-        (
-            "lightning.pytorch.cli",
-            "LightningCLI",
-            ["--trainer.callbacks+=lightning_convbn.ConvBNModeCallback", "--trainer.callbacks.mode=eval"],
-        ),
-    ],
-)
-def test_script_run_from_a_shell(module: str, cli: str, flags: list[str], tmp_path: Path) -> None:
-    """Nothing but the flag imports the package in a stock LightningCLI."""
-    printed = type_in(tmp_path, TRAIN.format(module=module, cli=cli), "fit", *QUIET, *flags)
-    assert "ConvBN: `backbone` trains in Eval mode and is evaluated in Deploy mode" in printed
-    assert "[1.0, 1.0, 1.0, 1.0]" in printed
-
-
 # ------------------------------------------------------------------------------------------------- docs, examples
 
 PAGE = (ROOT / "docs" / "use" / "flags-yaml-environment.md").read_text()
@@ -303,13 +262,6 @@ DOES = {  # command -> what training and evaluation run in, or None where nothin
     "LIGHTNING_CONVBN=train,memory_budget=8GiB python script.py": ("train", "deploy"),
     "LIGHTNING_CONVBN=off python script.py": ("train", "train"),
 }
-CONFIGS = {
-    "tune": ("tune", "deploy"),
-    "eval": ("eval", "eval"),
-    "start_epoch": ("train, then tune", "deploy"),
-    "off": ("train", "train"),
-    "stock_cli": ("tune", "deploy"),
-}
 SCRIPT = """
 from lightning.pytorch import Trainer
 from project import Classifier
@@ -321,7 +273,7 @@ Trainer(max_epochs=2).fit(Classifier())
 def test_every_documented_command_is_tested() -> None:
     assert list(DOES) == DOCUMENTED
     found = {name.stem for name in (ROOT / "examples" / "templates" / "configs").iterdir()}
-    assert {name for name in found if not (ROOT / "examples" / "templates" / f"{name}.py").exists()} == set(CONFIGS)
+    assert {name for name in found if not (ROOT / "examples" / "templates" / f"{name}.py").exists()} == {*CONFIGS}
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches", "ignore:GPU available but not used")
@@ -352,7 +304,6 @@ def test_documented_commands_do_what_is_said(
 
 
 def type_here(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Run a command line in this process."""
     command, _, file = line.partition(" > ")
     words = shlex.split(command)
     while "=" in words[0]:
@@ -370,10 +321,9 @@ def type_here(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")
-@pytest.mark.parametrize(
-    "config", [pytest.param(name, marks=[] if name == "tune" else pytest.mark.slow) for name in CONFIGS]
-)
-def test_example_runs_each_config(config: str, images: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_classification_template_trains_with_a_config_of_its_own(
+    images: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     modes: dict[bool, list[str]] = {True: [], False: []}
 
     def forward(module: Classifier, images: torch.Tensor) -> torch.Tensor:
@@ -385,8 +335,8 @@ def test_example_runs_each_config(config: str, images: Path, weights: Path, monk
     Path("examples").symlink_to(ROOT / "examples")
     tiny = f"--data.source=imagefolder:{images} --data.image_size=32 --data.batch_size=5 --model.weights={weights}"
     few = "--trainer.max_epochs=2 --trainer.limit_val_batches=1 --trainer.accelerator=cpu"
-    file = f"examples/templates/configs/{config}.yaml"
+    file = "examples/templates/configs/tune.yaml"
     monkeypatch.setattr(sys, "argv", shlex.split(f"classification.py fit --config {file} {tiny} {few}"))
     main()
     trained, evaluated = (", then ".join(dict.fromkeys(modes[training])) for training in (True, False))
-    assert (trained, evaluated) == CONFIGS[config]
+    assert (trained, evaluated) == ("tune", "deploy")

@@ -14,9 +14,9 @@ from helpers.tiny_training import (
     BATCHES_PER_EPOCH,
     LIGHTNING_SAYS,
     BoringModule,
-    BoringSteps,
     Snapshot,
     make_trainer,
+    module_of,
     quick,
     with_fresh_norm,
 )
@@ -44,13 +44,6 @@ class Given(BoringModule):
         return [quick("eval")]
 
 
-class WithoutNorm(BoringModule):
-    """A module for which the callback, given by hand, is an error."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-
-
 # ----------------------------------------------------------------------------------------------- when it comes
 
 
@@ -58,13 +51,8 @@ class WithoutNorm(BoringModule):
     ("mode", "package"), [*((mode, lightning.pytorch) for mode in MODES), ("tune", pytorch_lightning)]
 )
 def test_variable_sets_the_mode(mode: str, package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Module(BoringSteps, package.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.build()
-
     monkeypatch.setenv("LIGHTNING_CONVBN", mode)
-    module = Module()
+    module = module_of(package)
     before = Snapshot.of(module)
     trainer = make_trainer(trainer_class=package.Trainer, num_sanity_val_steps=1)
     trainer.fit(module)
@@ -186,7 +174,8 @@ def test_never_beside_a_callback_that_the_module_brings(first: Any, monkeypatch:
 @pytest.mark.parametrize("stage", ["fit", "predict"])
 def test_a_model_without_norm_runs_with_one_warning(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTNING_CONVBN", "tune")
-    module, trainer = WithoutNorm(), make_trainer(num_sanity_val_steps=1)
+    module = BoringModule(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    trainer = make_trainer(num_sanity_val_steps=1)
     with pytest.warns(UserWarning, match="LIGHTNING_CONVBN=tune has no effect: .* has no BatchNorm") as warned:
         getattr(trainer, stage)(module)
     assert sum("LIGHTNING_CONVBN" in str(warning.message) for warning in warned) == 1

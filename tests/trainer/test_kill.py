@@ -50,7 +50,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint."""
     return torch.load(path, weights_only=False)
 
 

@@ -23,14 +23,12 @@ KEYS = {
 
 
 def tensorboard_metrics(logger: TensorBoardLogger) -> dict[str, list[float]]:
-    """Read the event file."""
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     return {key: [event.value for event in events.Scalars(key)] for key in events.Tags()["scalars"]}
 
 
 def mlflow_metrics(logger: MLFlowLogger) -> dict[str, list[float]]:
-    """Ask the store."""
     run = logger.experiment.get_run(logger.run_id)
     return {
         key: [metric.value for metric in logger.experiment.get_metric_history(logger.run_id, key)]
@@ -66,7 +64,6 @@ def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     "names", [pytest.param([name], marks=pytest.mark.slow) for name in LOGGERS] + [[*LOGGERS]], ids="+".join
 )
 def test_every_key_arrives_once(names: list[str], tmp_path: Path) -> None:
-    """In one logger, and in each of several."""
     loggers = [LOGGERS[name][0](tmp_path) for name in names]
     make_trainer(ConvBNModeCallback(), max_epochs=2, logger=loggers).fit(BoringModule())
     read = [LOGGERS[name][1](logger) for name, logger in zip(names, loggers, strict=True)]
@@ -77,9 +74,42 @@ def test_every_key_arrives_once(names: list[str], tmp_path: Path) -> None:
     assert all(metrics[key][0] == pytest.approx(read[0][key][0], rel=1e-6) for metrics in read for key in KEYS)
 
 
-def test_the_separator_is_the_loggers(tmp_path: Path) -> None:
-    """Some stores want another than a slash."""
+@pytest.mark.parametrize(("mode", "start_epoch"), [("tune", 0), ("eval", 1)])
+def test_each_metric_is_logged_once(tmp_path: Path, mode: Any, start_epoch: int) -> None:
+    logger = CSVLogger(tmp_path)
+    trainer = make_trainer(
+        ConvBNModeCallback(mode, start_epoch=start_epoch), max_epochs=3, num_sanity_val_steps=1, logger=logger
+    )
+    trainer.fit(BoringModule())
+    ours = {key: values for key, values in csv_metrics(logger).items() if key.startswith("convbn")}
+    assert ours.keys() == KEYS
+    assert {len(values) for values in ours.values()} == {1}
+    for name in ("eval", "tune"):  # what is kept, and the batch, is alive at the peak
+        assert ours[f"convbn/predicted_peak_{name}_mib"][0] > ours[f"convbn/activations_{name}_mib"][0]
+    before, after, saved, percent = (
+        ours[f"convbn/activations_{name}"][0] for name in ("eval_mib", "tune_mib", "saved_mib", "saved_percent")
+    )
+    # In Eval mode the three pairs keep at least their convolutions' outputs: 2 images, 8 channels, 8 x 8, 4 bytes.
+    assert 0 < after < before - 3 * 2 * 8 * 8 * 8 * 4 / 2**20 * 0.9
+    assert saved == pytest.approx(before - after, rel=1e-5)
+    assert percent == pytest.approx(100 * saved / before, rel=1e-5)
 
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [({"log_memory": False}, {}), ({}, {"fast_dev_run": True}), ({"mode": "train", "log_memory": False}, {})],
+    ids=str,
+)
+def test_nothing_is_logged_when_it_should_not_be(
+    tmp_path: Path, arguments: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Under ``fast_dev_run`` Lightning's loggers are dummies, and nothing of ours lands anywhere."""
+    logger = CSVLogger(tmp_path)
+    make_trainer(ConvBNModeCallback(**arguments), logger=logger, **options).fit(BoringModule())
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and "convbn" in file.read_text()]
+
+
+def test_the_separator_is_the_loggers(tmp_path: Path) -> None:
     class Dashed(CSVLogger):
         @property
         def group_separator(self) -> str:

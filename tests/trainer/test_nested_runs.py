@@ -50,7 +50,6 @@ class Outer(BoringModule):
 
 
 def run_outer(hook: str, act: Callable[[Any], Any], **arguments: Any) -> tuple[Outer, str]:
-    """Fit for two epochs; return the module and the table."""
     module, lines = Outer(hook, act), PrintedLines()
     module.double()
     before, statistics = Snapshot.of(module), statistics_of(module)
@@ -134,11 +133,3 @@ def test_one_callback_in_two_trainers_at_once_is_refused() -> None:
     module = Outer("on_train_batch_end", probe)
     make_trainer(callback, max_epochs=2).fit(module)
     assert module.modes["fit"] == ["tune"] * 2 * BATCHES_PER_EPOCH
-
-
-def test_one_callback_in_two_trainers_one_after_the_other_works() -> None:
-    callback = quick()
-    for _ in range(2):
-        module = BoringModule()
-        make_trainer(callback).fit(module)
-        assert module.modes["fit"] == ["tune"] * BATCHES_PER_EPOCH

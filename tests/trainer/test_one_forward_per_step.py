@@ -33,7 +33,6 @@ class Spy(nn.Module):
         self.calls: list[Any] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        """Take down what can be seen."""
         modes = self.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self.calls.append((type(x), tuple(x.shape), x.dtype, x.requires_grad, modes, random_states()))
         return x
@@ -48,7 +47,6 @@ class SpiedBackbone(Backbone):
         self.bank: list[Any] = []
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the features."""
         self.bank.append((random.random(), float(np.random.rand()), type(images)))
         images.mul_(0.5)
         features = self.spies[1](self.middle(self.stem(self.spies[0](images))))
@@ -59,7 +57,6 @@ class UntracedBackbone(SpiedBackbone):
     """Has a branch that depends on data, so that a forward must be recorded."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the features."""
         return super().forward(images + 1 if images.sum() > 1e6 else images)
 
 
@@ -82,19 +79,16 @@ class Spied(BoringModule):
         self.hooked.append((when, name, [(type(tensor), tuple(tensor.shape)) for tensor in tensors]))
 
     def step(self, stage: str, batch: list[Tensor]) -> Tensor:
-        """Take down what can be seen of a step."""
         loss = super().step(stage, batch)
         self.steps.append((stage, batch[0].sum().item(), type(loss), len(self.hooked), random_states()))
         return loss
 
     def seen(self) -> dict[str, Any]:
-        """All that was noted."""
         spies = {f"spy {number}": spy.calls for number, spy in enumerate(self.backbone.spies)}
         return {"steps": self.steps, "hooks": self.hooked, "bank": self.backbone.bank, **spies}
 
 
 def run(backbone: type[SpiedBackbone], *callbacks: Any) -> dict[str, Any]:
-    """Train and validate, with a sanity check."""
     seed_everything(5, verbose=False)
     module = Spied(backbone)
     make_trainer(*callbacks, max_epochs=EPOCHS, num_sanity_val_steps=1).fit(module)

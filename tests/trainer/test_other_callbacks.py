@@ -54,7 +54,6 @@ class Filtering(BoringModule):
 
 
 def pruned() -> Any:
-    """Prune two of the folded convolutions."""
     layers = [("stem", 0), ("middle", 0)]
 
     class Prunes(callbacks.ModelPruning):
@@ -94,7 +93,6 @@ SINCE_2_6 = {"WeightAveraging", "EMAWeightAveraging"}
 
 
 def fit(mode: Any, name: str, ours_first: bool, folder: Path) -> tuple[Filtering, Any]:
-    """Train for some epochs with another callback."""
     module = Filtering()
     ours, others = quick(mode, eval_mode="eval" if mode == "eval" else "deploy"), OTHERS[name]()
     others = others if isinstance(others, list) else [others]
@@ -131,7 +129,7 @@ def test_a_run_with_another_callback_is_evals(
         assert tuned.losses[stage] == pytest.approx(frozen.losses[stage], rel=DRIFT)
     torch.testing.assert_close(state_of(tuned), state_of(frozen), rtol=DRIFT, atol=DRIFT)
     after = Snapshot.of(tuned)
-    assert (after.classes, after.keys) == (plain.classes, plain.keys) or name == "ModelPruning"
+    assert (after.classes, after.tensors) == (plain.classes, plain.tensors) or name == "ModelPruning"
 
 
 # -------------------------------------------------------------------------------------------------- batch size

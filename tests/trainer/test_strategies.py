@@ -142,7 +142,6 @@ def test_a_pair_is_folded_within_one_fsdp_unit_only(ranks: list[dict[Any, Any]],
 
 
 def test_a_run_in_several_processes_is_resumed_in_the_middle_of_an_epoch(ranks: list[dict[Any, Any]]) -> None:
-    """Bit for bit."""
     for rank in ranks:
         straight, resumed = rank["resume"]["straight"], rank["resume"]["resumed"]
         done = BATCHES_PER_PROCESS + 2
@@ -201,14 +200,12 @@ class Syncing(SingleDeviceStrategy):
     """Converts BatchNorms to SyncBatchNorm and back when DDP does; DDP itself refuses them on a CPU."""
 
     def setup(self, trainer: Any) -> None:
-        """Convert before the optimizers are made."""
         assert self.model is not None
         self.model = TorchSyncBatchNorm().apply(self.model)
         self._lightning_module = self.model
         super().setup(trainer)
 
     def teardown(self) -> None:
-        """Convert back."""
         assert self.model is not None
         self.model = TorchSyncBatchNorm().revert(self.model)
         super().teardown()
