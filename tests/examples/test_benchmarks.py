@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.networks import images as random_images
 from helpers.tiny_training import LIGHTNING_SAYS
+from matplotlib.image import imread
 from torch import nn
 
 from examples import results_file
