@@ -183,7 +183,11 @@ def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     if _writes(func, kwargs):
         for leaf in tree_leaves((args[:1], kwargs.get("input"), kwargs.get("out"))):
             _before_write(leaf)
-    if not torch.is_grad_enabled() or inside_transform() or step_aside_for_other_hooks(*args, *kwargs.values()):
+    if not torch.is_grad_enabled():  # an autograd.Function, say, that may save its input past our hooks
+        for tensor in _with_bases((args, kwargs)):
+            tensor._loan = None
+        return func(*args, **kwargs)
+    if inside_transform() or step_aside_for_other_hooks(*args, *kwargs.values()):
         return func(*args, **kwargs)
     row = ROWS.get(func) if args else None
     if row is not None and row.kind == "parts":

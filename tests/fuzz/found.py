@@ -171,6 +171,10 @@ FOUND: dict[str, Scenario] = {
         ),
         (Action("mode", mode="train", recompute="elementwise"), RUN),
     ),
+    "a Function saves a concatenation, and so what it was made of": Scenario(
+        network(*pair().steps, Step("cat", (2, 1)), Step("unseen", (3,), name="Square")),
+        (Action("mode", mode="train", recompute="elementwise"), RUN),
+    ),
     "Python's random numbers decide a branch in a checkpoint": Scenario(
         checkpointed("", Step("call", (2,), "d"), norm_guard="random"), seed=3528
     ),
